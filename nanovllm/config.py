@@ -1,0 +1,226 @@
+"""Every knob of the engine, checked once, here."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from nanovllm.utils.validation import as_integer, as_number
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "torch")
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+
+
+@dataclass
+class Config:
+    """Options of the engine, as given, then resolved against the model and the machine.
+
+    Attributes:
+        model: a local directory with a Hugging Face checkpoint, or a hub id to fetch.
+        max_num_batched_tokens: the most tokens of one prefill step; longer prompts run in chunks.
+        max_num_seqs: the most sequences that run at once.
+        max_model_len: the most tokens of a sequence, prompt and output together; capped by the
+            model, and by the KV cache if that is smaller.
+        gpu_memory_utilization: the share of the GPU's memory that this engine may take.
+        enforce_eager: never use CUDA Graphs.
+        kvcache_block_size: tokens per KV block, a multiple of 16 (of 256 with flash-attn).
+        num_kvcache_blocks: size of the KV cache; None computes it from the memory that is free.
+        device: "auto" (cuda if there is one, else cpu), or any torch device string of these two.
+        dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
+        attention_backend: "auto", "flash-attn", "triton" or "torch".
+        load_format: "auto" (safetensors), or "dummy": random weights in the shape of config.json.
+        seed: what the random choices of requests without a seed of their own are drawn from.
+        async_scheduling: plan and launch a step before the last one's tokens are read, so that the
+            device never waits. None: on a GPU only, since a CPU computes in the same thread.
+
+    Raises:
+        TypeError, ValueError: for an option that cannot work; the message names it and says what
+            would.
+    """
+
+    model: str
+    max_num_batched_tokens: int = 16384
+    max_num_seqs: int = 512
+    max_model_len: int = 4096
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    kvcache_block_size: int = 256
+    num_kvcache_blocks: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    attention_backend: str = "auto"
+    load_format: str = "auto"
+    seed: int = 0
+    async_scheduling: bool | None = None
+
+    model_dir: Path = field(init=False)
+    hf_config: PretrainedConfig = field(init=False)
+    torch_device: torch.device = field(init=False)
+    torch_dtype: torch.dtype = field(init=False)
+    eos_token_ids: set[int] = field(init=False)
+
+    @classmethod
+    def from_options(cls, model: str | os.PathLike[str], options: dict[str, Any]) -> "Config":
+        """Build a Config, refusing options that do not exist."""
+        known = [f.name for f in fields(cls) if f.init and f.name != "model"]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"unknown engine option {name!r}; the options are {known}")
+        return cls(model=os.fspath(model), **options)
+
+    def __post_init__(self) -> None:
+        self._check_options()
+        self.torch_device = _resolve_device(self.device)
+        self.model_dir = _resolve_model(self.model)
+        self.hf_config = _load_hf_config(self.model_dir)
+        check_supported(self.hf_config)
+        self.torch_dtype = _resolve_dtype(self.dtype, self.hf_config)
+        self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
+        self.eos_token_ids = _eos_token_ids(self.model_dir, self.hf_config)
+        if self.async_scheduling is None:
+            self.async_scheduling = self.torch_device.type == "cuda"
+
+    def _check_options(self) -> None:
+        for name in ("max_num_batched_tokens", "max_num_seqs", "kvcache_block_size"):
+            self._check_integer(name, at_least=1)
+        self._check_integer("max_model_len", at_least=2)
+        self._check_integer("seed", at_least=0)
+        if self.num_kvcache_blocks is not None:
+            self._check_integer("num_kvcache_blocks", at_least=1)
+        if self.kvcache_block_size % 16:
+            raise ValueError(
+                f"kvcache_block_size must be a multiple of 16, got {self.kvcache_block_size}"
+            )
+        share = as_number("gpu_memory_utilization", self.gpu_memory_utilization)
+        if not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {share}")
+        _check_choice("enforce_eager", self.enforce_eager, (True, False))
+        _check_choice("async_scheduling", self.async_scheduling, (None, True, False))
+        _check_choice("dtype", self.dtype, ("auto", *DTYPES))
+        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        _check_choice("load_format", self.load_format, ("auto", "dummy"))
+
+    def _check_integer(self, name: str, at_least: int) -> None:
+        value = as_integer(name, getattr(self, name))
+        if value < at_least:
+            raise ValueError(f"{name} must be at least {at_least}, got {value}")
+        setattr(self, name, value)
+
+
+def check_supported(hf_config: PretrainedConfig) -> None:
+    """Refuse, by name, an architecture or an option of Qwen3 that the engine does not compute."""
+    architectures = getattr(hf_config, "architectures", None) or []
+    if hf_config.model_type != "qwen3" or architectures not in ([], ["Qwen3ForCausalLM"]):
+        name = architectures[0] if architectures else hf_config.model_type
+        raise ValueError(f"architecture {name!r} is not supported; nanovllm runs Qwen3ForCausalLM")
+    refused = {
+        "use_sliding_window": bool(getattr(hf_config, "use_sliding_window", False)),
+        "hidden_act": hf_config.hidden_act != "silu",
+        "quantization_config": getattr(hf_config, "quantization_config", None) is not None,
+        "num_key_value_heads": hf_config.num_attention_heads % hf_config.num_key_value_heads != 0,
+        "head_dim": hf_config.head_dim % 2 != 0,
+    }
+    for name, unsupported in refused.items():
+        if unsupported:
+            value = getattr(hf_config, name)
+            raise ValueError(f"config.json asks for {name}={value!r}, which is not supported")
+
+
+def _check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    if not any(value is choice or (value == choice and type(value) is str) for choice in choices):
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def _resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}"
+        ) from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; "
+            "use device='cpu' or 'auto'"
+        )
+    return device
+
+
+def _resolve_model(model: str) -> Path:
+    """The local directory of a checkpoint, fetched from the hub if `model` is a hub id."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"model must be a directory with a checkpoint, {model!r} is a file")
+    looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
+    if looks_like_path or not model:
+        raise FileNotFoundError(
+            f"model directory {model!r} does not exist; give a local checkpoint directory, or a "
+            "hub id such as 'Qwen/Qwen3-0.6B'"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=CHECKPOINT_FILES))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"model {model!r} is neither a local directory nor could it be fetched from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name and the "
+            "network, or download the checkpoint elsewhere and pass its directory"
+        ) from error
+
+
+def _load_hf_config(model_dir: Path) -> PretrainedConfig:
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{model_dir} has no config.json: it is not a checkpoint directory")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if content.get("model_type") != "qwen3":
+        name = (content.get("architectures") or [content.get("model_type")])[0]
+        raise ValueError(f"architecture {name!r} is not supported; nanovllm runs Qwen3ForCausalLM")
+    try:
+        return AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a Qwen3 config: {error}") from error
+
+
+def _resolve_dtype(name: str, hf_config: PretrainedConfig) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    dtype = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    return dtype if dtype in DTYPES.values() else torch.float32
+
+
+def _eos_token_ids(model_dir: Path, hf_config: PretrainedConfig) -> set[int]:
+    """The end-of-sequence ids of generation_config.json, or of config.json without one.
+
+    The tokenizer's own is added by the engine, which has the tokenizer.
+    """
+    path = model_dir / "generation_config.json"
+    eos = hf_config.eos_token_id
+    if path.is_file():
+        try:
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", eos)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is not a valid JSON object: {error}") from error
+    ids = eos if isinstance(eos, list) else [eos]
+    return {token_id for token_id in ids if isinstance(token_id, int)}

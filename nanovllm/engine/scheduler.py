@@ -1,0 +1,169 @@
+"""Which sequences run in the next step: prefill first, then decode.
+
+The scheduler plans from lengths and free blocks alone, never from sampled token values, so the
+engine may plan and launch step N+1 before it has read the tokens of step N. What that costs is one
+discarded row when a sequence turns out to have ended by EOS; one that ends by length costs none.
+"""
+
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+
+
+@dataclass
+class Batch:
+    """One step's work: row `i` runs tokens `starts[i] : starts[i] + lengths[i]` of `seqs[i]`.
+
+    In a decode batch every length is 1. A row that reaches the end of its sequence yields a token
+    (`samples[i]`); a chunk of a longer prompt does not.
+    """
+
+    is_prefill: bool
+    seqs: list[Sequence] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+class Scheduler:
+    """The waiting and running queues, and the rules by which sequences move between them.
+
+    Args:
+        block_manager: the pool of KV blocks.
+        max_num_seqs: the most sequences that run at once.
+        max_num_batched_tokens: the most tokens of a prefill step; longer prompts run in chunks.
+        eos_token_ids: tokens that end a sequence (unless it ignores them).
+    """
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        self.block_manager = block_manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission, the newest last
+        self.num_preemptions = 0
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence that fits the cache on its own (the engine has checked that)."""
+        self.waiting.append(seq)
+
+    def schedule(self) -> Batch | None:
+        """The next step's batch; None if nothing can run before pending tokens are collected."""
+        batch = self._schedule_prefill()
+        if not batch.seqs:
+            batch = self._schedule_decode()
+        return batch if batch.seqs else None
+
+    def postprocess(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
+        """Take in the tokens of a step, one per row; returns the sequences that ended with it."""
+        ended = []
+        for seq, samples, token_id in zip(batch.seqs, batch.samples, token_ids, strict=True):
+            if not samples:
+                continue
+            seq.num_pending_tokens -= 1
+            if seq.is_finished:  # it ended while this row was already under way
+                continue
+            seq.token_ids.append(token_id)
+            if not seq.sampling_params.ignore_eos and token_id in self.eos_token_ids:
+                self._finish(seq, "stop")
+            elif len(seq.token_ids) >= seq.max_len:
+                self._finish(seq, "length")
+            else:
+                self._register_generated(seq)
+                continue
+            ended.append(seq)
+        return ended
+
+    def abort_all(self) -> None:
+        """End everything at once, whatever state a failed or interrupted step has left."""
+        for seq in (*self.waiting, *self.running):
+            seq.block_table.clear()
+            seq.status, seq.finish_reason = SequenceStatus.FINISHED, "abort"
+        self.waiting.clear()
+        self.running.clear()
+        self.block_manager.reset()
+
+    def _schedule_prefill(self) -> Batch:
+        batch, budget = Batch(is_prefill=True), self.max_num_batched_tokens
+        # Only the newest can be a prompt cut short by an earlier step's budget: it goes on first.
+        if self.running and self._num_to_run(self.running[-1]) > 1:
+            budget -= self._add_row(batch, self.running[-1], budget)
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            # Each running sequence may soon want a block: admit none that would be preempted next.
+            if not self.block_manager.allocate(seq, headroom=len(self.running)):
+                break
+            if seq.num_cached_tokens is None:
+                seq.num_cached_tokens = seq.num_computed_tokens
+            self.waiting.popleft()
+            self.running.append(seq)
+            seq.status = SequenceStatus.RUNNING
+            budget -= self._add_row(batch, seq, budget)
+        return batch
+
+    def _schedule_decode(self) -> Batch:
+        batch = Batch(is_prefill=False)
+        for seq in list(self.running):
+            if seq.num_tokens >= seq.max_len:
+                continue  # its last token is on the way
+            while seq.status is SequenceStatus.RUNNING and not self.block_manager.append(seq):
+                self._preempt(self.running[-1])
+            if seq.status is SequenceStatus.RUNNING:
+                self._add_row(batch, seq, 1)
+        return batch
+
+    @staticmethod
+    def _num_to_run(seq: Sequence) -> int:
+        return seq.num_tokens - seq.num_computed_tokens
+
+    def _add_row(self, batch: Batch, seq: Sequence, budget: int) -> int:
+        """Plan the next tokens of `seq`, at most `budget`; returns how many."""
+        start, length = seq.num_computed_tokens, min(self._num_to_run(seq), budget)
+        samples = start + length == seq.num_tokens
+        batch.seqs.append(seq)
+        batch.starts.append(start)
+        batch.lengths.append(length)
+        batch.samples.append(samples)
+        seq.num_computed_tokens += length
+        seq.num_pending_tokens += samples
+        if batch.is_prefill:  # all these tokens are known, and so are the blocks they fill
+            self.block_manager.register(seq, seq.num_computed_tokens)
+        return length
+
+    def _register_generated(self, seq: Sequence) -> None:
+        """Register the block that the token before the newest one has filled, if it has."""
+        num_written = len(seq.token_ids) - 1
+        if num_written % self.block_manager.block_size == 0 and seq.block_table:
+            self.block_manager.register(seq, num_written)
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Send a sequence back to the head of the queue, to be computed again from its tokens."""
+        self.running.remove(seq)
+        self.block_manager.free(seq)
+        seq.status = SequenceStatus.WAITING
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def _finish(self, seq: Sequence, reason: str) -> None:
+        queue = self.running if seq.status is SequenceStatus.RUNNING else self.waiting
+        queue.remove(seq)
+        self.block_manager.free(seq)
+        seq.status, seq.finish_reason = SequenceStatus.FINISHED, reason

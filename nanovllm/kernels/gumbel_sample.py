@@ -1,0 +1,155 @@
+"""Sampling in one pass over the vocabulary, by the Gumbel-max trick (see arXiv:2110.01515).
+
+    token = argmax_i (logits_i / temperature + g_i),   g_i = -log(E_i),  E_i = -log(1 - u_i)
+
+draws token i with probability softmax(logits / temperature)_i and needs neither the softmax nor a
+sort. The uniform numbers u_i come from Philox-4x32-10 (Salmon et al. 2011), keyed by the request's
+seed with (i, position) as the counter, so a token depends on nothing but its own request. In
+float32, 1 - u would be 1 for small u, and E zero: there the series u + u^2/2 + u^3/3 takes over.
+
+Grid: (row, tile of 4096 tokens), then one program a row to pick the best tile. Bytes moved: the
+logits once. Bound by arithmetic (the logarithms), by memory where temperature is 0.
+"""
+
+import torch
+
+from nanovllm.kernels._triton import HAS_TRITON, tl, triton
+
+TILE = 4096  # token i draws number (i % TILE) // (TILE / 4) of Philox's four at one counter
+_MASK32 = 0xFFFFFFFF
+
+
+def gumbel_sample(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Sample one token a row into `out` [rows] int64; ties go to the lowest token id.
+
+    Args:
+        logits: [rows, vocab], any float dtype.
+        temperatures: [rows] float32; 0 takes the most likely token.
+        seeds: [rows] int64, one per request.
+        positions: [rows] int32, the position in its sequence of the token being sampled.
+    """
+    if logits.is_cuda and HAS_TRITON:
+        gumbel_sample_triton(logits, temperatures, seeds, positions, out)
+    else:
+        gumbel_sample_torch(logits, temperatures, seeds, positions, out)
+
+
+def gumbel_sample_torch(logits, temperatures, seeds, positions, out) -> None:
+    for row in range(logits.shape[0]):
+        scores = logits[row].float()
+        if temperatures[row] > 0:
+            noise = gumbel_noise(seeds[row], positions[row], scores.numel())
+            scores = (scores / temperatures[row]).add_(noise)
+        out[row] = scores.argmax()
+
+
+def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """[vocab_size] float32 standard Gumbel numbers; `seed` and `position` are 0-d integers."""
+    num_tiles = -(-vocab_size // TILE)
+    counters = torch.arange(num_tiles * TILE // 4, device=seed.device)
+    bits = _philox(seed, counters, position.to(torch.int64))
+    # [4, tiles, TILE / 4] -> token order
+    bits = bits.view(4, num_tiles, -1).transpose(0, 1).reshape(-1)[:vocab_size]
+    u = bits.float().add_(0.5).mul_(2.0**-32)
+    series = u * (1 + u * (0.5 + u * (1 / 3)))
+    exponential = torch.where(u < 1e-3, series, -torch.log(1 - u))
+    return exponential.log_().neg_()
+
+
+def _philox(seed: torch.Tensor, counter0: torch.Tensor, counter1: torch.Tensor) -> torch.Tensor:
+    """Philox-4x32-10 with counters (counter0, counter1, 0, 0): [4, n] int64 of 32 bits each."""
+    c0, c1 = counter0, (counter1 & _MASK32).expand_as(counter0)
+    c2 = c3 = torch.zeros_like(c0)
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(10):
+        product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0 = ((product2 >> 32) & _MASK32) ^ c1 ^ k0
+        c2 = ((product0 >> 32) & _MASK32) ^ c3 ^ k1
+        c1, c3 = product2 & _MASK32, product0 & _MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return torch.stack((c0, c1, c2, c3))
+
+
+def gumbel_sample_triton(logits, temperatures, seeds, positions, out) -> None:
+    rows, vocab_size = logits.shape
+    num_tiles = triton.cdiv(vocab_size, TILE)
+    best = torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device)
+    best_token = torch.empty(rows, num_tiles, dtype=torch.int32, device=logits.device)
+    _best_of_tile_kernel[(rows, num_tiles)](
+        logits, temperatures, seeds, positions, best, best_token, vocab_size, num_tiles,
+        TILE=TILE, num_warps=4,
+    )  # fmt: skip
+    _best_of_row_kernel[(rows,)](
+        best, best_token, out, num_tiles, BLOCK=triton.next_power_of_2(num_tiles), num_warps=1
+    )
+
+
+@triton.jit
+def _best_of_tile_kernel(
+    logits_ptr, temperatures_ptr, seeds_ptr, positions_ptr, best_ptr, best_token_ptr,
+    vocab_size, num_tiles, TILE: tl.constexpr,
+):  # fmt: skip
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    QUARTER: tl.constexpr = TILE // 4
+    lane = tl.arange(0, QUARTER)
+    tokens = tile * TILE + lane
+    logits_ptr += row * vocab_size
+    floor = float("-inf")
+    s0 = tl.load(logits_ptr + tokens, mask=tokens < vocab_size, other=floor)
+    s1 = tl.load(logits_ptr + tokens + QUARTER, mask=tokens + QUARTER < vocab_size, other=floor)
+    s2 = tl.load(
+        logits_ptr + tokens + 2 * QUARTER, mask=tokens + 2 * QUARTER < vocab_size, other=floor
+    )
+    s3 = tl.load(
+        logits_ptr + tokens + 3 * QUARTER, mask=tokens + 3 * QUARTER < vocab_size, other=floor
+    )
+    s0, s1, s2, s3 = s0.to(tl.float32), s1.to(tl.float32), s2.to(tl.float32), s3.to(tl.float32)
+    temperature = tl.load(temperatures_ptr + row)
+    if temperature > 0:
+        counter = (tile * QUARTER + lane).to(tl.uint32)
+        position = tl.load(positions_ptr + row).to(tl.uint32)
+        zero = counter * 0
+        r0, r1, r2, r3 = tl.philox(tl.load(seeds_ptr + row), counter, zero + position, zero, zero)
+        s0 = s0 / temperature + _gumbel(r0)
+        s1 = s1 / temperature + _gumbel(r1)
+        s2 = s2 / temperature + _gumbel(r2)
+        s3 = s3 / temperature + _gumbel(r3)
+    best, token = _better(s0, tokens, s1, tokens + QUARTER)
+    best_high, token_high = _better(s2, tokens + 2 * QUARTER, s3, tokens + 3 * QUARTER)
+    best, token = _better(best, token, best_high, token_high)
+    top = tl.max(best, axis=0)
+    tl.store(best_ptr + row * num_tiles + tile, top)
+    first = tl.min(tl.where(best == top, token, vocab_size - 1), axis=0)
+    tl.store(best_token_ptr + row * num_tiles + tile, first)
+
+
+@triton.jit
+def _better(score_a, token_a, score_b, token_b):
+    """Elementwise winner; `a` holds the lower token and wins ties."""
+    return tl.where(score_b > score_a, score_b, score_a), tl.where(
+        score_b > score_a, token_b, token_a
+    )
+
+
+@triton.jit
+def _gumbel(bits):
+    u = (bits.to(tl.float32) + 0.5) * (2.0**-32)
+    series = u * (1 + u * (0.5 + u * (1.0 / 3.0)))
+    return -tl.log(tl.where(u < 1e-3, series, -tl.log(1 - u)))
+
+
+@triton.jit
+def _best_of_row_kernel(best_ptr, best_token_ptr, out_ptr, num_tiles, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < num_tiles
+    best = tl.load(best_ptr + row * num_tiles + cols, mask=mask, other=float("-inf"))
+    token = tl.load(best_token_ptr + row * num_tiles + cols, mask=mask, other=2147483647)
+    winner = tl.min(tl.where(best == tl.max(best, axis=0), token, 2147483647), axis=0)
+    tl.store(out_ptr + row, tl.where(winner == 2147483647, 0, winner).to(tl.int64))

@@ -1,0 +1,43 @@
+"""The gate of the MLP: silu(gate) * up, gate and up being the halves of one row (SwiGLU, Shazeer
+2020, arXiv:2002.05202).
+
+Grid: (row, slice of the row). Bytes moved a row of 2 n elements: reads 2 n, writes n. Bound by
+memory.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels._triton import HAS_TRITON, tl, triton
+
+BLOCK = 1024
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """`x` [rows, 2 n] -> [rows, n], computed in float32 and rounded once on a GPU."""
+    if x.is_cuda and HAS_TRITON:
+        return silu_and_mul_triton(x)
+    return silu_and_mul_torch(x)
+
+
+def silu_and_mul_torch(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def silu_and_mul_triton(x: torch.Tensor) -> torch.Tensor:
+    rows, n = x.shape[0], x.shape[1] // 2
+    y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    _silu_and_mul_kernel[(rows, triton.cdiv(n, BLOCK))](x, y, n, BLOCK=BLOCK, num_warps=4)
+    return y
+
+
+@triton.jit
+def _silu_and_mul_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < n
+    gate = tl.load(x_ptr + row * 2 * n + cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * 2 * n + n + cols, mask=mask, other=0.0).to(tl.float32)
+    y = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(y_ptr + row * n + cols, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,130 @@
+"""Attention over the paged KV cache: one call, three backends.
+
+"auto" takes flash-attn where it is installed and can run (CUDA, bf16 or fp16, block size a multiple
+of 256, a head_dim it was built for), else Triton on a GPU, else torch.
+"""
+
+from typing import Protocol
+
+import torch
+
+from nanovllm.kernels._triton import HAS_TRITON
+from nanovllm.kernels.paged_attention import (
+    paged_decode_torch,
+    paged_decode_triton,
+    paged_prefill_torch,
+    paged_prefill_triton,
+)
+from nanovllm.utils.context import Context
+
+try:
+    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+except ImportError:
+    flash_attn_with_kvcache = None
+
+
+class Attend(Protocol):
+    """A backend: q [tokens, heads, head_dim] and the paged cache -> output like q."""
+
+    def __call__(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context,
+        scale: float,
+    ) -> torch.Tensor: ...  # fmt: skip
+
+
+def attend_torch(q, k_cache, v_cache, context, scale):
+    if context.is_prefill:
+        return paged_prefill_torch(
+            q, k_cache, v_cache, context.cu_seqlens_q, context.context_lens, context.block_tables,
+            scale,
+        )  # fmt: skip
+    return paged_decode_torch(
+        q, k_cache, v_cache, context.context_lens, context.block_tables, scale
+    )
+
+
+def attend_triton(q, k_cache, v_cache, context, scale):
+    if context.is_prefill:
+        return paged_prefill_triton(
+            q, k_cache, v_cache, context.cu_seqlens_q, context.context_lens, context.block_tables,
+            scale, context.max_seqlen_q,
+        )  # fmt: skip
+    return paged_decode_triton(
+        q, k_cache, v_cache, context.context_lens, context.block_tables, scale,
+        context.max_context_len,
+    )  # fmt: skip
+
+
+def attend_flash(q, k_cache, v_cache, context, scale):
+    if context.is_prefill:
+        cu_seqlens_k = torch.nn.functional.pad(context.context_lens.cumsum(0), (1, 0))
+        return flash_attn_varlen_func(
+            q, k_cache, v_cache,
+            cu_seqlens_q=context.cu_seqlens_q, cu_seqlens_k=cu_seqlens_k.int(),
+            max_seqlen_q=context.max_seqlen_q, max_seqlen_k=context.max_context_len,
+            softmax_scale=scale, causal=True, block_table=context.block_tables,
+        )  # fmt: skip
+    return flash_attn_with_kvcache(
+        q.unsqueeze(1), k_cache, v_cache, cache_seqlens=context.context_lens,
+        block_table=context.block_tables, softmax_scale=scale, causal=True,
+    ).squeeze(1)  # fmt: skip
+
+
+BACKENDS: dict[str, Attend] = {
+    "flash-attn": attend_flash,
+    "triton": attend_triton,
+    "torch": attend_torch,
+}
+
+
+def select_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int
+) -> str:
+    """The backend to use: the one asked for, or the best that can run if that is "auto".
+
+    Raises:
+        ValueError: if the one asked for cannot run, saying why.
+    """
+    obstacles = {
+        "flash-attn": _flash_obstacle(device, dtype, head_dim, block_size),
+        "triton": _triton_obstacle(device),
+        "torch": None,
+    }
+    if name == "auto":
+        return next(backend for backend, obstacle in obstacles.items() if obstacle is None)
+    if obstacles[name] is not None:
+        others = [backend for backend, obstacle in obstacles.items() if obstacle is None]
+        raise ValueError(
+            f"attention_backend {name!r} cannot run: {obstacles[name]}; could be: {others}"
+        )
+    return name
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it needs a GPU, and device is {str(device)!r}"
+    return None if HAS_TRITON else "triton is not installed"
+
+
+def _flash_obstacle(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int
+) -> str | None:
+    if device.type != "cuda":
+        return f"it needs a GPU, and device is {str(device)!r}"
+    if flash_attn_with_kvcache is None:
+        return "flash-attn is not installed (pip install 'nanovllm[flash]')"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in float16 and bfloat16 only, and dtype is {dtype}"
+    if block_size % 256:
+        return f"it needs kvcache_block_size to be a multiple of 256, got {block_size}"
+    try:  # builds differ in the head dims they hold
+        cache = torch.zeros(1, 256, 1, head_dim, dtype=dtype, device=device)
+        flash_attn_with_kvcache(
+            cache[:, :1], cache, cache,
+            cache_seqlens=torch.ones(1, dtype=torch.int32, device=device),
+            block_table=torch.zeros(1, 1, dtype=torch.int32, device=device),
+        )  # fmt: skip
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return f"the installed build does not run here with head_dim {head_dim}: {error}"
+    return None

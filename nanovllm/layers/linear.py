@@ -1,0 +1,74 @@
+"""Linear layers, plain and packed (several projections of one input as one matrix)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# oneDNN packs a weight for a number of rows; 32 is within a few per cent of the best for 1 to 256.
+_PACK_ROWS = 32
+
+
+class Linear(nn.Module):
+    """y = x W^T + b. On a CPU, `pack` lets oneDNN keep a bf16 weight in its own blocked layout.
+
+    The plain call re-reads the weight in row order, at half the bandwidth (measured on a 2-core
+    AMD EPYC, one row: 15 against 23 GB/s; eight rows: 10 against 20).
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self._packed_weight: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._packed_weight is not None:
+            return packed_linear(x, self._packed_weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+    def pack(self) -> None:
+        """Replace the weight by its packed form. Call once, after loading."""
+        self._packed_weight = pack_weight(self.weight)
+        self.weight = None
+
+
+class PackedLinear(Linear):
+    """Several projections of the same input, in one matrix: q/k/v, or gate/up.
+
+    `parts` maps each projection's name in the checkpoint to its number of output features.
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int], bias: bool = False) -> None:
+        super().__init__(in_features, sum(parts.values()), bias)
+        self.parts = parts
+
+    def checkpoint_views(self) -> dict[str, torch.Tensor]:
+        """Where each tensor of the checkpoint ("q_proj.weight", ...) goes: views of the parameters."""
+        views = {}
+        for kind, parameter in self.named_parameters():
+            pieces = parameter.data.split(list(self.parts.values()))
+            views.update({f"{name}.{kind}": piece for name, piece in zip(self.parts, pieces)})
+        return views
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether oneDNN's packed matrices serve this weight: bf16, on a CPU that has them."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [out, in] in oneDNN's blocked layout, for `packed_linear` only."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACK_ROWS)
+
+
+def packed_linear(
+    x: torch.Tensor, packed_weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [rows, in] times a weight from `pack_weight`: [rows, out]."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed_weight, bias, "none", [], "")

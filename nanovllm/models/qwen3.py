@@ -1,0 +1,151 @@
+"""Qwen3 (dense), written out as in the report (Yang et al. 2025, arXiv:2505.09388).
+
+Module names follow the checkpoint's, so that a parameter's path is its name in the file; packed
+projections name their parts (see `checkpoint_views`).
+"""
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
+from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.attention import Attend
+from nanovllm.layers.embed_head import Embedding, LMHead
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import Linear, PackedLinear
+from nanovllm.utils.context import Context
+
+LayerCache = tuple[torch.Tensor, torch.Tensor]  # one layer's keys and values
+
+
+class Qwen3Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, config: PretrainedConfig, attend: Attend) -> None:
+        super().__init__()
+        head_dim, bias = config.head_dim, config.attention_bias
+        q_size = config.num_attention_heads * head_dim
+        kv_size = config.num_key_value_heads * head_dim
+        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = PackedLinear(config.hidden_size, parts, bias)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.o_proj = Linear(q_size, config.hidden_size, bias)
+        self.attend = attend
+        self.scale = head_dim**-0.5
+
+    def forward(self, x: torch.Tensor, kv_cache: LayerCache, context: Context) -> torch.Tensor:
+        qkv = self.qkv_proj(x)
+        # All keys and values of the step are stored before any is read: rows may share blocks.
+        q = qk_norm_rope_store(
+            qkv, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps,
+            context.cos_sin, context.positions, *kv_cache, context.slot_mapping,
+        )  # fmt: skip
+        return self.o_proj(self.attend(q, *kv_cache, context, self.scale).flatten(1))
+
+
+class Qwen3MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        inner = config.intermediate_size
+        self.gate_up_proj = PackedLinear(config.hidden_size, {"gate_proj": inner, "up_proj": inner})
+        self.act = SiluAndMul()
+        self.down_proj = Linear(inner, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act(self.gate_up_proj(x)))
+
+
+class Qwen3DecoderLayer(nn.Module):
+    """Attention and MLP. What each returns is added to the residual by the norm that follows."""
+
+    def __init__(self, config: PretrainedConfig, attend: Attend) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Qwen3Attention(config, attend)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Qwen3MLP(config)
+
+    def forward(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        kv_cache: LayerCache,
+        context: Context,
+    ) -> torch.Tensor:
+        x = self.input_layernorm(residual) if x is None else self.input_layernorm(x, residual)
+        x = self.self_attn(x, kv_cache, context)
+        return self.mlp(self.post_attention_layernorm(x, residual))
+
+
+class Qwen3Model(nn.Module):
+    """Token ids to final hidden states."""
+
+    def __init__(self, config: PretrainedConfig, attend: Attend) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Qwen3DecoderLayer(config, attend) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, input_ids: torch.Tensor, kv_cache: torch.Tensor, context: Context
+    ) -> torch.Tensor:
+        residual, x = self.embed_tokens(input_ids), None
+        for layer, keys, values in zip(self.layers, *kv_cache, strict=True):
+            x = layer(x, residual, (keys, values), context)
+        return self.norm(x, residual)
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """The whole network: `forward` gives hidden states, `compute_logits` scores the next token.
+
+    Args:
+        config: of transformers' Qwen3 (see `nanovllm.config.check_supported`).
+        attend: the attention backend.
+    """
+
+    def __init__(self, config: PretrainedConfig, attend: Attend) -> None:
+        super().__init__()
+        self.model = Qwen3Model(config, attend)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size)
+        self.is_tied = bool(config.tie_word_embeddings)
+        self.tie_weights()
+
+    def forward(
+        self, input_ids: torch.Tensor, kv_cache: torch.Tensor, context: Context
+    ) -> torch.Tensor:
+        """Final hidden states [tokens, hidden] of one step's tokens.
+
+        Args:
+            input_ids: [tokens], any integer dtype.
+            kv_cache: [2, layers, num_blocks, block_size, num_kv_heads, head_dim], keys and values;
+                those of these tokens are written.
+            context: which token belongs where.
+        """
+        return self.model(input_ids, kv_cache, context)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] -> [rows, vocab]."""
+        return self.lm_head(hidden)
+
+    def tie_weights(self) -> None:
+        """Let the head use the embedding's matrix, if the checkpoint says so."""
+        if self.is_tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def checkpoint_views(self) -> dict[str, torch.Tensor]:
+        """Every tensor a checkpoint must hold, by name, and the memory (views) it is loaded to."""
+        views: dict[str, torch.Tensor] = {}
+        for path, module in self.named_modules():
+            if isinstance(module, PackedLinear):
+                parent = path.rpartition(".")[0]
+                views |= {f"{parent}.{name}": v for name, v in module.checkpoint_views().items()}
+            elif module is not self.lm_head or not self.is_tied:
+                parameters = module.named_parameters(recurse=False)
+                views |= {f"{path}.{name}": parameter.data for name, parameter in parameters}
+        return views

@@ -1,0 +1,90 @@
+"""Weights: safetensors files to parameters, or random ones in their place."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+
+def load_weights(
+    model_dir: Path, views: dict[str, torch.Tensor], ignored: frozenset[str] = frozenset()
+) -> None:
+    """Fill `views`, by tensor name, from every `*.safetensors` of a directory, sharded or not.
+
+    Files are mapped into memory and copied tensor by tensor, so the host never holds a second copy
+    of the model. All names and shapes are checked before the first tensor is copied. Tensors named
+    in `ignored` may be there or not, and are not read.
+
+    Raises:
+        FileNotFoundError: no safetensors file.
+        ValueError: a file that cannot be read, or a tensor that is missing, unexpected, given twice
+            or of the wrong shape; the message names the file and the tensor.
+    """
+    paths = sorted(model_dir.glob("*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(
+            f"{model_dir} has no *.safetensors file; convert the checkpoint to safetensors, or use "
+            "load_format='dummy' for random weights"
+        )
+    plan = _plan(paths, views, ignored)
+    for path, names in plan.items():
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in names:
+                views[name].copy_(file.get_tensor(name))
+
+
+def _plan(
+    paths: list[Path], views: dict[str, torch.Tensor], ignored: frozenset[str]
+) -> dict[Path, list[str]]:
+    """Which tensors to take from which file, everything checked."""
+    plan: dict[Path, list[str]] = {}
+    source: dict[str, Path] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        plan[path] = []
+        for name, shape in shapes.items():
+            if name in ignored or name.endswith("rotary_emb.inv_freq"):
+                continue
+            if name not in views:
+                raise ValueError(f"{path} holds an unexpected tensor {name!r}")
+            if name in source:
+                raise ValueError(f"tensor {name!r} is both in {source[name]} and in {path}")
+            if list(views[name].shape) != list(shape):
+                expected = list(views[name].shape)
+                raise ValueError(
+                    f"tensor {name!r} in {path} has shape {list(shape)}, config.json asks for "
+                    f"{expected}"
+                )
+            source[name] = path
+            plan[path].append(name)
+    missing = [name for name in views if name not in source]
+    if missing:
+        raise ValueError(
+            f"tensor {missing[0]!r} (and {len(missing) - 1} more) is missing from the "
+            f"{len(paths)} safetensors files in {paths[0].parent}"
+        )
+    return plan
+
+
+def fill_with_noise(model: nn.Module, std: float, seed: int) -> None:
+    """Random weights, reproducible: normal with deviation `std`; norms get ones.
+
+    A long pool of numbers is drawn once and copied round and round, which is as good for timing and
+    far faster than drawing billions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.randn(2**22 + 1, generator=generator).mul_(std)  # odd: rows do not repeat
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data.fill_(1.0 if "norm" in name else 0.0)
+            continue
+        pool = pool.to(parameter.device, parameter.dtype)
+        flat = parameter.data.view(-1)
+        for start in range(0, flat.numel(), pool.numel()):
+            piece = flat[start : start + pool.numel()]
+            piece.copy_(pool[: piece.numel()])

@@ -1,0 +1,29 @@
+"""How much memory is there for the KV cache."""
+
+import os
+
+import torch
+
+# Set aside on a GPU: CUDA Graphs, workspaces of libraries, fragmentation.
+GPU_RESERVE = 512 * 2**20
+
+
+def available_host_memory() -> int:
+    """Bytes of main memory that could be taken without swapping; 4 GiB where that is unknown."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:  # macOS, BSD: all memory; half of it is a careful guess
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, OSError, ValueError):
+        return 4 * 2**30
+
+
+def gpu_memory_in_use(device: torch.device) -> int:
+    """Bytes of the GPU's memory that are taken, by whomever."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
