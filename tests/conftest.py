@@ -1,6 +1,7 @@
 """Shared by all tests: where Triton kernels run, and tiny checkpoints to run the engine on."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,3 +16,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint with a tokenizer ("t0 t1 t2 ...") and no end-of-sequence token."""
+    from checkpoints import add_tokenizer, make_checkpoint
+
+    return add_tokenizer(make_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session")
+def tiny_reference(tiny: Path):
+    """Greedy generation with `tiny` through transformers."""
+    from checkpoints import Reference
+
+    return Reference(tiny)
+
+
+@pytest.fixture
+def tiny_copy(tiny: Path, tmp_path: Path) -> Path:
+    """A checkpoint like `tiny`, in a directory whose JSON files a test may change."""
+    from checkpoints import link_checkpoint
+
+    return link_checkpoint(tiny, tmp_path / "model")

@@ -45,16 +45,14 @@ def paged_prefill_torch(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_t
 def paged_decode_torch(q, k_cache, v_cache, context_lens, block_tables, scale):
     """The reference: see `paged_decode_triton`."""
     out = torch.zeros_like(q)
-    num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = k_cache.shape[2]
-    grouped = q.view(num_rows, 1, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(1, 2)
+    num_kv_heads, head_dim = k_cache.shape[2:]
     for row, context_len in enumerate(context_lens.tolist()):
         if context_len:
             k, v = (_gather(cache, block_tables[row], context_len) for cache in (k_cache, v_cache))
             # The heads of a group become queries of their kv head: no copy of keys or values.
-            query = grouped[row].transpose(0, 1).reshape(1, num_kv_heads, -1, head_dim)
+            query = q[row].view(1, num_kv_heads, -1, head_dim)
             attended = F.scaled_dot_product_attention(query, k, v, scale=scale)
-            out[row] = attended.view(num_heads, head_dim)
+            out[row] = attended.reshape(-1, head_dim)
     return out
 
 

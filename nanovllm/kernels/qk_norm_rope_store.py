@@ -108,17 +108,16 @@ def _qk_norm_rope_store_kernel(
             tl.store(v_cache_ptr + target, first, mask=mask)
             tl.store(v_cache_ptr + target + HALF, second, mask=mask)
     else:
-        first, second = first.to(tl.float32), second.to(tl.float32)
-        mean = (tl.sum(first * first, axis=0) + tl.sum(second * second, axis=0)) / (2 * HALF)
-        scale = tl.rsqrt(mean + eps)
+        x, y = first.to(tl.float32), second.to(tl.float32)
+        scale = tl.rsqrt((tl.sum(x * x, axis=0) + tl.sum(y * y, axis=0)) / (2 * HALF) + eps)
         weight_ptr = q_weight_ptr if head < num_heads else k_weight_ptr
-        first *= scale * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        second *= scale * tl.load(weight_ptr + HALF + cols, mask=mask, other=0.0).to(tl.float32)
+        x *= scale * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        y *= scale * tl.load(weight_ptr + HALF + cols, mask=mask, other=0.0).to(tl.float32)
         angle = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * 2 * HALF + cols
         cos = tl.load(angle, mask=mask, other=0.0)
         sin = tl.load(angle + HALF, mask=mask, other=0.0)
-        rotated_first = first * cos - second * sin
-        rotated_second = second * cos + first * sin
+        rotated_first = x * cos - y * sin
+        rotated_second = y * cos + x * sin
         if head < num_heads:
             target = q_out_ptr + (token * num_heads + head) * 2 * HALF + cols
             tl.store(target, rotated_first.to(q_out_ptr.dtype.element_ty), mask=mask)

@@ -18,7 +18,7 @@ def rms_norm(
 ) -> torch.Tensor:
     """RMSNorm over the last dimension of `x` [rows, n], after adding it into `residual` if given.
 
-    `residual` [rows, n] is updated in place. Returns a tensor like `x`. The mean is taken in float32.
+    `residual` [rows, n] is updated in place. Returns a tensor like `x`. The mean is float32.
     """
     if x.is_cuda and HAS_TRITON:
         return rms_norm_triton(x, weight, eps, residual)

@@ -7,7 +7,7 @@ from nanovllm.kernels.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """``forward(x)`` normalises; ``forward(x, residual)`` first adds `x` into `residual`, in place."""
+    """`forward(x)` normalises; `forward(x, residual)` first adds `x` into `residual`, in place."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class PackedLinear(Linear):
         self.parts = parts
 
     def checkpoint_views(self) -> dict[str, torch.Tensor]:
-        """Where each tensor of the checkpoint ("q_proj.weight", ...) goes: views of the parameters."""
+        """Views of the parameters, by the names that their parts have in the checkpoint."""
         views = {}
         for kind, parameter in self.named_parameters():
             pieces = parameter.data.split(list(self.parts.values()))

@@ -43,7 +43,7 @@ def _plan(
     for path in paths:
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
         plan[path] = []

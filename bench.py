@@ -1,0 +1,267 @@
+"""Tokens per second of nanovllm on one workload, and how close that is to the machine's limit.
+
+    python bench.py                                  # random weights in the shape of Qwen3-0.6B
+    python bench.py --model Qwen/Qwen3-0.6B          # real ones
+    python bench.py --shape qwen3-8b --num-requests 64 --json result.json
+
+The floor is the time in which the workload could be done if nothing but the necessary happened:
+bytes that must be read, over the read bandwidth measured here, plus the operations of prefill, over
+the matrix-multiply rate measured here. Bytes: for each decode step the weights, once (the embedding
+is not read whole, the head is), and for each generated token after a request's first the keys and
+values of its context. Operations: two per weight and prompt token, plus causal attention.
+"""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from nanovllm import LLM, SamplingParams, __version__
+
+# hidden, intermediate, layers, heads, tied; all have 8 KV heads of 128, from Qwen's config.json
+SHAPES = {
+    "qwen3-0.6b": (1024, 3072, 28, 16, True),
+    "qwen3-1.7b": (2048, 6144, 28, 16, True),
+    "qwen3-4b": (2560, 9728, 36, 32, True),
+    "qwen3-8b": (4096, 12288, 36, 32, False),
+    "qwen3-14b": (5120, 17408, 40, 40, False),
+    "qwen3-32b": (5120, 25600, 64, 64, False),
+}
+
+
+@dataclass
+class Workload:
+    """Prompts of random token ids, and how many tokens each is to generate."""
+
+    prompts: list[list[int]]
+    output_lens: list[int]
+
+    @classmethod
+    def draw(
+        cls,
+        num_requests: int,
+        input_len: tuple[int, int],
+        output_len: tuple[int, int],
+        vocab_size: int,
+        seed: int,
+        prefix_len: int = 0,
+    ) -> "Workload":
+        """The field's usual workload: lengths uniform in the given ranges, ids up to 10,000."""
+        rng = random.Random(seed)
+        top = min(10000, vocab_size - 1)
+        prompts = [
+            [rng.randint(0, top) for _ in range(rng.randint(*input_len))]
+            for _ in range(num_requests)
+        ]
+        output_lens = [rng.randint(*output_len) for _ in range(num_requests)]
+        prefix = [rng.randint(0, top) for _ in range(prefix_len)]
+        return cls([prefix + prompt for prompt in prompts], output_lens)
+
+    def renewed(self, run: int, vocab_size: int) -> "Workload":
+        """The same lengths with other tokens, so that no run finds its prompts in the cache."""
+        shifted = [[(t + 7919 * run) % vocab_size for t in prompt] for prompt in self.prompts]
+        return Workload(shifted, self.output_lens)
+
+
+def write_shape(shape: str, directory: str) -> None:
+    """A config.json in the shape of a published Qwen3."""
+    hidden, intermediate, layers, heads, tied = SHAPES[shape]
+    config = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "bfloat16",
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 151936, "max_position_embeddings": 40960, "rope_theta": 1000000.0,
+        "tie_word_embeddings": tied, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+        "attention_bias": False, "initializer_range": 0.02, "eos_token_id": 151645,
+    }  # fmt: skip
+    (Path(directory) / "config.json").write_text(json.dumps(config))
+
+
+def measure_machine(device: torch.device) -> tuple[float, float]:
+    """(bytes per second read, bf16 operations per second), each the best of several tries."""
+    on_gpu = device.type == "cuda"
+    data = torch.ones(2**30 if on_gpu else 2**27, dtype=torch.float32, device=device)
+    read_rate = data.nbytes / _best_seconds(data.sum, device)
+    n = 8192 if on_gpu else 1536
+    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return read_rate, 2 * n**3 / _best_seconds(lambda: a @ b, device)
+
+
+def _best_seconds(function: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def floor_seconds(
+    llm: LLM, workload: Workload, read_rate: float, matmul_rate: float
+) -> dict[str, float]:
+    """Least seconds for decode (weights, keys and values) and prefill; see the top of the file."""
+    config, itemsize = llm.config.hf_config, llm.config.torch_dtype.itemsize
+    q_size = config.num_attention_heads * config.head_dim
+    kv_size = config.num_key_value_heads * config.head_dim
+    layer = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
+    layers = config.num_hidden_layers * layer
+    head = config.vocab_size * config.hidden_size
+    kv_bytes = 2 * config.num_hidden_layers * kv_size * itemsize
+
+    lens = [(len(p), o) for p, o in zip(workload.prompts, workload.output_lens)]
+    generated = sum(o - 1 for _, o in lens)
+    steps = max(max(o - 1 for _, o in lens), -(-generated // llm.config.max_num_seqs))
+    # The token at position p attends to p + 1: sum over p from the prompt's end on.
+    contexts = sum((o - 1) * (p + 1) + (o - 1) * (o - 2) // 2 for p, o in lens)
+    prompt_tokens = sum(p for p, _ in lens)
+    pairs = sum(p * (p + 1) // 2 for p, _ in lens)
+    prefill_ops = 2 * layers * prompt_tokens + 4 * config.num_hidden_layers * q_size * pairs
+    return {
+        "weights": steps * (layers + head) * itemsize / read_rate,
+        "keys_and_values": contexts * kv_bytes / read_rate,
+        "prefill": prefill_ops / matmul_rate,
+    }
+
+
+def run(llm: LLM, workload: Workload, temperature: float, use_tqdm: bool) -> dict[str, float]:
+    """Generate once; seconds and tokens of it."""
+    params = [
+        SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True)
+        for n in workload.output_lens
+    ]
+    before = asdict(llm.stats)
+    start = time.perf_counter()
+    outputs = llm.generate(workload.prompts, params, use_tqdm=use_tqdm)
+    seconds = time.perf_counter() - start
+    spent = {name: value - before[name] for name, value in asdict(llm.stats).items()}
+    return {
+        "seconds": seconds,
+        "prompt_tokens": sum(output["num_prompt_tokens"] for output in outputs),
+        "cached_tokens": sum(output["num_cached_tokens"] for output in outputs),
+        "output_tokens": sum(len(output["token_ids"]) for output in outputs),
+        **spent,
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", help="checkpoint directory or hub id, in place of --shape")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b", help="random weights")
+    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
+    parser.add_argument("--num-requests", type=int, help="default: 256 on a GPU, 8 on a CPU")
+    parser.add_argument(
+        "--input-len", type=int, nargs=2, metavar=("MIN", "MAX"), help="default: 100 1024 or 20 200"
+    )
+    parser.add_argument(
+        "--output-len", type=int, nargs=2, metavar=("MIN", "MAX"), help="default: 100 1024 or 16 64"
+    )
+    parser.add_argument("--prefix-len", type=int, default=0, help="tokens that all prompts share")
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--runs", type=int, default=2, help="with other tokens each; the first one warms up"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--no-progress", action="store_true")
+    engine = parser.add_argument_group("engine options")
+    engine.add_argument("--device", default="auto")
+    engine.add_argument("--dtype", default="auto")
+    engine.add_argument("--attention-backend", default="auto")
+    engine.add_argument("--enforce-eager", action="store_true")
+    engine.add_argument("--kvcache-block-size", type=int, default=256)
+    engine.add_argument("--max-model-len", type=int, default=4096)
+    engine.add_argument("--max-num-seqs", type=int, default=512)
+    engine.add_argument("--max-num-batched-tokens", type=int, default=16384)
+    engine.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    names = ("device", "dtype", "attention_backend", "enforce_eager", "kvcache_block_size")
+    names += ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization")
+    options = {name: getattr(args, name) for name in names}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        if args.model is None:
+            write_shape(args.shape, directory)
+        load_format = args.load_format if args.model else "dummy"
+        llm = LLM(args.model or directory, load_format=load_format, seed=args.seed, **options)
+    ready = time.perf_counter() - start
+    device = llm.config.torch_device
+    on_gpu = device.type == "cuda"
+    vocab_size = llm.config.hf_config.vocab_size
+    workload = Workload.draw(
+        args.num_requests or (256 if on_gpu else 8),
+        tuple(args.input_len or ((100, 1024) if on_gpu else (20, 200))),
+        tuple(args.output_len or ((100, 1024) if on_gpu else (16, 64))),
+        vocab_size, args.seed, args.prefix_len,
+    )  # fmt: skip
+
+    name = f"{torch.get_num_threads()} CPU threads"
+    if on_gpu:
+        name = torch.cuda.get_device_name(device)
+    print(f"nanovllm {__version__}, {args.model or args.shape}, {name}, torch {torch.__version__}")
+    print(
+        f"{str(llm.config.torch_dtype).removeprefix('torch.')}, attention: "
+        f"{llm.model_runner.attention_backend}, KV cache: {llm.model_runner.num_kvcache_blocks} "
+        f"blocks of {llm.config.kvcache_block_size}, ready in {ready:.1f} s"
+    )
+    runs = []
+    for index in range(args.runs):
+        runs.append(
+            run(llm, workload.renewed(index, vocab_size), args.temperature, not args.no_progress)
+        )
+        result = runs[-1]
+        print(
+            f"run {index + 1}: {result['prompt_tokens']} prompt tokens "
+            f"({result['cached_tokens']} cached), {result['output_tokens']} generated in "
+            f"{result['seconds']:.2f} s"
+        )
+    counted = runs[1:] or runs
+    result = sorted(counted, key=lambda r: r["seconds"])[len(counted) // 2]
+    seconds = statistics.median(r["seconds"] for r in counted)
+    print(
+        f"generated:  {result['output_tokens'] / seconds:10,.1f} tok/s over all\n"
+        f"prefill:    {result['prefill_tokens'] / max(result['prefill_seconds'], 1e-9):10,.1f} "
+        f"tok/s ({result['prefill_seconds']:.2f} s)\n"
+        f"decode:     {result['decode_tokens'] / max(result['decode_seconds'], 1e-9):10,.1f} "
+        f"tok/s ({result['decode_seconds']:.2f} s)"
+    )
+    llm.close()
+    read_rate, matmul_rate = measure_machine(device)
+    floor = floor_seconds(llm, workload, read_rate, matmul_rate)
+    total = sum(floor.values())
+    print(
+        f"floor:      {total:10.2f} s: weights {floor['weights']:.2f}, keys and values "
+        f"{floor['keys_and_values']:.2f}, prefill {floor['prefill']:.2f}\n"
+        f"            (read {read_rate / 1e9:,.0f} GB/s and {matmul_rate / 1e12:,.2f} TFLOP/s "
+        f"bf16, measured here)\n"
+        f"reached:    {100 * total / seconds:9.0f}% of the floor's speed"
+    )
+    if args.json:
+        report = {
+            "version": __version__, "model": args.model or args.shape, "device": name,
+            "machine": platform.machine(), "torch": torch.__version__, "ready_seconds": ready,
+            "attention_backend": options["attention_backend"], "runs": runs,
+            "tokens_per_second": result["output_tokens"] / seconds,
+            "read_bytes_per_second": read_rate, "matmul_ops_per_second": matmul_rate, "floor_seconds": floor,
+            "options": {k: v for k, v in vars(args).items() if k != "json"},
+        }  # fmt: skip
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,547 @@
+"""Every Triton kernel against its torch twin, and both against float64 written out here.
+
+Without a GPU the kernels run in Triton's interpreter, in float32 and float16 (it gets bfloat16
+wrong). Tests marked `gpu` repeat them at the sizes of a real model, in bfloat16 too.
+"""
+
+import math
+import os
+from itertools import product
+
+import pytest
+import torch
+from kernel_inputs import (
+    PHILOX_VECTORS,
+    PagedBatch,
+    Sizes,
+    normal,
+    paged_batch,
+    philox4x32,
+    poisoned,
+    relative_error,
+    rms_norm_float64,
+)
+
+from nanovllm.kernels import gumbel_sample
+from nanovllm.kernels._triton import tl, triton
+from nanovllm.kernels.gumbel_sample import (
+    TILE,
+    gumbel_noise,
+    gumbel_sample_torch,
+    gumbel_sample_triton,
+)
+from nanovllm.kernels.paged_attention import (
+    CHUNK,
+    paged_decode_torch,
+    paged_decode_triton,
+    paged_prefill_torch,
+    paged_prefill_triton,
+)
+from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_torch, qk_norm_rope_store_triton
+from nanovllm.kernels.rms_norm import rms_norm_torch, rms_norm_triton
+from nanovllm.kernels.silu_and_mul import silu_and_mul_torch, silu_and_mul_triton
+from nanovllm.layers.attention import BACKENDS, select_backend
+from nanovllm.utils.context import Context
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+TOLERANCE = {FP32: 1e-5, FP16: 2e-3, BF16: 1e-2}
+EPS = 1e-6
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="for Triton's interpreter"
+)
+on_cpu = pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+on_gpu = pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel should have written, and did not, is NaN."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+# RMSNorm
+
+
+def check_rms_norm(rms_norm, rows: int, n: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    x = normal(rows, n, dtype=dtype, device=device) * 3
+    weight = normal(n, dtype=dtype, device=device, seed=1)
+    y = rms_norm(x, weight, EPS)
+    assert y.dtype == dtype
+    assert relative_error(y, rms_norm_float64(x, weight, EPS)) < TOLERANCE[dtype]
+
+    residual = normal(rows, n, dtype=dtype, device=device, seed=2)
+    x_before, total = x.clone(), x + residual
+    y = rms_norm(x, weight, EPS, residual)
+    assert torch.equal(residual, total)
+    assert torch.equal(x, x_before)
+    assert relative_error(y, rms_norm_float64(total, weight, EPS)) < TOLERANCE[dtype]
+
+
+@interpreted
+@on_cpu
+@pytest.mark.parametrize("rms_norm", [rms_norm_triton, rms_norm_torch])
+@pytest.mark.parametrize(("rows", "n"), [(1, 64), (7, 1000), (5, 1024), (3, 5120), (2, 37)])
+def test_rms_norm(rms_norm, rows: int, n: int, dtype: torch.dtype) -> None:
+    check_rms_norm(rms_norm, rows, n, dtype)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize(("rows", "n"), [(1, 1024), (333, 1000), (2048, 5120)])
+def test_rms_norm_gpu(rows: int, n: int, dtype: torch.dtype) -> None:
+    check_rms_norm(rms_norm_triton, rows, n, dtype, "cuda")
+
+
+@interpreted
+@pytest.mark.parametrize("rms_norm", [rms_norm_triton, rms_norm_torch])
+def test_rms_norm_of_zeros_is_zero(rms_norm) -> None:
+    y = rms_norm(torch.zeros(2, 64), torch.ones(64), EPS)
+    assert torch.equal(y, torch.zeros(2, 64))
+
+
+# SiLU and mul
+
+
+def check_silu_and_mul(silu_and_mul, rows: int, n: int, dtype, device: str = "cpu") -> None:
+    x = normal(rows, 2 * n, dtype=dtype, device=device) * 4
+    x[0, 0], x[0, 1] = -100.0, 100.0  # where exp overflows, and where it vanishes
+    y = silu_and_mul(x)
+    gate, up = x.double().split(n, dim=1)
+    assert y.dtype == dtype
+    assert relative_error(y, gate * up / (1 + (-gate).exp())) < TOLERANCE[dtype]
+
+
+@interpreted
+@on_cpu
+@pytest.mark.parametrize("silu_and_mul", [silu_and_mul_triton, silu_and_mul_torch])
+@pytest.mark.parametrize(("rows", "n"), [(1, 2), (3, 1000), (2, 1024), (2, 3072)])
+def test_silu_and_mul(silu_and_mul, rows: int, n: int, dtype: torch.dtype) -> None:
+    check_silu_and_mul(silu_and_mul, rows, n, dtype)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize(("rows", "n"), [(1, 3072), (777, 1000), (2048, 9728)])
+def test_silu_and_mul_gpu(rows: int, n: int, dtype: torch.dtype) -> None:
+    check_silu_and_mul(silu_and_mul_triton, rows, n, dtype, "cuda")
+
+
+# QK-norm, RoPE, KV store
+
+
+def check_qk_norm_rope_store(function, tokens: int, sizes: Sizes, dtype, device: str = "cpu"):
+    block_size, num_heads, num_kv_heads, head_dim = sizes
+    num_blocks, max_len = -(-2 * tokens // block_size), 512
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randint(max_len, (tokens,), generator=generator).to(device, torch.int32)
+    slots = torch.randperm(num_blocks * block_size, generator=generator)[:tokens].to(device)
+    slots[::3] = -1
+    exponents = torch.arange(head_dim // 2).double() / (head_dim // 2)
+    angles = torch.outer(torch.arange(max_len).double(), 10000**-exponents).to(device)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1).float()
+
+    all_heads = num_heads + 2 * num_kv_heads
+    qkv = normal(tokens, all_heads * head_dim, dtype=dtype, device=device) * 2
+    q_weight, k_weight = (normal(head_dim, dtype=dtype, device=device, seed=s) for s in (1, 2))
+    cache_shape = (num_blocks, block_size, num_kv_heads, head_dim)
+    k_cache, v_cache = (normal(*cache_shape, dtype=dtype, device=device, seed=s) for s in (3, 4))
+    k_before, v_before, qkv_before = k_cache.clone(), v_cache.clone(), qkv.clone()
+    q_out = function(
+        qkv, q_weight, k_weight, EPS, cos_sin, positions, k_cache, v_cache, slots.int()
+    )
+
+    def normed_and_rotated(heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        first, second = rms_norm_float64(heads, weight, EPS).chunk(2, dim=-1)
+        rotation = torch.polar(torch.ones_like(angles), angles)[positions.long(), None]
+        rotated = torch.complex(first, second) * rotation
+        return torch.cat((rotated.real, rotated.imag), dim=-1)
+
+    heads = qkv.view(tokens, all_heads, head_dim)
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    assert q_out.dtype == dtype
+    assert torch.equal(qkv, qkv_before)
+    assert relative_error(q_out, normed_and_rotated(q, q_weight)) < TOLERANCE[dtype]
+
+    def flat(cache: torch.Tensor) -> torch.Tensor:
+        return cache.view(-1, num_kv_heads, head_dim)
+
+    real = slots >= 0
+    stored = slots[real]
+    k_expected = normed_and_rotated(k, k_weight)[real]
+    assert relative_error(flat(k_cache)[stored], k_expected) < TOLERANCE[dtype]
+    assert torch.equal(flat(v_cache)[stored], v[real])
+    for cache, before in ((k_cache, k_before), (v_cache, v_before)):
+        flat(cache)[stored] = flat(before)[stored]  # what is left must be as it was
+        assert torch.equal(cache, before)
+
+
+@interpreted
+@on_cpu
+@pytest.mark.parametrize("function", [qk_norm_rope_store_triton, qk_norm_rope_store_torch])
+@pytest.mark.parametrize(
+    "sizes", [(16, 2, 2, 32), (48, 4, 2, 64), (16, 4, 1, 96), (64, 8, 1, 128), (256, 6, 2, 128)]
+)
+def test_qk_norm_rope_store(function, sizes: Sizes, dtype: torch.dtype) -> None:
+    check_qk_norm_rope_store(function, 11, sizes, dtype)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("sizes", [(256, 16, 8, 128), (16, 8, 1, 64), (48, 4, 4, 96)])
+def test_qk_norm_rope_store_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
+    check_qk_norm_rope_store(qk_norm_rope_store_triton, 1500, sizes, dtype, "cuda")
+
+
+# Gumbel-max sampling
+
+
+@triton.jit
+def philox_kernel(out_ptr, seed, c0, c1, c2, c3):
+    zeros = tl.zeros([16], tl.uint32)
+    r0, r1, r2, r3 = tl.philox(
+        tl.load(seed), zeros + tl.load(c0).to(tl.uint32), zeros + tl.load(c1).to(tl.uint32),
+        zeros + tl.load(c2).to(tl.uint32), zeros + tl.load(c3).to(tl.uint32),
+    )  # fmt: skip
+    lanes = out_ptr + tl.arange(0, 16)
+    tl.store(lanes, r0.to(tl.int64))
+    tl.store(lanes + 16, r1.to(tl.int64))
+    tl.store(lanes + 32, r2.to(tl.int64))
+    tl.store(lanes + 48, r3.to(tl.int64))
+
+
+def check_philox_kernel(device: str) -> None:
+    for counter, key, expected in PHILOX_VECTORS:
+        out = torch.zeros(4, 16, dtype=torch.int64, device=device)
+        arguments = [as_int64(key[0] + (key[1] << 32)), *counter]
+        philox_kernel[(1,)](out, *(torch.tensor([x], device=device) for x in arguments))
+        assert [tuple(numbers) for numbers in out.T.tolist()] == [expected] * 16
+
+
+def as_int64(unsigned: int) -> int:
+    return unsigned - (unsigned >> 63 << 64)
+
+
+@interpreted
+def test_tritons_philox_gives_the_published_numbers() -> None:
+    check_philox_kernel("cpu")
+
+
+@pytest.mark.gpu
+def test_tritons_philox_gives_the_published_numbers_gpu() -> None:
+    check_philox_kernel("cuda")
+
+
+def test_the_twins_philox_gives_the_published_numbers() -> None:
+    for counter, key, expected in PHILOX_VECTORS:
+        assert philox4x32(counter, key) == expected
+    zero = torch.tensor(0)
+    assert gumbel_sample._philox(zero, zero[None], zero)[:, 0].tolist() == [*PHILOX_VECTORS[0][2]]
+    # The published vectors with other counters than (c0, c1, 0, 0) reach it through `philox4x32`.
+    counters = [0, 1, 2**16, 2**32 - 1]
+    for key, position in product([(0, 0), (7, 0), (2**32 - 1,) * 2], [0, 5, 2**31 - 1]):
+        seed = torch.tensor(as_int64(key[0] + (key[1] << 32)))
+        numbers = gumbel_sample._philox(seed, torch.tensor(counters), torch.tensor(position))
+        expected = [philox4x32((counter, position, 0, 0), key) for counter in counters]
+        assert [tuple(column) for column in numbers.T.tolist()] == expected
+
+
+def test_noise_is_a_gumbel_number_for_every_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    edges = [0, 1, 2, 3, 127, 128, 2**23, 2**24 + 1, 4294967, 4294968, 2**31]
+    spread = torch.arange(0, 2**32, 2**32 // (TILE - len(edges)))[: TILE - len(edges)]
+    bits = torch.cat((torch.tensor(edges), spread))
+    monkeypatch.setattr(gumbel_sample, "_philox", lambda *_: bits.view(4, -1))
+    noise = gumbel_noise(torch.tensor(0), torch.tensor(0), TILE).double()
+    u = (bits.double() + 0.5) / 2**32
+    torch.testing.assert_close(noise, -(-(-u).log1p()).log(), atol=5e-5, rtol=1e-6)
+    # The highest numbers round to u = 1: they may lose the draw, never win it.
+    highest = torch.full((4, TILE // 4), 2**32 - 1)
+    monkeypatch.setattr(gumbel_sample, "_philox", lambda *_: highest)
+    assert gumbel_noise(torch.tensor(0), torch.tensor(0), TILE).max() < -2.8
+
+
+def test_noise_has_the_moments_and_the_shape_of_a_gumbel_distribution() -> None:
+    n = 50 * TILE
+    noise = gumbel_noise(torch.tensor(1234), torch.tensor(17), n).double()
+    variance = math.pi**2 / 6
+    assert abs(noise.mean() - 0.577216) < 4 * math.sqrt(variance / n)
+    assert abs(noise.var() - variance) < 4 * variance * math.sqrt(4.4 / n)  # kurtosis 5.4
+    steps = torch.exp(-torch.exp(-noise.sort().values))  # uniform, by the distribution function
+    distance = (steps - (torch.arange(n) + 0.5) / n).abs().max()
+    assert distance < 1.95 / math.sqrt(n)  # Kolmogorov-Smirnov, one in a thousand
+
+
+def test_noise_of_other_seeds_positions_and_tokens_is_independent() -> None:
+    n = 8 * TILE
+    seeds_and_positions = [(5, 3), (5, 4), (6, 3), (4, 3), (3, 5), (5 + 2**32, 3), (-5, 3)]
+    uniform = torch.stack([
+        torch.exp(-torch.exp(-gumbel_noise(torch.tensor(seed), torch.tensor(position), n).double()))
+        for seed, position in seeds_and_positions
+    ])  # fmt: skip
+    correlations = torch.corrcoef(uniform) - torch.eye(len(seeds_and_positions))
+    assert correlations.abs().max() < 4.5 / math.sqrt(n)
+    streams = torch.corrcoef(uniform[0].view(-1, 4, TILE // 4).transpose(0, 1).flatten(1))
+    assert (streams - torch.eye(4)).abs().max() < 4.5 / math.sqrt(n / 4)
+    neighbours = torch.corrcoef(torch.stack((uniform[0, 1:], uniform[0, :-1])))[0, 1]
+    assert abs(neighbours) < 4.5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampled_frequencies_are_the_softmax(temperature: float) -> None:
+    # A few possible tokens, from all four streams of both tiles.
+    possible = torch.tensor([0, 1, 900, 1024, 2047, 2500, 3071, 4095, 4096, 4100])
+    logits = torch.full((1, TILE + 5), float("-inf"))
+    logits[0, possible] = normal(len(possible), dtype=FP32, seed=4)
+    pairs = list(product([*range(20), *range(2**40, 2**40 + 20)], range(100, 150)))
+    seeds, positions = torch.tensor(pairs).unbind(1)
+    out = torch.zeros(len(pairs), dtype=torch.int64)
+    temperatures = torch.full((len(pairs),), temperature)
+    gumbel_sample_torch(logits.expand(len(pairs), -1), temperatures, seeds, positions.int(), out)
+    expected = (logits[0, possible].double() / temperature).softmax(0) * len(pairs)
+    counts = (out[:, None] == possible).sum(0)
+    assert counts.sum() == len(pairs)
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((len(possible) - 1) / 2, dtype=torch.float64)
+    assert torch.special.gammaincc(freedom, chi_squared / 2) > 1e-3
+
+
+def tied_logits(rows: int, vocab: int, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    return (normal(rows, vocab, dtype=FP32, seed=vocab) * 2).round().to(dtype).to(device)
+
+
+def lowest_of_the_best(logits: torch.Tensor) -> torch.Tensor:
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    best = logits == logits.max(dim=1, keepdim=True).values
+    return torch.where(best, ids, logits.shape[1]).min(dim=1).values
+
+
+SEEDS = [0, 1, 2**31, 2**32 + 1, -1, -(2**63), 2**63 - 1, 12345678901234]
+
+
+def sample(function, logits: torch.Tensor, temperatures: list[float], positions: list[int]):
+    """One token a row; row `i` has seed SEEDS[i % 8]."""
+    rows, device = len(logits), logits.device
+    out = torch.full((rows,), -1, dtype=torch.int64, device=device)
+    seeds = torch.tensor(SEEDS, device=device).repeat(-(-rows // len(SEEDS)))[:rows]
+    function(
+        logits, torch.tensor(temperatures, device=device), seeds,
+        torch.tensor(positions, dtype=torch.int32, device=device), out,
+    )  # fmt: skip
+    return out
+
+
+@interpreted
+@on_cpu
+@pytest.mark.parametrize("function", [gumbel_sample_triton, gumbel_sample_torch])
+@pytest.mark.parametrize("vocab", [1, 5, TILE, TILE + 1, 3 * TILE + 1500])
+def test_greedy_takes_the_lowest_of_the_best(function, vocab: int, dtype: torch.dtype) -> None:
+    logits = tied_logits(6, vocab, dtype)
+    logits[5] = float("-inf")
+    logits[5, -1] = -3.0
+    tokens = sample(function, logits, [0.0] * 6, [7] * 6)
+    assert tokens.tolist() == lowest_of_the_best(logits).tolist()
+
+
+@interpreted
+@on_cpu
+@pytest.mark.parametrize("vocab", [1, 5, TILE, TILE + 1, 3 * TILE + 1500])
+def test_sampled_tokens_are_the_twins(vocab: int, dtype: torch.dtype) -> None:
+    logits = normal(16, vocab, dtype=dtype)
+    logits[8:] = 0.0  # here the noise alone decides
+    temperatures = [0.0, 0.3, 1.0, 2.0, 1.0, 0.0, 10.0, 1.0] + [1.0] * 8
+    positions = [*range(8), *(10**6, 2**31 - 1, 0, 3, 3, 3, 4, 5)]
+    tokens = sample(gumbel_sample_triton, logits, temperatures, positions)
+    assert tokens.tolist() == sample(gumbel_sample_torch, logits, temperatures, positions).tolist()
+    greedy = lowest_of_the_best(logits)
+    assert tokens[0] == greedy[0] and tokens[5] == greedy[5]
+
+
+def test_a_token_depends_on_its_own_row_only() -> None:
+    logits = normal(4, 5000, dtype=FP32)
+    together = sample(gumbel_sample_torch, logits, [1.0, 0.0, 0.7, 2.0], [1, 2, 3, 4])
+    out = torch.zeros(1, dtype=torch.int64)
+    gumbel_sample_torch(
+        logits[2:3], torch.tensor([0.7]), torch.tensor(SEEDS[2:3]), torch.tensor([3]), out
+    )
+    assert out[0] == together[2]
+
+
+@pytest.mark.gpu
+def test_sampled_tokens_are_the_twins_gpu() -> None:
+    rows, vocab = 2000, 151936
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(rows, vocab, generator=generator, device="cuda").mul_(3)
+    temperatures = [(0.0, 0.6, 1.0, 2.0)[row % 4] for row in range(rows)]
+    positions = [(row * 37) % 40960 for row in range(rows)]
+    tokens = sample(gumbel_sample_triton, logits, temperatures, positions)
+    expected = sample(gumbel_sample_torch, logits, temperatures, positions)
+    assert (tokens[::4] == lowest_of_the_best(logits[::4])).all()
+    # Logarithms may differ in the last bit, and once in a great while decide.
+    assert (tokens != expected).sum() < rows / 1000
+
+
+@pytest.mark.gpu
+def test_greedy_takes_the_lowest_of_the_best_gpu() -> None:
+    logits = tied_logits(64, 151936, BF16, "cuda")
+    tokens = sample(gumbel_sample_triton, logits, [0.0] * 64, [0] * 64)
+    assert torch.equal(tokens, lowest_of_the_best(logits))
+
+
+# Paged attention
+
+
+def prefill(function, batch: PagedBatch) -> torch.Tensor:
+    longest = (batch.max_seqlen_q,) if function is paged_prefill_triton else ()
+    return function(
+        batch.q, batch.k_cache, batch.v_cache, batch.cu_seqlens_q, batch.context_lens,
+        batch.block_tables, batch.scale, *longest,
+    )  # fmt: skip
+
+
+def decode(function, batch: PagedBatch, max_context_len: int | None = None) -> torch.Tensor:
+    longest = (max_context_len or batch.max_context_len,) if function is paged_decode_triton else ()
+    return function(
+        batch.q, batch.k_cache, batch.v_cache, batch.context_lens, batch.block_tables, batch.scale,
+        *longest,
+    )  # fmt: skip
+
+
+# (new tokens, tokens cached before them) of each sequence, then the sizes
+PREFILLS = [
+    ([(1, 0), (5, 0), (16, 0), (3, 12)], (16, 2, 2, 32)),
+    ([(17, 0), (1, 40), (33, 15), (20, 64)], (16, 4, 2, 64)),
+    ([(48, 0), (49, 48), (1, 0), (30, 70)], (48, 4, 1, 96)),
+    ([(65, 0), (130, 0), (1, 200), (70, 63)], (64, 2, 1, 64)),
+    ([(10, 0), (257, 0), (3, 254), (80, 256)], (256, 2, 1, 128)),
+    ([(20, 300)], (256, 8, 1, 32)),
+]
+
+
+@interpreted
+@on_cpu
+@pytest.mark.parametrize("function", [paged_prefill_triton, paged_prefill_torch])
+@pytest.mark.parametrize(("rows", "sizes"), PREFILLS)
+def test_paged_prefill(function, rows, sizes: Sizes, dtype: torch.dtype) -> None:
+    batch = paged_batch([new for new, _ in rows], [sum(row) for row in rows], sizes, dtype)
+    out = prefill(function, batch)
+    assert out.dtype == dtype
+    assert relative_error(out, batch.expected()) < TOLERANCE[dtype]
+
+
+DECODES = [
+    ([1, 0, 15, 16, 17, 33], (16, 2, 2, 32)),
+    ([CHUNK + 1, 0, CHUNK - 1, CHUNK, 2 * CHUNK + 30], (48, 4, 2, 64)),
+    ([1, 63, 64, 65, 2 * CHUNK, 2 * CHUNK + 1], (64, 4, 1, 96)),
+    ([255, 256, 257, CHUNK, CHUNK + 1, 0], (256, 8, 1, 128)),
+    ([0, 600], (16, 17, 1, 32)),
+]
+
+
+@interpreted
+@on_cpu
+@pytest.mark.parametrize("function", [paged_decode_triton, paged_decode_torch])
+@pytest.mark.parametrize(("context_lens", "sizes"), DECODES)
+def test_paged_decode(function, context_lens, sizes: Sizes, dtype: torch.dtype) -> None:
+    batch = paged_batch([1] * len(context_lens), context_lens, sizes, dtype)
+    out = decode(function, batch)
+    assert out.dtype == dtype
+    assert relative_error(out, batch.expected()) < TOLERANCE[dtype]
+    assert not out[batch.context_lens == 0].any()
+    # A graph is captured for contexts longer than any that it meets.
+    assert torch.equal(decode(function, batch, max_context_len=3000), out)
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(3))
+def test_paged_attention_of_random_batches(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def below(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    group, num_kv_heads = (1, 2, 4, 8)[below(4)], 1 + below(2)
+    sizes = ((16, 48, 64, 256)[below(4)], group * num_kv_heads, num_kv_heads, (32, 64)[below(2)])
+    rows = [(1 + below(50), below(2) * below(200)) for _ in range(3)]
+    batch = paged_batch(
+        [new for new, _ in rows], [sum(row) for row in rows], sizes, FP32, seed=seed
+    )
+    assert relative_error(prefill(paged_prefill_triton, batch), batch.expected()) < TOLERANCE[FP32]
+    batch = paged_batch([1] * 3, [below(700) for _ in range(3)], sizes, FP32, seed=seed)
+    assert relative_error(decode(paged_decode_triton, batch), batch.expected()) < TOLERANCE[FP32]
+
+
+GPU_SIZES = [
+    ((256, 16, 8, 128), BF16),
+    ((16, 8, 1, 64), BF16),
+    ((64, 16, 8, 128), FP16),
+    ((48, 4, 4, 96), FP16),
+    ((256, 16, 4, 128), FP32),
+    ((16, 4, 2, 64), FP32),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("sizes", "dtype"), GPU_SIZES)
+def test_paged_prefill_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
+    short = [(1, 0), (2, 700), (16, 15), (1, 32767)]
+    longer = [(64, 0), (33, 31), (50, 4000)]
+    longest = [(128, 0), (129, 127), (1, 255), (700, 0), (1000, 1049), (1500, 500), (300, 32468)]
+    for rows in (short, short + longer, short + longer + longest):
+        batch = paged_batch(
+            [new for new, _ in rows], [sum(row) for row in rows], sizes, dtype, "cuda"
+        )
+        out = prefill(paged_prefill_triton, batch)
+        assert relative_error(out, batch.expected()) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("sizes", "dtype"), GPU_SIZES)
+def test_paged_decode_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
+    borders = [border + step for border in (16, 64, 256, CHUNK, 4 * CHUNK) for step in (-1, 0, 1)]
+    context_lens = [1, 0, *borders, 0, 1000, 4097, 32768, 31999]
+    batch = paged_batch([1] * len(context_lens), context_lens, sizes, dtype, "cuda")
+    out = decode(paged_decode_triton, batch)
+    assert relative_error(out, batch.expected()) < TOLERANCE[dtype]
+    assert not out[batch.context_lens == 0].any()
+    # Whoever shares the batch, and however long a context a graph was captured for.
+    assert torch.equal(decode(paged_decode_triton, batch, max_context_len=40960), out)
+    few = paged_batch([1] * 4, context_lens[:4], sizes, dtype, "cuda")
+    few.q, few.k_cache, few.v_cache = batch.q[:4].contiguous(), batch.k_cache, batch.v_cache
+    few.block_tables = batch.block_tables[:4].contiguous()
+    assert torch.equal(decode(paged_decode_triton, few), out[:4])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_flash_attn_and_triton_agree_gpu(head_dim: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("flash_attn")
+    device = torch.device("cuda")
+    assert select_backend("flash-attn", device, dtype, head_dim, 256) == "flash-attn"
+    rows = [(300, 0), (1, 0), (70, 256), (5, 5000), (129, 512)]
+    for is_prefill, query_lens in ((True, [new for new, _ in rows]), (False, [1] * len(rows))):
+        # What lies in unwritten slots is for our own kernels to ignore: no NaN for flash-attn.
+        batch = paged_batch(
+            query_lens,
+            [sum(row) for row in rows],
+            (256, 16, 8, head_dim),
+            dtype,
+            "cuda",
+            filler=0.0,
+        )
+        context = Context(
+            cos_sin=torch.zeros(0, device=device),
+            is_prefill=is_prefill,
+            positions=torch.zeros(0, dtype=torch.int32, device=device),
+            slot_mapping=torch.zeros(0, dtype=torch.int32, device=device),
+            context_lens=batch.context_lens,
+            block_tables=batch.block_tables,
+            cu_seqlens_q=batch.cu_seqlens_q,
+            max_seqlen_q=batch.max_seqlen_q,
+            max_context_len=batch.max_context_len,
+        )
+        expected = batch.expected()
+        for backend in ("flash-attn", "triton", "torch"):
+            out = BACKENDS[backend](batch.q, batch.k_cache, batch.v_cache, context, batch.scale)
+            assert relative_error(out, expected) < TOLERANCE[dtype], backend
