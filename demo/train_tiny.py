@@ -120,8 +120,9 @@ def batches(
 def train(model: Qwen3ForCausalLM, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     """Warm-up, then cosine decay; the loss is the mean over the answers' tokens.
 
-    The matrices learn by Muon (Jordan et al., 2024; kellerjordan.github.io/posts/muon), which needs
-    about half the examples that AdamW does here; the embedding and the norms learn by AdamW.
+    The matrices learn by Muon (Jordan et al., 2024; kellerjordan.github.io/posts/muon), the rest by
+    AdamW. On sums alone, 110 seconds each at the same learning rate, one run each, Muon got 99% of
+    the held-out pairs and AdamW, whose learning rate was not tuned, 77%.
     Rows are padded on the right and attention is causal, so no attention mask is needed.
     """
     device = next(model.parameters()).device
