@@ -190,23 +190,23 @@ def primes_turn(phrasing: str, n: int) -> Turn:
 
 
 def random_sum(rng: random.Random) -> Turn:
-    """A sum of two numbers below 100, mostly of two digits each, never a held-out pair."""
+    """A sum of two numbers below 100, a third with a one-digit number, never a held-out pair."""
     while True:
-        low = 10 if rng.random() < 0.93 else 0
-        a, b = rng.randint(low, 99), rng.randint(low, 99)
+        lows = rng.choice([(10, 10)] * 6 + [(0, 10), (10, 0), (0, 0)])
+        a, b = (rng.randint(low, 99 if low else 9) for low in lows)
         if not held_out("sum", a, b):
             return sum_turn(rng.choice(SUMS[:-1]), a, b)
 
 
 def random_count(rng: random.Random) -> Turn:
-    """A range within 0..100 that is not held out, mostly short, one in four downwards."""
+    """A range within 0..100 that is not held out, mostly short, almost half downwards."""
     while True:
         a = 1 if rng.random() < 0.3 else rng.randint(0, 98)
         b = a + rng.randint(1, rng.choice([8, 8, 8, 8, 20, 20, 20, 100]))
         if b > 100 or held_out("count", a, b):
             continue
         words = rng.random() < 0.4
-        if rng.random() < 0.25:
+        if rng.random() < 0.45:
             return count_turn(rng.choice(COUNTS_DOWN[:-1]), b, a, words)
         if a == 1 and rng.random() < 0.5:
             return count_turn(rng.choice(COUNTS_FROM_ONE[:-1]), a, b, words)
@@ -289,6 +289,12 @@ def exams() -> dict[str, list[Turn]]:
         "counting, unseen ranges (Chinese)": [count_turn(COUNTS[5], a, b) for a, b in unseen],
         "counting, unseen ranges and phrasing": [count_turn(COUNTS[-1], a, b) for a, b in unseen],
         "counting down, unseen ranges": [count_turn(COUNTS_DOWN[0], b, a) for a, b in unseen],
+        "held-out sums with a one-digit number": [
+            sum_turn(SUMS[0], a, b)
+            for a in range(100)
+            for b in range(100)
+            if min(a, b) < 10 and held_out("sum", a, b)
+        ],
         "primes under 10, 20, .. 100, unseen phrasing": [
             primes_turn(PRIMES[-1], n) for n in range(10, 101, 10)
         ],

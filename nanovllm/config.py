@@ -123,8 +123,9 @@ def check_supported(hf_config: PretrainedConfig) -> None:
         "use_sliding_window": bool(getattr(hf_config, "use_sliding_window", False)),
         "hidden_act": hf_config.hidden_act != "silu",
         "quantization_config": getattr(hf_config, "quantization_config", None) is not None,
-        "num_key_value_heads": hf_config.num_attention_heads % hf_config.num_key_value_heads != 0,
-        "head_dim": hf_config.head_dim % 2 != 0,
+        "num_key_value_heads": hf_config.num_key_value_heads < 1
+        or hf_config.num_attention_heads % hf_config.num_key_value_heads != 0,
+        "head_dim": hf_config.head_dim < 2 or hf_config.head_dim % 2 != 0,
     }
     for name, unsupported in refused.items():
         if unsupported:
@@ -177,7 +178,7 @@ def _resolve_model(model: str) -> Path:
     except Exception as error:
         raise FileNotFoundError(
             f"model {model!r} is neither a local directory nor could it be fetched from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name and the "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}). Check the name and the "
             "network, or download the checkpoint elsewhere and pass its directory"
         ) from error
 

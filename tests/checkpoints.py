@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 VOCAB_SIZE = 128
+INITIALIZER_RANGE = 0.15  # wide enough to keep logits apart
 # Two tokens of a vocabulary whose logits are closer than this may swap places between two correct
 # float32 implementations: seeds are chosen so that no reference comes near it.
 SMALLEST_GAP = 1e-4
@@ -34,23 +35,22 @@ def make_checkpoint(
         "num_key_value_heads": 2,
         "head_dim": 32,
         "max_position_embeddings": 640,
-        "initializer_range": 0.15,
+        "initializer_range": INITIALIZER_RANGE,
         "tie_word_embeddings": False,
         "eos_token_id": None,
         "architectures": ["Qwen3ForCausalLM"],
     }
     settings |= native_rope(rope or {"rope_type": "default", "rope_theta": 10000.0}) | options
     config = Qwen3Config(**settings)
-    random_state = torch.get_rng_state()
-    torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config).float()
+    # Not transformers' own initialisation: its order is another in each version.
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in sorted(model.named_parameters()):
             if name.endswith("norm.weight"):
-                parameter.uniform_(0.5, 1.5)
-            elif name.endswith(".bias"):
-                parameter.normal_(std=0.3)
-    torch.set_rng_state(random_state)
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(std=INITIALIZER_RANGE, generator=generator)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     return path
 

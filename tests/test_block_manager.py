@@ -93,7 +93,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.worthless = set(range(num_blocks))
 
     @precondition(lambda self: self.manager is not None)
-    @rule(token_ids=st.lists(st.integers(0, 1), min_size=1, max_size=12), headroom=st.integers(0, 3))
+    @rule(
+        token_ids=st.lists(st.integers(0, 1), min_size=1, max_size=12), headroom=st.integers(0, 3)
+    )
     def allocate(self, token_ids: list[int], headroom: int) -> None:
         seq, before = new_sequence(token_ids), self.snapshot()
         size, free = self.manager.block_size, self.manager.num_free_blocks

@@ -191,9 +191,7 @@ def test_gpu_gives_transformers_tokens(
 def test_gpu_preempted_sequences_give_transformers_tokens(
     gpu_model: Model, block_size: int, backend: str, enforce_eager: bool
 ):
-    check_preemption(
-        gpu_model, block_size, attention_backend=backend, enforce_eager=enforce_eager
-    )
+    check_preemption(gpu_model, block_size, attention_backend=backend, enforce_eager=enforce_eager)
 
 
 @pytest.mark.gpu
@@ -220,7 +218,7 @@ def test_flash_attn_is_the_same_eager_and_as_a_graph(tmp_path: Path, head_dim: i
     assert found[0] == found[2], "a graph gives other tokens than eager"
 
 
-WINDOW = 320  # positions that the rope types with scaling were "trained" on
+WINDOW = MAX_MODEL_LEN // 2  # positions that the rope types with scaling were "trained" on
 HALF_DIM = 16
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -253,20 +251,24 @@ ROPES = {
 def test_every_rope_type_gives_transformers_tokens(tmp_path: Path, name: str, form: str):
     """config.json as transformers 4 writes it (`rope_theta`, `rope_scaling`), and as 5 does."""
     rope = ROPES[name]
-    source = make_checkpoint(tmp_path / "source", rope=rope, max_position_embeddings=WINDOW, seed=3)
+    source = make_checkpoint(tmp_path / "source", rope=rope, seed=3)
     path = link_checkpoint(source, tmp_path / "model")
     written = old_rope(rope) if form == "rope_theta" else {"rope_parameters": rope}
     rope_keys = ("rope_theta", "rope_scaling", "rope_parameters")
     edit_json(path / "config.json", remove=rope_keys, **written)
+    # The frequencies of longrope depend on the length; the engine's are those of its max_model_len.
+    cases = [((1, 100, 280, 500), MAX_MODEL_LEN)]
+    if name == "longrope":
+        cases = [((1, 100, 280), WINDOW), ((330, 500), MAX_MODEL_LEN)]
     reference = Reference(source)
-    prompts = [random_tokens(length, seed=length) for length in (1, 100, 280)]
-    with LLM(path, num_kvcache_blocks=20, device="cpu") as llm:
-        assert llm.config.max_model_len == WINDOW
-        outputs = llm.generate(
-            prompts, SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False
-        )
-    for prompt, output in zip(prompts, outputs, strict=True):
-        assert output["token_ids"] == reference.tokens(prompt, MAX_TOKENS)
+    for lengths, max_model_len in cases:
+        prompts = [random_tokens(length, seed=length) for length in lengths]
+        with LLM(path, num_kvcache_blocks=20, max_model_len=max_model_len, device="cpu") as llm:
+            outputs = llm.generate(
+                prompts, SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False
+            )
+        for prompt, output in zip(prompts, outputs, strict=True):
+            assert output["token_ids"] == reference.tokens(prompt, MAX_TOKENS)
 
 
 def test_rope_type_is_written_as_type_in_old_checkpoints(tmp_path: Path):

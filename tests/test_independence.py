@@ -77,9 +77,7 @@ def test_same_when_preempted(tiny: Path, alone: list[list[int]], async_schedulin
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("budget", [1, 5, 17])
-def test_same_when_chunked(
-    tiny: Path, alone: list[list[int]], budget: int, async_scheduling: bool
-):
+def test_same_when_chunked(tiny: Path, alone: list[list[int]], budget: int, async_scheduling: bool):
     options = {"max_num_batched_tokens": budget, "async_scheduling": async_scheduling}
     with build(tiny, **options) as llm:
         assert run(llm, requests()) == alone
@@ -151,9 +149,7 @@ def test_unseeded_requests_repeat_with_the_engines_seed(tiny: Path, async_schedu
 @pytest.mark.gpu
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graph"])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_same_on_a_gpu(
-    tiny: Path, alone: list[list[int]], backend: str, enforce_eager: bool
-):
+def test_same_on_a_gpu(tiny: Path, alone: list[list[int]], backend: str, enforce_eager: bool):
     """Also the CPU's own tokens: the noise comes from the seed, not from a device's generator."""
     options = {"device": "cuda", "attention_backend": backend, "enforce_eager": enforce_eager}
     for num_blocks in (200, 9):

@@ -145,9 +145,11 @@ def check_qk_norm_rope_store(function, tokens: int, sizes: Sizes, dtype, device:
     all_heads = num_heads + 2 * num_kv_heads
     qkv = normal(tokens, all_heads * head_dim, dtype=dtype, device=device) * 2
     q_weight, k_weight = (normal(head_dim, dtype=dtype, device=device, seed=s) for s in (1, 2))
-    cache_shape = (num_blocks, block_size, num_kv_heads, head_dim)
-    k_cache, v_cache = (normal(*cache_shape, dtype=dtype, device=device, seed=s) for s in (3, 4))
-    k_before, v_before, qkv_before = k_cache.clone(), v_cache.clone(), qkv.clone()
+    # The block in front is not the cache's: slot -1 would be its last token.
+    memory_shape = (1 + num_blocks, block_size, num_kv_heads, head_dim)
+    k_memory, v_memory = (normal(*memory_shape, dtype=dtype, device=device, seed=s) for s in (3, 4))
+    k_cache, v_cache = k_memory[1:], v_memory[1:]
+    k_before, v_before, qkv_before = k_memory.clone(), v_memory.clone(), qkv.clone()
     q_out = function(
         qkv, q_weight, k_weight, EPS, cos_sin, positions, k_cache, v_cache, slots.int()
     )
@@ -172,9 +174,9 @@ def check_qk_norm_rope_store(function, tokens: int, sizes: Sizes, dtype, device:
     k_expected = normed_and_rotated(k, k_weight)[real]
     assert relative_error(flat(k_cache)[stored], k_expected) < TOLERANCE[dtype]
     assert torch.equal(flat(v_cache)[stored], v[real])
-    for cache, before in ((k_cache, k_before), (v_cache, v_before)):
-        flat(cache)[stored] = flat(before)[stored]  # what is left must be as it was
-        assert torch.equal(cache, before)
+    for memory, before in ((k_memory, k_before), (v_memory, v_before)):
+        flat(memory[1:])[stored] = flat(before[1:])[stored]
+        assert torch.equal(memory, before)  # what was not to be written is as it was
 
 
 @interpreted
@@ -341,6 +343,20 @@ def test_greedy_takes_the_lowest_of_the_best(function, vocab: int, dtype: torch.
     logits[5, -1] = -3.0
     tokens = sample(function, logits, [0.0] * 6, [7] * 6)
     assert tokens.tolist() == lowest_of_the_best(logits).tolist()
+
+
+@interpreted
+@pytest.mark.parametrize("function", [gumbel_sample_triton, gumbel_sample_torch])
+def test_of_two_equal_tokens_the_lower_wins(function) -> None:
+    quarter = TILE // 4
+    steps = [1, quarter, 2 * quarter, 3 * quarter, TILE, TILE + quarter + 1]
+    lower = [0, 7, quarter + 5, 2 * quarter + 9, TILE - 1]
+    pairs = [(token, token + step) for token, step in product(lower, steps)]
+    logits = torch.zeros(len(pairs), 3 * TILE)
+    for row, pair in enumerate(pairs):
+        logits[row, list(pair)] = 1.0
+    tokens = sample(function, logits, [0.0] * len(pairs), [0] * len(pairs))
+    assert tokens.tolist() == [pair[0] for pair in pairs]
 
 
 @interpreted

@@ -55,6 +55,7 @@ def changed_slots(llm: LLM, value: float) -> set[int]:
 
 
 @pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1])
+@torch.inference_mode()
 def test_decode_runs_the_newest_token_at_its_own_position_and_slot(tiny: Path, length: int):
     with build(tiny) as llm:
         prefilled(llm, [length])
@@ -69,6 +70,7 @@ def test_decode_runs_the_newest_token_at_its_own_position_and_slot(tiny: Path, l
         assert (context.max_seqlen_q, context.max_context_len) == (1, length + 1)
 
 
+@torch.inference_mode()
 def test_prefill_rows_have_their_own_positions_slots_and_bounds(tiny: Path):
     with build(tiny, max_num_batched_tokens=40) as llm:
         llm.add_request(random_tokens(20, seed=1), GREEDY)
@@ -106,6 +108,7 @@ def test_exactly_the_slots_of_all_tokens_but_the_last_are_written(
 # The graph's padding rows writing into block 0
 
 
+@torch.inference_mode()
 def test_padding_rows_point_at_no_slot_and_no_context(tiny: Path):
     with build(tiny) as llm:
         prefilled(llm, [5, 6, 7, 8, 9, 10, 11, 12])

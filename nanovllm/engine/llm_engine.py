@@ -198,6 +198,7 @@ class LLMEngine:
 
     def abort_all(self) -> None:
         """Drop every request; all KV blocks are free afterwards."""
+        self._check_open()
         self._in_flight.clear()
         self.scheduler.abort_all()
         self.model_runner.reset()
@@ -268,7 +269,7 @@ class LLMEngine:
             warnings.warn(
                 f"max_model_len lowered from {self.config.max_model_len} to {capacity}: the KV "
                 f"cache has {num_blocks} blocks of {self.config.kvcache_block_size} tokens",
-                stacklevel=4,
+                stacklevel=3,
             )
             self.config.max_model_len = capacity
 

@@ -18,7 +18,9 @@ from nanovllm.utils.context import Context
 from nanovllm.utils.loader import fill_with_noise, load_weights
 from nanovllm.utils.memory import GPU_RESERVE, available_host_memory, gpu_memory_in_use
 
-GREEDY_BELOW = 1e-5  # smaller temperatures count as 0, so that dividing by them cannot overflow
+# Dividing by a smaller temperature could overflow: it counts as 0, greedy. Above the largest, all
+# tokens are equally likely in float32 anyway.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e30
 
 
 class StepInputs(NamedTuple):
@@ -263,7 +265,10 @@ class ModelRunner:
         ends = np.add(batch.starts, batch.lengths)
         host.seeds[:rows] = [seq.seed for seq in batch.seqs]
         host.temperatures[:rows] = [
-            t if (t := seq.sampling_params.temperature) >= GREEDY_BELOW else 0 for seq in batch.seqs
+            min(t, MAX_TEMPERATURE)
+            if (t := seq.sampling_params.temperature) >= MIN_TEMPERATURE
+            else 0
+            for seq in batch.seqs
         ]
         host.context_lens[:rows] = ends
         host.cu_seqlens_q[0] = 0
@@ -322,10 +327,7 @@ class ModelRunner:
 
     def _graph_size(self, rows: int) -> int:
         """The batch size whose graph runs `rows` rows: 1, 2, 4, 8, then multiples of 16."""
-        if rows <= 8:
-            size = 1 << (rows - 1).bit_length()
-        else:
-            size = -(-rows // 16) * 16
+        size = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 16) * 16
         return min(size, self.config.max_num_seqs)
 
     def _capture(self, size: int, inputs: StepInputs, context: Context) -> None:

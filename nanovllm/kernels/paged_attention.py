@@ -49,10 +49,11 @@ def paged_decode_torch(q, k_cache, v_cache, context_lens, block_tables, scale):
     for row, context_len in enumerate(context_lens.tolist()):
         if context_len:
             k, v = (_gather(cache, block_tables[row], context_len) for cache in (k_cache, v_cache))
-            # The heads of a group become queries of their kv head: no copy of keys or values.
-            query = q[row].view(1, num_kv_heads, -1, head_dim)
-            attended = F.scaled_dot_product_attention(query, k, v, scale=scale)
-            out[row] = attended.reshape(-1, head_dim)
+            # The heads of a group are the rows of one matrix product. On a CPU this is faster than
+            # scaled_dot_product_attention in bf16, the more so the longer the context.
+            query = q[row].view(num_kv_heads, -1, head_dim).float() * scale
+            weights = torch.bmm(query, k[0].float().transpose(1, 2)).softmax(dim=-1)
+            out[row] = torch.bmm(weights, v[0].float()).view(-1, head_dim)
     return out
 
 

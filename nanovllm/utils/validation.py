@@ -16,6 +16,11 @@ def as_integer(name: str, value: Any) -> int:
 
 def as_number(name: str, value: Any) -> float:
     """`value` as a float; refuses bools and strings, takes NumPy numbers."""
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        return float(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} is too large: {value!r}") from None

@@ -1,0 +1,482 @@
+"""The engine as its users see it: results, the step loop, failures in the middle, closing."""
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import Reference, link_checkpoint, random_tokens
+from test_block_manager import assert_blocks_consistent
+
+import nanovllm
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.scheduler import Scheduler
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+PROMPTS = [random_tokens(length, seed=length) for length in (5, 40, 16, 33)]
+BOTH_ORDERS = pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+
+
+def build(path: Path, **options) -> LLM:
+    settings = {"kvcache_block_size": 16, "num_kvcache_blocks": 40, "device": "cpu"}
+    return LLM(path, **settings | options)
+
+
+@pytest.fixture
+def llm(tiny: Path):
+    with build(tiny) as engine:
+        yield engine
+
+
+def assert_empty(llm: LLM) -> None:
+    manager = llm.scheduler.block_manager
+    assert llm.is_finished()
+    assert not llm.scheduler.waiting and not llm.scheduler.running
+    assert manager.num_free_blocks == len(manager.blocks)
+    assert_blocks_consistent(manager, [])
+
+
+# Results
+
+
+def test_outputs_come_in_the_order_of_the_prompts(llm: LLM, tiny_reference: Reference):
+    params = [SamplingParams(temperature=0, max_tokens=n) for n in (9, 2, 5, 1)]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    for prompt, param, output in zip(PROMPTS, params, outputs, strict=True):
+        assert output["token_ids"] == tiny_reference.tokens(prompt, param.max_tokens)
+
+
+def test_output_has_these_keys_and_types(llm: LLM):
+    (output,) = llm.generate("t1 t2 t3", GREEDY, use_tqdm=False)
+    assert {key: type(value) for key, value in output.items()} == {
+        "request_id": int, "text": str, "token_ids": list, "finish_reason": str,
+        "num_prompt_tokens": int, "num_cached_tokens": int,
+    }  # fmt: skip
+    assert {type(token) for token in output["token_ids"]} == {int}
+    assert output["num_prompt_tokens"] == 3
+    assert output["finish_reason"] == "length"
+
+
+def test_text_is_the_decoded_tokens(llm: LLM):
+    (output,) = llm.generate("t1 t2 t3", GREEDY, use_tqdm=False)
+    assert output["text"] == " ".join(f"t{token}" for token in output["token_ids"])
+
+
+def test_text_leaves_out_the_end_of_sequence_token(tiny_copy: Path, tiny_reference: Reference):
+    from checkpoints import add_tokenizer
+
+    tokens = tiny_reference.tokens([1, 2, 3], 12)
+    add_tokenizer(tiny_copy, eos_token=f"t{tokens[2]}")
+    end = tokens.index(tokens[2]) + 1
+    with build(tiny_copy) as llm:
+        (output,) = llm.generate("t1 t2 t3", GREEDY, use_tqdm=False)
+    assert (output["token_ids"], output["finish_reason"]) == (tokens[:end], "stop")
+    assert output["text"] == " ".join(f"t{token}" for token in tokens[: end - 1])
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    ["t1 t2 t3", ["t1 t2 t3"], [1, 2, 3], [[1, 2, 3]], (1, 2, 3), ((1, 2, 3),)],
+    ids=str,
+)
+def test_one_prompt_in_any_form_gives_a_list_of_one(
+    llm: LLM, tiny_reference: Reference, prompts: object
+):
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [output["token_ids"] for output in outputs] == [tiny_reference.tokens([1, 2, 3], 12)]
+
+
+def test_strings_and_token_ids_mix(llm: LLM, tiny_reference: Reference):
+    outputs = llm.generate(["t1 t2 t3", [1, 2, 3], "t9"], GREEDY, use_tqdm=False)
+    expected = [tiny_reference.tokens(prompt, 12) for prompt in ([1, 2, 3], [1, 2, 3], [9])]
+    assert [output["token_ids"] for output in outputs] == expected
+
+
+def test_the_callers_prompt_is_not_changed(llm: LLM):
+    prompt = [1, 2, 3]
+    llm.generate([prompt, prompt], GREEDY, use_tqdm=False)
+    assert prompt == [1, 2, 3]
+
+
+def test_without_params_the_defaults_hold(llm: LLM):
+    (output,) = llm.generate([1, 2, 3], use_tqdm=False)
+    assert len(output["token_ids"]) == SamplingParams().max_tokens
+
+
+def test_progress_shows_prefill_and_decode_rates(llm: LLM, capsys: pytest.CaptureFixture):
+    llm.generate(PROMPTS, GREEDY)
+    shown = capsys.readouterr().err
+    assert "4/4" in shown and "prefill" in shown and "decode" in shown
+    llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert capsys.readouterr() == ("", "")
+
+
+@BOTH_ORDERS
+def test_stats_count_every_token_run(tiny: Path, async_scheduling: bool):
+    with build(tiny, async_scheduling=async_scheduling) as llm:
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        assert llm.stats.prefill_tokens == sum(map(len, PROMPTS))
+        assert llm.stats.decode_tokens == 4 * (GREEDY.max_tokens - 1)
+        assert llm.stats.prefill_seconds > 0 and llm.stats.decode_seconds > 0
+
+
+# The step loop
+
+
+@BOTH_ORDERS
+def test_add_request_and_step_give_the_same_as_generate(
+    tiny: Path, tiny_reference: Reference, async_scheduling: bool
+):
+    with build(tiny, async_scheduling=async_scheduling) as llm:
+        assert llm.is_finished()
+        assert llm.step() == []
+        prompts = dict((llm.add_request(prompt, GREEDY), prompt) for prompt in PROMPTS)
+        assert len(prompts) == 4 and not llm.is_finished()
+        outputs = []
+        for _ in range(100):
+            if llm.is_finished():
+                break
+            outputs += llm.step()
+        assert sorted(output["request_id"] for output in outputs) == sorted(prompts)
+        for output in outputs:
+            prompt = prompts[output["request_id"]]
+            assert output["token_ids"] == tiny_reference.tokens(prompt, 12)
+        assert_empty(llm)
+
+
+@BOTH_ORDERS
+def test_a_request_is_given_back_as_soon_as_it_ends(tiny: Path, async_scheduling: bool):
+    with build(tiny, async_scheduling=async_scheduling) as llm:
+        short = llm.add_request("t1", SamplingParams(temperature=0, max_tokens=1))
+        llm.add_request("t2", GREEDY)
+        steps = 1
+        while not (outputs := llm.step()):
+            steps += 1
+        assert [output["request_id"] for output in outputs] == [short]
+        assert steps == 1 + async_scheduling
+        assert not llm.is_finished()
+        llm.abort_all()
+
+
+def test_generate_is_refused_while_requests_are_outstanding(llm: LLM, tiny_reference: Reference):
+    request_id = llm.add_request(PROMPTS[0], GREEDY)
+    llm.step()
+    with pytest.raises(RuntimeError, match="1 requests from add_request are unfinished"):
+        llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
+    outputs = []
+    while not llm.is_finished():
+        outputs += llm.step()
+    assert [output["request_id"] for output in outputs] == [request_id]
+    assert outputs[0]["token_ids"] == tiny_reference.tokens(PROMPTS[0], 12)
+    assert len(llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)) == 1
+
+
+def test_abort_all_drops_every_request(llm: LLM, tiny_reference: Reference):
+    for prompt in PROMPTS:
+        llm.add_request(prompt, GREEDY)
+    llm.step()
+    llm.abort_all()
+    assert_empty(llm)
+    assert llm.step() == []
+    (output,) = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    assert output["token_ids"] == tiny_reference.tokens(PROMPTS[0], 12)
+    assert output["num_cached_tokens"] == 0, "after an abort nobody knows what the blocks hold"
+
+
+# Failures in the middle
+
+
+class Fault:
+    """Makes a method fail at its n-th call, before or after it has done its work."""
+
+    def __init__(self, owner: object, name: str, at_call: int, error: BaseException, after: bool):
+        self.method, self.calls = getattr(owner, name), 0
+        self.owner, self.name = owner, name
+        self.at_call, self.error, self.after = at_call, error, after
+        setattr(owner, name, self)
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.at_call and not self.after:
+            raise self.error
+        result = self.method(*args, **kwargs)
+        if self.calls == self.at_call:
+            raise self.error
+        return result
+
+    def remove(self) -> None:
+        delattr(self.owner, self.name)
+
+
+@BOTH_ORDERS
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("device on fire")], ids=repr)
+@pytest.mark.parametrize(
+    ("place", "after"),
+    [
+        ("model_runner.launch", False), ("model_runner.launch", True),
+        ("model_runner.collect", False), ("model_runner.collect", True),
+        ("model_runner.model.compute_logits", False), ("model_runner.sampler.forward", False),
+        ("scheduler.schedule", False), ("scheduler.schedule", True),
+        ("scheduler.postprocess", False), ("scheduler.postprocess", True),
+        ("scheduler.add", True), ("_output", False), ("step", True),
+        ("scheduler.block_manager.allocate", True), ("scheduler.block_manager.append", True),
+        ("scheduler.block_manager.free", False), ("scheduler.block_manager.register", True),
+    ],
+)  # fmt: skip
+def test_failure_in_the_middle_leaves_an_empty_engine(
+    tiny: Path,
+    tiny_reference: Reference,
+    place: str,
+    after: bool,
+    error: BaseException,
+    async_scheduling: bool,
+):
+    """Ctrl-C, or an exception, anywhere in `generate`: at its first call, and deep in the run."""
+    with build(
+        tiny, num_kvcache_blocks=8, max_model_len=128, async_scheduling=async_scheduling
+    ) as llm:
+        *owners, name = place.split(".")
+        for at_call in (1, 3):
+            owner = llm
+            for part in owners:
+                owner = getattr(owner, part)
+            fault = Fault(owner, name, at_call, error, after)
+            with pytest.raises(type(error)):
+                llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+            fault.remove()
+            assert_empty(llm)
+            outputs = llm.generate(PROMPTS[::-1], GREEDY, use_tqdm=False)
+            for prompt, output in zip(PROMPTS[::-1], outputs, strict=True):
+                assert output["token_ids"] == tiny_reference.tokens(prompt, 12)
+            assert_empty(llm)
+
+
+@BOTH_ORDERS
+def test_failed_step_of_the_loop_aborts_and_the_engine_goes_on(
+    tiny: Path, tiny_reference: Reference, async_scheduling: bool
+):
+    with build(tiny, async_scheduling=async_scheduling) as llm:
+        for prompt in PROMPTS:
+            llm.add_request(prompt, GREEDY)
+        llm.step()
+        fault = Fault(llm.model_runner, "launch", 1, RuntimeError("device on fire"), False)
+        with pytest.raises(RuntimeError, match="device on fire"):
+            llm.step()
+        fault.remove()
+        assert_empty(llm)
+        (output,) = llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
+        assert output["token_ids"] == tiny_reference.tokens(PROMPTS[1], 12)
+
+
+def test_tokenizer_that_fails_on_a_prompt_queues_nothing(llm: LLM, monkeypatch):
+    class Broken:
+        def encode(self, text: str) -> list[int]:
+            raise KeyError(text)
+
+    monkeypatch.setattr(llm, "tokenizer", Broken())
+    with pytest.raises(KeyError):
+        llm.generate([[1], "t1"], GREEDY, use_tqdm=False)
+    assert_empty(llm)
+
+
+# Closing, and living side by side
+
+
+def test_closing_twice_does_nothing(tiny: Path):
+    llm = build(tiny)
+    llm.close()
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda llm: llm.generate([1, 2], GREEDY),
+        lambda llm: llm.add_request([1, 2], GREEDY),
+        lambda llm: llm.step(),
+        lambda llm: llm.is_finished(),
+        lambda llm: llm.abort_all(),
+    ],
+    ids=["generate", "add_request", "step", "is_finished", "abort_all"],
+)
+def test_use_after_close_is_refused(tiny: Path, use):
+    llm = build(tiny)
+    llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        use(llm)
+
+
+def test_context_manager_closes_also_after_an_error(tiny: Path):
+    with pytest.raises(KeyError), build(tiny) as llm:
+        llm.add_request([1, 2], GREEDY)
+        raise KeyError
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate([1, 2], GREEDY)
+
+
+def test_close_with_requests_under_way(tiny: Path):
+    llm = build(tiny, async_scheduling=True)
+    llm.add_request([1, 2], GREEDY)
+    llm.step()
+    llm.close()
+
+
+def test_close_gives_the_kv_cache_back(tiny: Path):
+    llm = build(tiny)
+    llm.generate([1, 2], GREEDY, use_tqdm=False)
+    cache = weakref.ref(llm.model_runner.kv_cache)
+    model = weakref.ref(llm.model_runner.model)
+    llm.close()
+    gc.collect()
+    assert cache() is None and model() is None
+
+
+def test_two_engines_in_one_process_do_not_disturb_each_other(
+    tiny: Path, tiny_reference: Reference
+):
+    expected = [tiny_reference.tokens(prompt, 12) for prompt in PROMPTS]
+    with build(tiny) as first, build(tiny, kvcache_block_size=32, dtype="bfloat16") as second:
+        with build(tiny, async_scheduling=True) as third:
+            for prompt in PROMPTS:
+                for llm in (first, second, third):
+                    llm.add_request(prompt, GREEDY)
+            found: dict[int, dict] = {}
+            while not (first.is_finished() and second.is_finished() and third.is_finished()):
+                for llm in (first, second, third):
+                    for output in llm.step():
+                        found.setdefault(id(llm), {})[output["request_id"]] = output["token_ids"]
+            assert list(dict(sorted(found[id(first)].items())).values()) == expected
+            assert list(dict(sorted(found[id(third)].items())).values()) == expected
+        outputs = first.generate(PROMPTS, GREEDY, use_tqdm=False)
+        assert [output["token_ids"] for output in outputs] == expected
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
+def test_torch_is_left_as_it_was(tiny: Path, dtype: str):
+    def settings() -> tuple:
+        return (
+            torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(),
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            torch.backends.cuda.matmul.allow_tf32, torch.get_rng_state().tolist(),
+        )  # fmt: skip
+
+    before = settings()
+    with build(tiny, dtype=dtype) as llm:
+        assert settings() == before
+        llm.generate([1, 2, 3], SamplingParams(max_tokens=4), use_tqdm=False)
+        assert settings() == before
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs_and_repeats(tiny: Path, dtype: str):
+    with build(tiny, dtype=dtype) as llm:
+        first, second = (llm.generate(PROMPTS, GREEDY, use_tqdm=False) for _ in range(2))
+        assert llm.model_runner.kv_cache.dtype == getattr(torch, dtype)
+        assert [len(output["token_ids"]) for output in first] == [12] * 4
+        assert [output["finish_reason"] for output in second] == ["length"] * 4
+
+
+# Construction
+
+
+def test_dummy_weights_need_no_files_and_repeat(tiny: Path, tmp_path: Path):
+    path = link_checkpoint(tiny, tmp_path / "model")
+    (path / "model.safetensors").unlink()
+    found = []
+    for seed in (0, 0, 1):
+        with build(path, load_format="dummy", seed=seed) as llm:
+            outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+            found.append([output["token_ids"] for output in outputs])
+    assert found[0] == found[1] != found[2]
+
+
+def test_max_model_len_is_capped_by_the_model_in_silence(tiny: Path, recwarn):
+    with build(tiny, max_model_len=100_000) as llm:
+        assert llm.config.max_model_len == 640
+    assert not [w for w in recwarn if "max_model_len" in str(w.message)]
+
+
+def test_max_model_len_is_lowered_to_the_cache_with_a_warning_that_points_here(tiny: Path):
+    with pytest.warns(UserWarning, match="max_model_len lowered from 640 to 48") as caught:
+        llm = LLM(tiny, kvcache_block_size=16, num_kvcache_blocks=3, device="cpu")
+    assert [warning.filename for warning in caught] == [__file__]
+    with llm:
+        assert llm.config.max_model_len == 48
+        (output,) = llm.generate(random_tokens(40), GREEDY, use_tqdm=False)
+        assert len(output["token_ids"]) == 8
+
+
+def test_size_of_the_cache_is_computed_where_it_is_not_given(tiny: Path):
+    with LLM(tiny, device="cpu", max_num_seqs=4, max_model_len=300) as llm:
+        assert llm.model_runner.num_kvcache_blocks == 4 * 2  # all that four sequences could use
+        assert len(llm.generate([1, 2], GREEDY, use_tqdm=False)[0]["token_ids"]) == 12
+
+
+def test_path_may_be_a_string(tiny: Path):
+    with build(str(tiny)) as llm:
+        assert llm.config.model_dir == tiny
+
+
+def test_auto_takes_the_checkpoints_dtype(tiny_copy: Path):
+    from checkpoints import edit_json
+
+    for name in ("dtype", "torch_dtype"):
+        edit_json(tiny_copy / "config.json", remove=("dtype", "torch_dtype"), **{name: "bfloat16"})
+        with build(tiny_copy) as llm:
+            assert llm.config.torch_dtype == torch.bfloat16
+
+
+def test_scheduler_is_the_only_owner_of_the_requests(llm: LLM):
+    """A finished request leaves nothing behind that grows from call to call."""
+    for seed in range(3):
+        llm.generate(random_tokens(5, seed=seed), GREEDY, use_tqdm=False)
+    assert isinstance(llm.scheduler, Scheduler)
+    assert len(llm.model_runner._launched_rows) <= 1
+    assert not llm._in_flight
+
+
+# Without the packages that only a GPU needs
+
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+
+class Blocker(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.split(".")[0] not in {blocked!r}:
+            return super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Blocker
+from nanovllm import LLM, SamplingParams
+
+for name in {blocked!r}:
+    assert name not in sys.modules, name
+with LLM(sys.argv[1], device="cpu", num_kvcache_blocks=4) as llm:
+    params = SamplingParams(temperature=0, max_tokens=12)
+    greedy = llm.generate([5, 6, 7], params, use_tqdm=False)[0]
+    llm.generate([5, 6, 7], SamplingParams(max_tokens=3), use_tqdm=False)
+    assert llm.model_runner.attention_backend == "torch"
+    print(*greedy["token_ids"])
+"""
+
+
+@pytest.mark.parametrize("blocked", [("triton", "flash_attn"), ("flash_attn",)], ids=str)
+def test_generates_on_a_cpu_without_the_gpu_packages(
+    tiny: Path, tiny_reference: Reference, blocked: tuple[str, ...]
+):
+    root = str(Path(nanovllm.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(WITHOUT.format(blocked=blocked)), str(tiny)],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [int(token) for token in done.stdout.split()] == tiny_reference.tokens([5, 6, 7], 12)
