@@ -257,7 +257,8 @@ def main() -> None:
             "machine": platform.machine(), "torch": torch.__version__, "ready_seconds": ready,
             "attention_backend": options["attention_backend"], "runs": runs,
             "tokens_per_second": result["output_tokens"] / seconds,
-            "read_bytes_per_second": read_rate, "matmul_ops_per_second": matmul_rate, "floor_seconds": floor,
+            "read_bytes_per_second": read_rate, "matmul_ops_per_second": matmul_rate,
+            "floor_seconds": floor,
             "options": {k: v for k, v in vars(args).items() if k != "json"},
         }  # fmt: skip
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")

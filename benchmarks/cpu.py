@@ -1,4 +1,4 @@
-"""nanovllm beside transformers' `generate` on a CPU: random bf16 weights in the shape of Qwen3-0.6B.
+"""nanovllm beside transformers' `generate` on a CPU: Qwen3-0.6B's shape, random bf16 weights.
 
     python -m benchmarks.cpu [--runs 3] [--threads N]
 

@@ -1,5 +1,6 @@
 """Shared by all tests: where Triton kernels run, and tiny checkpoints to run the engine on."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # each LLM.close() collects garbage: not among all that was imported
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

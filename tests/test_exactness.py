@@ -23,7 +23,7 @@ MAX_MODEL_LEN = 640
 LENGTHS = (1, 255, 256, 257, 512, 513, MAX_MODEL_LEN - 1)
 
 MODELS = {
-    "tied-mha": {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    "tied-mha": {"seed": 1, "tie_word_embeddings": True, "num_key_value_heads": 4},
     "bias-gqa2-dim64-sharded": {
         "attention_bias": True, "head_dim": 64, "max_shard_size": "100KB",
     },

@@ -100,7 +100,9 @@ class ModelRunner:
         self.num_kvcache_blocks = config.num_kvcache_blocks or self._fitting_blocks(in_use_before)
         self.kv_cache = self._allocate_kv_cache(self.num_kvcache_blocks)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._graph_pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
+        if self.use_graphs:  # one of each: every new stream would bring a cuBLAS workspace
+            self._graph_pool = torch.cuda.graph_pool_handle()
+            self._capture_stream = torch.cuda.Stream(self.device)
         self._launched_rows: dict[int, int] = {}  # seq_id -> row of the last launch
 
     @torch.inference_mode()
@@ -146,6 +148,7 @@ class ModelRunner:
         del self._host_inputs, self._host_tokens, self._device_inputs
         gc.collect()
         if self.on_gpu:
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
 
     def _load_model(self) -> Qwen3ForCausalLM:
@@ -335,8 +338,7 @@ class ModelRunner:
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph would collect garbage and empty the allocator's cache each time.
         torch.cuda.synchronize(self.device)
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self._capture_stream):
             graph.capture_begin(self._graph_pool)
             self._run(inputs, context)
             graph.capture_end()

@@ -83,7 +83,7 @@ def gumbel_sample_triton(logits, temperatures, seeds, positions, out) -> None:
     best_token = torch.empty(rows, num_tiles, dtype=torch.int32, device=logits.device)
     _best_of_tile_kernel[(rows, num_tiles)](
         logits, temperatures, seeds, positions, best, best_token, vocab_size, num_tiles,
-        TILE=TILE, num_warps=4,
+        TILE=TILE, num_warps=8,
     )  # fmt: skip
     _best_of_row_kernel[(rows,)](
         best, best_token, out, num_tiles, BLOCK=triton.next_power_of_2(num_tiles), num_warps=1

@@ -102,9 +102,9 @@ def paged_prefill_triton(
         scale * 1.4426950408889634, block_tables.stride(0), block_size,
         num_heads, num_kv_heads, head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=block_m,
-        BLOCK_N=_tile_tokens(block_size, 64 if wide else 32),
+        BLOCK_N=_tile_tokens(block_size, 64 if wide else 16),
         PRECISION="tf32" if wide else "ieee",
-        num_warps=8 if block_m == 128 else 4, num_stages=3 if wide else 1,
+        num_warps=8 if block_m == (128 if wide else 64) else 4, num_stages=3 if wide else 1,
     )  # fmt: skip
     return out
 
@@ -146,11 +146,12 @@ def paged_decode_triton(
         num_kv_heads, head_dim,
         GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
         BLOCK_N=_tile_tokens(block_size, 64), CHUNK=CHUNK,
-        PRECISION="tf32" if wide else "ieee", num_warps=4, num_stages=3 if wide else 1,
+        PRECISION="tf32" if wide else "ieee", num_warps=4 if wide else 8,
+        num_stages=3 if wide else 1,
     )  # fmt: skip
     _combine_kernel[(rows, num_heads)](
         partial, stats[0], stats[1], out, context_lens, chunks, head_dim,
-        BLOCK_S=triton.next_power_of_2(chunks), BLOCK_D=block_d, CHUNK=CHUNK, num_warps=2,
+        BLOCK_S=16, BLOCK_D=block_d, CHUNK=CHUNK, num_warps=2,
     )  # fmt: skip
     return out
 
@@ -177,7 +178,8 @@ def _attend(q, k_tile, v_tile, valid, best, total, acc, scale_log2, PRECISION: t
 @triton.jit
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, context_lens_ptr, block_tables_ptr,
-    scale_log2, table_stride, block_size, num_heads, num_kv_heads, head_dim,
+    scale_log2, table_stride, block_size: tl.constexpr, num_heads: tl.constexpr,
+    num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     seq, head = tl.program_id(2), tl.program_id(1)
@@ -220,7 +222,8 @@ def _prefill_kernel(
 @triton.jit
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, partial_ptr, best_ptr, total_ptr, context_lens_ptr, block_tables_ptr,
-    scale_log2, table_stride, block_size, num_kv_heads, head_dim,
+    scale_log2, table_stride, block_size: tl.constexpr, num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -271,16 +274,24 @@ def _combine_kernel(
     row = tl.program_id(0)
     head = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     dims = tl.arange(0, BLOCK_D)
-    chunk = tl.arange(0, BLOCK_S)
     num_chunks = tl.cdiv(tl.load(context_lens_ptr + row), CHUNK)
-    mask = chunk < num_chunks
-    best = tl.load(best_ptr + head * max_chunks + chunk, mask=mask, other=float("-inf"))
-    weight = tl.where(mask, tl.exp2(best - tl.max(best, axis=0)), 0.0)
-    total = tl.load(total_ptr + head * max_chunks + chunk, mask=mask, other=0.0)
-    total = tl.maximum(tl.sum(total * weight, axis=0), 1e-30)
-    cells = (head * max_chunks + chunk)[:, None] * head_dim + dims[None, :]
-    cell_mask = mask[:, None] & (dims < head_dim)[None, :]
-    partial = tl.load(partial_ptr + cells, mask=cell_mask, other=0.0)
-    out = tl.sum(partial * weight[:, None], axis=0) / total
-    out = out.to(out_ptr.dtype.element_ty)
+    best = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, num_chunks, BLOCK_S):
+        chunk = start + tl.arange(0, BLOCK_S)
+        mask = chunk < num_chunks
+        slot = head * max_chunks + chunk
+        chunk_best = tl.load(best_ptr + slot, mask=mask, other=float("-inf"))
+        chunk_total = tl.load(total_ptr + slot, mask=mask, other=0.0)
+        cell_mask = mask[:, None] & (dims < head_dim)[None, :]
+        cells = slot[:, None] * head_dim + dims[None, :]
+        partial = tl.load(partial_ptr + cells, mask=cell_mask, other=0.0)
+        new_best = tl.maximum(best, tl.max(chunk_best, axis=0))
+        weight = tl.exp2(chunk_best - new_best)
+        shrink = tl.exp2(best - new_best)
+        total = total * shrink + tl.sum(chunk_total * weight, axis=0)
+        acc = acc * shrink + tl.sum(partial * weight[:, None], axis=0)
+        best = new_best
+    out = (acc / tl.maximum(total, 1e-30)).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + head * head_dim + dims, out, mask=dims < head_dim)
