@@ -52,11 +52,11 @@ def qk_norm_rope_store_torch(
     num_kv_heads, head_dim = k_cache.shape[-2:]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     num_heads = heads.shape[1] - 2 * num_kv_heads
-    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    q = F.rms_norm(q.float(), q_weight.shape, q_weight.float(), eps)
-    k = F.rms_norm(k.float(), k_weight.shape, k_weight.float(), eps)
+    qk, v = heads.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
+    weight = torch.cat((q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)))
+    qk = F.rms_norm(qk.float(), (head_dim,), eps=eps).mul_(weight)
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-    q, k = (_rotate(x, cos, sin).to(qkv.dtype) for x in (q, k))
+    q, k = _rotate(qk, cos, sin).to(qkv.dtype).split([num_heads, num_kv_heads], dim=1)
     slots = slot_mapping.long()
     if (slots < 0).any():
         k, v, slots = k[slots >= 0], v[slots >= 0], slots[slots >= 0]
