@@ -1,5 +1,7 @@
 """Rotary position embedding: the table of cosines and sines, in every form transformers knows."""
 
+import copy
+
 import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -23,6 +25,9 @@ def rope_cos_sin(config: PretrainedConfig, max_len: int, device: torch.device) -
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
         inv_freq, scaling = 1.0 / theta**exponents, 1.0
     elif rope_type in ROPE_INIT_FUNCTIONS:
+        if "default" in ROPE_INIT_FUNCTIONS:  # transformers 4 looks for its own names
+            config = copy.copy(config)
+            config.rope_scaling, config.rope_theta = parameters, theta
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](
             config, torch.device("cpu"), seq_len=max_len
         )
