@@ -1,11 +1,12 @@
 """The block manager against an independent account of what each block holds."""
 
+from collections.abc import Callable
 from unittest.mock import patch
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nanovllm.engine import block_manager as block_manager_module
 from nanovllm.engine.block_manager import BlockManager, hash_block
@@ -61,42 +62,33 @@ class BlockManagerMachine(RuleBasedStateMachine):
     what the machine saw handed out; `freed_at` and `worthless` order the free blocks.
     """
 
-    hash_range: int | None = None
+    hash_block = staticmethod(hash_block)
 
     def __init__(self) -> None:
         super().__init__()
-        self.patcher = None
-        if self.hash_range is not None:
-            size = self.hash_range
-
-            def colliding(prefix_hash: int, token_ids: list[int]) -> int:
-                return hash_block(prefix_hash, token_ids) % size
-
-            self.patcher = patch.object(block_manager_module, "hash_block", colliding)
-            self.patcher.start()
+        self.patcher = patch.object(block_manager_module, "hash_block", self.hash_block)
+        self.patcher.start()
         self.live: list[Sequence] = []
-        self.manager: BlockManager | None = None
         self.contents: dict[int, tuple[int, ...]] = {}
         self.clock = 0
         self.freed_at: dict[int, int] = {}
         self.worthless: set[int] = set()
 
     def teardown(self) -> None:
-        if self.patcher is not None:
-            self.patcher.stop()
+        self.patcher.stop()
 
-    @precondition(lambda self: self.manager is None)
-    @rule(num_blocks=st.integers(1, 8), block_size=st.integers(1, 3))
+    @initialize(num_blocks=st.integers(2, 8), block_size=st.integers(1, 3))
     def build(self, num_blocks: int, block_size: int) -> None:
         self.manager = BlockManager(num_blocks, block_size)
         self.freed_at = dict.fromkeys(range(num_blocks), 0)
         self.worthless = set(range(num_blocks))
 
-    @precondition(lambda self: self.manager is not None)
     @rule(
-        token_ids=st.lists(st.integers(0, 1), min_size=1, max_size=12), headroom=st.integers(0, 3)
+        token_ids=st.lists(st.integers(0, 1), min_size=1, max_size=12),
+        headroom=st.sampled_from([0, 0, 0, 1, 3]),
+        prefill=st.booleans(),
     )
-    def allocate(self, token_ids: list[int], headroom: int) -> None:
+    def allocate(self, token_ids: list[int], headroom: int, prefill: bool) -> None:
         seq, before = new_sequence(token_ids), self.snapshot()
         size, free = self.manager.block_size, self.manager.num_free_blocks
         if not self.manager.allocate(seq, headroom):
@@ -116,6 +108,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self.worthless.discard(block_id)
         self.handed_out(seq.block_table[num_cached:])
         self.live.append(seq)
+        if prefill:
+            compute(self.manager, seq, len(token_ids) - seq.num_computed_tokens)
+            self.note_contents(seq)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -124,7 +119,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         missing = len(seq.token_ids) - seq.num_computed_tokens
         if missing:
             compute(self.manager, seq, data.draw(st.integers(1, missing)))
-            self.note_contents(seq, seq.num_computed_tokens)
+            self.note_contents(seq)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), token_id=st.integers(0, 1))
@@ -146,7 +141,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         seq.num_computed_tokens += 1
         if seq.num_computed_tokens % self.manager.block_size == 0:
             self.manager.register(seq, seq.num_computed_tokens)
-            self.note_contents(seq, seq.num_computed_tokens)
+            self.note_contents(seq)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -164,7 +159,6 @@ class BlockManagerMachine(RuleBasedStateMachine):
                 else:
                     self.worthless.add(block_id)
 
-    @precondition(lambda self: self.manager is not None)
     @rule()
     def reset(self) -> None:
         for seq in self.live:
@@ -178,14 +172,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     @invariant()
     def blocks_are_consistent(self) -> None:
-        if self.manager is not None:
-            assert_blocks_consistent(self.manager, self.live)
-            assert set(self.freed_at) == set(self.manager.free_blocks)
+        assert_blocks_consistent(self.manager, self.live)
+        assert set(self.freed_at) == set(self.manager.free_blocks)
 
     @invariant()
     def hashes_lead_to_exactly_their_tokens(self) -> None:
-        if self.manager is None:
-            return
         size = self.manager.block_size
         for key, block in self.manager.block_of_hash.items():
             content = self.contents[block.block_id]
@@ -219,9 +210,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self.worthless.discard(block_id)
             self.contents.pop(block_id, None)
 
-    def note_contents(self, seq: Sequence, num_tokens: int) -> None:
+    def note_contents(self, seq: Sequence) -> None:
         size = self.manager.block_size
-        for index, block_id in enumerate(seq.block_table[: num_tokens // size]):
+        for index, block_id in enumerate(seq.block_table[: seq.num_computed_tokens // size]):
             content = tuple(seq.token_ids[: (index + 1) * size])
             assert self.contents.setdefault(block_id, content) == content
 
@@ -234,26 +225,53 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
 
 class CollidingMachine(BlockManagerMachine):
-    """The same with three hash values in all: whatever is found is found by collision."""
+    """The same with three hash values in all."""
 
-    hash_range = 3
+    @staticmethod
+    def hash_block(prefix_hash: int, token_ids: list[int]) -> int:
+        return hash_block(prefix_hash, token_ids) % 3
 
 
-class OneHashMachine(BlockManagerMachine):
-    """The same with one hash value for everything, the root's."""
+class PrefixBlindMachine(BlockManagerMachine):
+    """The same with a hash of a block's own tokens: other prefixes collide, other tokens do not."""
 
-    hash_range = 1
+    @staticmethod
+    def hash_block(prefix_hash: int, token_ids: list[int]) -> int:
+        return hash_block(0, token_ids)
 
 
 MACHINE_SETTINGS = settings(
-    max_examples=120, stateful_step_count=40, deadline=None, derandomize=True
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    report_multiple_bugs=False,
 )
 TestBlockManager = BlockManagerMachine.TestCase
 TestBlockManager.settings = MACHINE_SETTINGS
 TestCollidingHashes = CollidingMachine.TestCase
 TestCollidingHashes.settings = MACHINE_SETTINGS
-TestOneHash = OneHashMachine.TestCase
-TestOneHash.settings = settings(MACHINE_SETTINGS, max_examples=40)
+TestPrefixBlindHashes = PrefixBlindMachine.TestCase
+TestPrefixBlindHashes.settings = MACHINE_SETTINGS
+
+
+HASHES = {
+    "one for all": lambda prefix_hash, tokens: 0,
+    "blind to the prefix": lambda prefix_hash, tokens: tokens[0],
+}
+
+
+@pytest.mark.parametrize("colliding", HASHES.values(), ids=HASHES.keys())
+def test_equal_hashes_of_other_contents_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, colliding: Callable[[int, list[int]], int]
+):
+    monkeypatch.setattr(block_manager_module, "hash_block", colliding)
+    manager = BlockManager(num_blocks=16, block_size=2)
+    admit(manager, [1, 1, 2, 2, 9])
+    for token_ids in ([3, 3, 9], [2, 2, 9], [1, 2, 9], [3, 3, 2, 2, 9]):
+        other = new_sequence(token_ids)
+        assert manager.allocate(other)
+        assert other.num_computed_tokens == 0, token_ids
 
 
 def test_same_prompt_is_found_again_except_for_its_last_token():
@@ -309,6 +327,18 @@ def test_second_copy_of_a_block_is_freed_before_the_first():
     third = new_sequence([1, 1, 2])
     assert manager.allocate(third)
     assert third.block_table[0] == kept
+
+
+def test_continuation_of_a_second_copy_is_found_after_the_first():
+    """The copies' contents are one and the same, so what follows one of them follows both."""
+    manager = BlockManager(num_blocks=8, block_size=2)
+    first, second = new_sequence([1, 1, 2]), new_sequence([1, 1, 3, 3, 4])
+    assert manager.allocate(first) and manager.allocate(second)
+    compute(manager, first, 3)
+    compute(manager, second, 5)
+    third = new_sequence([1, 1, 3, 3, 5])
+    assert manager.allocate(third)
+    assert third.block_table[:2] == [first.block_table[0], second.block_table[1]]
 
 
 def test_headroom_counts_free_blocks_after_the_shared_ones():

@@ -270,7 +270,11 @@ class AsyncSchedulerMachine(SchedulerMachine):
 
 
 MACHINE_SETTINGS = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    report_multiple_bugs=False,
 )
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = MACHINE_SETTINGS
