@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -139,17 +139,16 @@ def run(llm: LLM, workload: Workload, temperature: float, use_tqdm: bool) -> dic
         SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True)
         for n in workload.output_lens
     ]
-    before = asdict(llm.stats)
+    before = replace(llm.stats)
     start = time.perf_counter()
     outputs = llm.generate(workload.prompts, params, use_tqdm=use_tqdm)
     seconds = time.perf_counter() - start
-    spent = {name: value - before[name] for name, value in asdict(llm.stats).items()}
     return {
         "seconds": seconds,
         "prompt_tokens": sum(output["num_prompt_tokens"] for output in outputs),
         "cached_tokens": sum(output["num_cached_tokens"] for output in outputs),
         "output_tokens": sum(len(output["token_ids"]) for output in outputs),
-        **spent,
+        **asdict(llm.stats.since(before)),
     }
 
 
@@ -200,6 +199,7 @@ def main() -> None:
         load_format = args.load_format if args.model else "dummy"
         llm = LLM(args.model or directory, load_format=load_format, seed=args.seed, **options)
     ready = time.perf_counter() - start
+    backend = llm.model_runner.attention_backend
     device = llm.config.torch_device
     on_gpu = device.type == "cuda"
     vocab_size = llm.config.hf_config.vocab_size
@@ -216,7 +216,7 @@ def main() -> None:
     print(f"nanovllm {__version__}, {args.model or args.shape}, {name}, torch {torch.__version__}")
     print(
         f"{str(llm.config.torch_dtype).removeprefix('torch.')}, attention: "
-        f"{llm.model_runner.attention_backend}, KV cache: {llm.model_runner.num_kvcache_blocks} "
+        f"{backend}, KV cache: {llm.model_runner.num_kvcache_blocks} "
         f"blocks of {llm.config.kvcache_block_size}, ready in {ready:.1f} s"
     )
     runs = []
@@ -255,7 +255,7 @@ def main() -> None:
         report = {
             "version": __version__, "model": args.model or args.shape, "device": name,
             "machine": platform.machine(), "torch": torch.__version__, "ready_seconds": ready,
-            "attention_backend": options["attention_backend"], "runs": runs,
+            "attention_backend": backend, "runs": runs,
             "tokens_per_second": result["output_tokens"] / seconds,
             "read_bytes_per_second": read_rate, "matmul_ops_per_second": matmul_rate,
             "floor_seconds": floor,

@@ -114,11 +114,7 @@ class Config:
 
 
 def check_supported(hf_config: PretrainedConfig) -> None:
-    """Refuse, by name, an architecture or an option of Qwen3 that the engine does not compute."""
-    architectures = getattr(hf_config, "architectures", None) or []
-    if hf_config.model_type != "qwen3" or architectures not in ([], ["Qwen3ForCausalLM"]):
-        name = architectures[0] if architectures else hf_config.model_type
-        raise ValueError(f"architecture {name!r} is not supported; nanovllm runs Qwen3ForCausalLM")
+    """Refuse, by name, an option of Qwen3 that the engine does not compute."""
     refused = {
         "use_sliding_window": bool(getattr(hf_config, "use_sliding_window", False)),
         "hidden_act": hf_config.hidden_act != "silu",
@@ -193,8 +189,9 @@ def _load_hf_config(model_dir: Path) -> PretrainedConfig:
             raise ValueError("it is not a JSON object")
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if content.get("model_type") != "qwen3":
-        name = (content.get("architectures") or [content.get("model_type")])[0]
+    architectures = content.get("architectures") or []
+    if content.get("model_type") != "qwen3" or architectures not in ([], ["Qwen3ForCausalLM"]):
+        name = architectures[0] if architectures else content.get("model_type")
         raise ValueError(f"architecture {name!r} is not supported; nanovllm runs Qwen3ForCausalLM")
     try:
         return AutoConfig.from_pretrained(model_dir, local_files_only=True)

@@ -4,10 +4,9 @@ import hashlib
 from collections import deque
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from test_block_manager import assert_blocks_consistent
+from test_block_manager import MACHINE_SETTINGS, assert_blocks_consistent
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Batch, Scheduler
@@ -269,13 +268,6 @@ class AsyncSchedulerMachine(SchedulerMachine):
     depth = 1
 
 
-MACHINE_SETTINGS = settings(
-    max_examples=150,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    report_multiple_bugs=False,
-)
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = MACHINE_SETTINGS
 TestAsyncScheduler = AsyncSchedulerMachine.TestCase

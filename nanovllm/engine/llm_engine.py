@@ -4,7 +4,7 @@ import os
 import random
 import warnings
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypedDict
@@ -55,6 +55,10 @@ class StepStats:
         else:
             self.decode_tokens += batch.num_tokens
             self.decode_seconds += seconds
+
+    def since(self, before: "StepStats") -> "StepStats":
+        """What was added after the copy `before` was taken."""
+        return StepStats(*(now - then for now, then in zip(astuple(self), astuple(before))))
 
     @property
     def prefill_rate(self) -> float:
@@ -139,7 +143,7 @@ class LLMEngine:
             )
         sequences = self._build_sequences(_as_list(prompts), sampling_params)
         outputs: dict[int, RequestOutput] = {}
-        before = StepStats(**vars(self.stats))
+        before = replace(self.stats)
         try:
             for seq in sequences:
                 self.scheduler.add(seq)
@@ -147,7 +151,7 @@ class LLMEngine:
                 while not self.is_finished():
                     finished = self.step()
                     outputs.update((output["request_id"], output) for output in finished)
-                    self._show_rates(progress, before)
+                    self._show_rates(progress, self.stats.since(before))
                     progress.update(len(finished))
         except BaseException:  # Ctrl-C too
             self.abort_all()
@@ -293,10 +297,10 @@ class LLMEngine:
             num_cached_tokens=seq.num_cached_tokens or 0,
         )
 
-    def _show_rates(self, progress: tqdm, before: StepStats) -> None:
-        now = StepStats(**{name: v - getattr(before, name) for name, v in vars(self.stats).items()})
+    @staticmethod
+    def _show_rates(progress: tqdm, stats: StepStats) -> None:
         progress.set_postfix_str(
-            f"prefill {now.prefill_rate:,.0f} tok/s, decode {now.decode_rate:,.0f} tok/s",
+            f"prefill {stats.prefill_rate:,.0f} tok/s, decode {stats.decode_rate:,.0f} tok/s",
             refresh=False,
         )
 

@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -39,12 +40,13 @@ class StepInputs(NamedTuple):
     block_tables: torch.Tensor  # [rows, width]
 
     @staticmethod
-    def size(tokens: int, rows: int, width: int) -> int:
-        return 5 * rows + 1 + 3 * tokens + rows * width
+    def sizes(tokens: int, rows: int, width: int) -> list[int]:
+        """int32 words of each field."""
+        return [2 * rows, rows, rows, rows + 1, tokens, tokens, tokens, rows * width]
 
     @classmethod
     def carve(cls, buffer: torch.Tensor, tokens: int, rows: int, width: int) -> "StepInputs":
-        sizes = [2 * rows, rows, rows, rows + 1, tokens, tokens, tokens, rows * width]
+        sizes = cls.sizes(tokens, rows, width)
         pieces = list(buffer[: sum(sizes)].split(sizes))
         pieces[0] = pieces[0].view(torch.int64)
         pieces[1] = pieces[1].view(torch.float32)
@@ -110,14 +112,14 @@ class ModelRunner:
         """Start a step; returns at once on a GPU. Tokens that the host does not know yet are taken
         on the device from the step launched before."""
         rows = len(batch.seqs)
-        padded_rows = self._graph_size(rows) if self.use_graphs and not batch.is_prefill else rows
+        for_graph = self._runs_as_graph(batch)
+        padded_rows = self._graph_size(rows) if for_graph else rows
         inputs, context = self._prepare(batch, padded_rows)
-        graph = self.graphs.get(padded_rows) if not batch.is_prefill else None
-        if graph is not None:
-            graph.replay()
+        if for_graph and padded_rows in self.graphs:
+            self.graphs[padded_rows].replay()
         else:
             self._run(inputs, context)
-            if self.use_graphs and not batch.is_prefill:
+            if for_graph:
                 self._capture(padded_rows, inputs, context)
         self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
         if not self.on_gpu:
@@ -177,7 +179,7 @@ class ModelRunner:
         rows = config.max_num_seqs
         tokens = max(config.max_num_batched_tokens, rows)
         self.max_width = -(-config.max_model_len // config.kvcache_block_size)
-        size = StepInputs.size(tokens, rows, self.max_width)
+        size = sum(StepInputs.sizes(tokens, rows, self.max_width))
         self._device_inputs = torch.zeros(size, dtype=torch.int32, device=self.device)
         self._host_inputs = [
             torch.zeros(size, dtype=torch.int32, pin_memory=self.on_gpu) for _ in range(2)
@@ -258,14 +260,15 @@ class ModelRunner:
         rows, block_size = len(batch.seqs), self.config.kvcache_block_size
         tables = [seq.block_table for seq in batch.seqs]
         # A graph's inputs have one shape a size, so its block tables are as wide as can be.
-        for_graph = self.use_graphs and not batch.is_prefill
+        for_graph = self._runs_as_graph(batch)
         width = self.max_width if for_graph else max(map(len, tables))
         num_tokens = batch.num_tokens if batch.is_prefill else padded_rows
         shape = (num_tokens, padded_rows, width)
-        buffer = self._host_inputs[self._turn][: StepInputs.size(*shape)]
+        buffer = self._host_inputs[self._turn][: sum(StepInputs.sizes(*shape))]
         host = StepInputs(*(piece.numpy() for piece in StepInputs.carve(buffer, *shape)))
 
-        ends = np.add(batch.starts, batch.lengths)
+        starts, lengths = np.array(batch.starts), np.array(batch.lengths)
+        ends = starts + lengths
         host.seeds[:rows] = [seq.seed for seq in batch.seqs]
         host.temperatures[:rows] = [
             min(t, MAX_TEMPERATURE)
@@ -275,31 +278,28 @@ class ModelRunner:
         ]
         host.context_lens[:rows] = ends
         host.cu_seqlens_q[0] = 0
-        np.cumsum(batch.lengths, out=host.cu_seqlens_q[1 : rows + 1])
+        np.cumsum(lengths, out=host.cu_seqlens_q[1 : rows + 1])
         for row, table in enumerate(tables):
             host.block_tables[row, : len(table)] = table
+        row_of_token = np.repeat(np.arange(rows), lengths)
+        real_tokens = len(row_of_token)
+        positions = np.arange(real_tokens) + (starts - host.cu_seqlens_q[:rows])[row_of_token]
+        host.positions[:real_tokens] = positions
+        blocks = host.block_tables[row_of_token, positions // block_size]
+        host.slot_mapping[:real_tokens] = blocks * block_size + positions % block_size
         if batch.is_prefill:
-            for row, seq in enumerate(batch.seqs):
-                span = slice(host.cu_seqlens_q[row], host.cu_seqlens_q[row + 1])
-                host.input_ids[span] = seq.token_ids[batch.starts[row] : ends[row]]
-                positions = np.arange(batch.starts[row], ends[row], dtype=np.int32)
-                host.positions[span] = positions
-                blocks = host.block_tables[row, positions // block_size]
-                host.slot_mapping[span] = blocks * block_size + positions % block_size
+            spans = (seq.token_ids[s:e] for seq, s, e in zip(batch.seqs, batch.starts, ends))
+            host.input_ids[:] = list(chain.from_iterable(spans))
         else:
-            positions = ends - 1
-            host.positions[:rows] = positions
             host.input_ids[:rows] = [
                 seq.token_ids[start] if start < len(seq.token_ids)
                 else -1 - self._launched_rows[seq.seq_id]
                 for seq, start in zip(batch.seqs, batch.starts)
             ]  # fmt: skip
-            blocks = host.block_tables[np.arange(rows), positions // block_size]
-            host.slot_mapping[:rows] = blocks * block_size + positions % block_size
-            if padded_rows > rows:  # rows that write nowhere and attend to nothing
-                host.slot_mapping[rows:] = -1
-                for piece in (host.context_lens, host.positions, host.input_ids, host.temperatures):
-                    piece[rows:padded_rows] = 0
+        if padded_rows > rows:  # rows that write nowhere and attend to nothing
+            host.slot_mapping[rows:] = -1
+            for piece in (host.context_lens, host.positions, host.input_ids, host.temperatures):
+                piece[rows:padded_rows] = 0
         self._device_inputs[: buffer.numel()].copy_(buffer, non_blocking=True)
         inputs = StepInputs.carve(self._device_inputs, *shape)
         max_context = self.config.max_model_len if for_graph else int(ends.max())
@@ -327,6 +327,9 @@ class ModelRunner:
         self.sampler(
             logits, inputs.temperatures, inputs.seeds, inputs.context_lens, self.sampled[:rows]
         )
+
+    def _runs_as_graph(self, batch: Batch) -> bool:
+        return self.use_graphs and not batch.is_prefill
 
     def _graph_size(self, rows: int) -> int:
         """The batch size whose graph runs `rows` rows: 1, 2, 4, 8, then multiples of 16."""

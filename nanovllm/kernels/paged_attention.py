@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from nanovllm.kernels._triton import tl, triton
 
 CHUNK = 512
+LOG2_E = 1.4426950408889634
 
 
 def paged_prefill_torch(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, scale):
@@ -29,15 +30,16 @@ def paged_prefill_torch(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_t
     for row, context_len in enumerate(context_lens.tolist()):
         start, end = starts[row], starts[row + 1]
         k, v = (_gather(cache, block_tables[row], context_len) for cache in (k_cache, v_cache))
-        query = q[start:end].transpose(0, 1).unsqueeze(0)
+        query = q[start:end].transpose(0, 1)
         cached = context_len - (end - start)
         mask = None
         if cached:
             mask = torch.ones(end - start, context_len, dtype=torch.bool, device=q.device)
             mask = mask.tril(diagonal=cached)
         attended = F.scaled_dot_product_attention(
-            query, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-        )
+            query[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale,
+            enable_gqa=True,
+        )  # fmt: skip
         out[start:end] = attended[0].transpose(0, 1)
     return out
 
@@ -52,19 +54,19 @@ def paged_decode_torch(q, k_cache, v_cache, context_lens, block_tables, scale):
             # The heads of a group are the rows of one matrix product. On a CPU this is faster than
             # scaled_dot_product_attention in bf16, the more so the longer the context.
             query = q[row].view(num_kv_heads, -1, head_dim).float() * scale
-            weights = torch.bmm(query, k[0].float().transpose(1, 2)).softmax(dim=-1)
-            out[row] = torch.bmm(weights, v[0].float()).view(-1, head_dim)
+            weights = torch.bmm(query, k.float().transpose(1, 2)).softmax(dim=-1)
+            out[row] = torch.bmm(weights, v.float()).view(-1, head_dim)
     return out
 
 
 def _gather(cache: torch.Tensor, block_table: torch.Tensor, context_len: int) -> torch.Tensor:
-    """One sequence's keys or values: [1, num_kv_heads, context_len, head_dim]."""
+    """One sequence's keys or values: [num_kv_heads, context_len, head_dim]."""
     num_blocks = -(-context_len // cache.shape[1])
     if num_blocks == 1:
         tokens = cache[block_table[0]]
     else:
         tokens = cache[block_table[:num_blocks].long()].flatten(0, 1)
-    return tokens[:context_len].transpose(0, 1).unsqueeze(0)
+    return tokens[:context_len].transpose(0, 1)
 
 
 def paged_prefill_triton(
@@ -99,7 +101,7 @@ def paged_prefill_triton(
     grid = (triton.cdiv(max_seqlen_q, block_m), num_heads, context_lens.shape[0])
     _prefill_kernel[grid](
         q, k_cache, v_cache, out, cu_seqlens_q, context_lens, block_tables,
-        scale * 1.4426950408889634, block_tables.stride(0), block_size,
+        scale * LOG2_E, block_tables.stride(0), block_size,
         num_heads, num_kv_heads, head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=block_m,
         BLOCK_N=_tile_tokens(block_size, 64 if wide else 16),
@@ -142,7 +144,7 @@ def paged_decode_triton(
     block_d = triton.next_power_of_2(head_dim)
     _decode_kernel[(rows, num_kv_heads, chunks)](
         q, k_cache, v_cache, partial, stats[0], stats[1], context_lens, block_tables,
-        scale * 1.4426950408889634, block_tables.stride(0), block_size,
+        scale * LOG2_E, block_tables.stride(0), block_size,
         num_kv_heads, head_dim,
         GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
         BLOCK_N=_tile_tokens(block_size, 64), CHUNK=CHUNK,
