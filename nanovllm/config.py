@@ -14,6 +14,10 @@ from nanovllm.utils.validation import as_integer, as_number
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "torch")
+SIZES = (  # of config.json: transformers 4 takes any value for them
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
 
@@ -115,18 +119,23 @@ class Config:
 
 def check_supported(hf_config: PretrainedConfig) -> None:
     """Refuse, by name, an option of Qwen3 that the engine does not compute."""
-    refused = {
-        "use_sliding_window": bool(getattr(hf_config, "use_sliding_window", False)),
-        "hidden_act": hf_config.hidden_act != "silu",
-        "quantization_config": getattr(hf_config, "quantization_config", None) is not None,
-        "num_key_value_heads": hf_config.num_key_value_heads < 1
-        or hf_config.num_attention_heads % hf_config.num_key_value_heads != 0,
-        "head_dim": hf_config.head_dim < 2 or hf_config.head_dim % 2 != 0,
-    }
-    for name, unsupported in refused.items():
-        if unsupported:
-            value = getattr(hf_config, name)
-            raise ValueError(f"config.json asks for {name}={value!r}, which is not supported")
+    refused = [name for name in SIZES if not _is_size(getattr(hf_config, name, None))]
+    if not refused:
+        unsupported = {
+            "use_sliding_window": bool(getattr(hf_config, "use_sliding_window", False)),
+            "hidden_act": hf_config.hidden_act != "silu",
+            "quantization_config": getattr(hf_config, "quantization_config", None) is not None,
+            "num_key_value_heads": hf_config.num_attention_heads % hf_config.num_key_value_heads,
+            "head_dim": hf_config.head_dim % 2,
+        }
+        refused = [name for name in unsupported if unsupported[name]]
+    if refused:
+        value = getattr(hf_config, refused[0], None)
+        raise ValueError(f"config.json asks for {refused[0]}={value!r}, which is not supported")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_choice(name: str, value: object, choices: Iterable[object]) -> None:
