@@ -1,9 +1,22 @@
 """Inputs for the kernel tests, and float64 answers computed without the code under test."""
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import pytest
 import torch
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+TOLERANCE = {FP32: 1e-5, FP16: 2e-3, BF16: 1e-2}
+EPS = 1e-6
+ROPE_THETA = 10000
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="for Triton's interpreter"
+)
+on_cpu = pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+on_gpu = pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
 
 Sizes = tuple[int, int, int, int]  # block size, query heads, kv heads, head dim
 
@@ -34,6 +47,27 @@ def poisoned(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 def rms_norm_float64(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x = x.double()
     return x * weight.double() / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt()
+
+
+def rope_angles(max_len: int, head_dim: int) -> torch.Tensor:
+    exponents = torch.arange(head_dim // 2).double() / (head_dim // 2)
+    return torch.outer(torch.arange(max_len).double(), ROPE_THETA**-exponents)
+
+
+def cos_sin_table(max_len: int, head_dim: int, device: str = "cpu") -> torch.Tensor:
+    angles = rope_angles(max_len, head_dim)
+    return torch.cat((angles.cos(), angles.sin()), dim=1).float().to(device)
+
+
+def norm_rope_float64(
+    heads: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """RMSNorm of [tokens, heads, head_dim], rotated as complex numbers."""
+    first, second = rms_norm_float64(heads, weight, EPS).chunk(2, dim=-1)
+    angles = rope_angles(int(positions.max()) + 1, heads.shape[-1]).to(heads.device)
+    rotation = torch.polar(torch.ones_like(angles), angles)[positions.long(), None]
+    rotated = torch.complex(first, second) * rotation
+    return torch.cat((rotated.real, rotated.imag), dim=-1)
 
 
 @dataclass
@@ -127,6 +161,58 @@ def paged_batch(
         scale=head_dim**-0.5,
         query_lens=query_lens,
     )
+
+
+@dataclass
+class DecodeBatch:
+    """One new token a sequence, fresh from the projection: its key and value are not stored yet."""
+
+    before: PagedBatch  # the cache without the new tokens; its q is of no use
+    after: PagedBatch  # with them, and with the queries that attend, all in float64
+    qkv: torch.Tensor
+    q_weight: torch.Tensor
+    k_weight: torch.Tensor
+    cos_sin: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+
+    @property
+    def new_token(self) -> tuple:
+        """The arguments that `qk_norm_rope_store` and the decode kernel share."""
+        return (
+            self.qkv, self.q_weight, self.k_weight, EPS, self.cos_sin, self.positions,
+            self.before.k_cache, self.before.v_cache, self.slot_mapping,
+        )  # fmt: skip
+
+
+def decode_batch(
+    context_lens: list[int], sizes: Sizes, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> DecodeBatch:
+    """Padding rows, whose context is 0, come last."""
+    _, num_heads, num_kv_heads, head_dim = sizes
+    rows = len(context_lens)
+    before = paged_batch([1] * rows, context_lens, sizes, dtype, device, seed)
+    positions = (before.context_lens - 1).clamp(min=0)
+    slots = torch.tensor(
+        [before._slots(row, n)[-1] if n else -1 for row, n in enumerate(context_lens)],
+        device=device,
+    )
+    qkv = normal(rows, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype, device=device)
+    q_weight, k_weight = (normal(head_dim, dtype=dtype, device=device, seed=s) for s in (7, 8))
+    heads = qkv.view(rows, -1, head_dim)
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q = norm_rope_float64(q, q_weight, positions)
+    k = norm_rope_float64(k, k_weight, positions)
+    k_cache, v_cache = before.k_cache.double(), before.v_cache.double()
+    for row, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            k_cache.flatten(0, 1)[slot], v_cache.flatten(0, 1)[slot] = k[row], v[row].double()
+            for cache in (before.k_cache, before.v_cache):
+                cache.flatten(0, 1)[slot] = float("nan")
+    return DecodeBatch(
+        before, replace(before, q=q, k_cache=k_cache, v_cache=v_cache), qkv, q_weight, k_weight,
+        cos_sin_table(max(context_lens) + 1, head_dim, device), positions.int(), slots.int(),
+    )  # fmt: skip
 
 
 # The published answers of Philox4x32-10 (Random123, kat_vectors): counter, key, four numbers.

@@ -5,19 +5,24 @@ wrong). Tests marked `gpu` repeat them at the sizes of a real model, in bfloat16
 """
 
 import math
-import os
 from itertools import product
 
 import pytest
 import torch
 from kernel_inputs import (
+    BF16,
+    EPS,
+    FP32,
     PHILOX_VECTORS,
-    PagedBatch,
+    TOLERANCE,
     Sizes,
+    cos_sin_table,
+    interpreted,
+    norm_rope_float64,
     normal,
-    paged_batch,
+    on_cpu,
+    on_gpu,
     philox4x32,
-    poisoned,
     relative_error,
     rms_norm_float64,
 )
@@ -30,35 +35,11 @@ from nanovllm.kernels.gumbel_sample import (
     gumbel_sample_torch,
     gumbel_sample_triton,
 )
-from nanovllm.kernels.paged_attention import (
-    CHUNK,
-    paged_decode_torch,
-    paged_decode_triton,
-    paged_prefill_torch,
-    paged_prefill_triton,
-)
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_torch, qk_norm_rope_store_triton
 from nanovllm.kernels.rms_norm import rms_norm_torch, rms_norm_triton
 from nanovllm.kernels.silu_and_mul import silu_and_mul_torch, silu_and_mul_triton
-from nanovllm.layers.attention import BACKENDS, select_backend
-from nanovllm.utils.context import Context
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-TOLERANCE = {FP32: 1e-5, FP16: 2e-3, BF16: 1e-2}
-EPS = 1e-6
-
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="for Triton's interpreter"
-)
-on_cpu = pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
-on_gpu = pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel should have written, and did not, is NaN."""
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 # RMSNorm
@@ -70,13 +51,6 @@ def check_rms_norm(rms_norm, rows: int, n: int, dtype: torch.dtype, device: str 
     y = rms_norm(x, weight, EPS)
     assert y.dtype == dtype
     assert relative_error(y, rms_norm_float64(x, weight, EPS)) < TOLERANCE[dtype]
-
-    residual = normal(rows, n, dtype=dtype, device=device, seed=2)
-    x_before, total = x.clone(), x + residual
-    y = rms_norm(x, weight, EPS, residual)
-    assert torch.equal(residual, total)
-    assert torch.equal(x, x_before)
-    assert relative_error(y, rms_norm_float64(total, weight, EPS)) < TOLERANCE[dtype]
 
 
 @interpreted
@@ -138,10 +112,7 @@ def check_qk_norm_rope_store(function, tokens: int, sizes: Sizes, dtype, device:
     positions = torch.randint(max_len, (tokens,), generator=generator).to(device, torch.int32)
     slots = torch.randperm(num_blocks * block_size, generator=generator)[:tokens].to(device)
     slots[::3] = -1
-    exponents = torch.arange(head_dim // 2).double() / (head_dim // 2)
-    angles = torch.outer(torch.arange(max_len).double(), 10000**-exponents).to(device)
-    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1).float()
-
+    cos_sin = cos_sin_table(max_len, head_dim, device)
     all_heads = num_heads + 2 * num_kv_heads
     qkv = normal(tokens, all_heads * head_dim, dtype=dtype, device=device) * 2
     q_weight, k_weight = (normal(head_dim, dtype=dtype, device=device, seed=s) for s in (1, 2))
@@ -154,24 +125,18 @@ def check_qk_norm_rope_store(function, tokens: int, sizes: Sizes, dtype, device:
         qkv, q_weight, k_weight, EPS, cos_sin, positions, k_cache, v_cache, slots.int()
     )
 
-    def normed_and_rotated(heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        first, second = rms_norm_float64(heads, weight, EPS).chunk(2, dim=-1)
-        rotation = torch.polar(torch.ones_like(angles), angles)[positions.long(), None]
-        rotated = torch.complex(first, second) * rotation
-        return torch.cat((rotated.real, rotated.imag), dim=-1)
-
     heads = qkv.view(tokens, all_heads, head_dim)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     assert q_out.dtype == dtype
     assert torch.equal(qkv, qkv_before)
-    assert relative_error(q_out, normed_and_rotated(q, q_weight)) < TOLERANCE[dtype]
+    assert relative_error(q_out, norm_rope_float64(q, q_weight, positions)) < TOLERANCE[dtype]
 
     def flat(cache: torch.Tensor) -> torch.Tensor:
         return cache.view(-1, num_kv_heads, head_dim)
 
     real = slots >= 0
     stored = slots[real]
-    k_expected = normed_and_rotated(k, k_weight)[real]
+    k_expected = norm_rope_float64(k, k_weight, positions)[real]
     assert relative_error(flat(k_cache)[stored], k_expected) < TOLERANCE[dtype]
     assert torch.equal(flat(v_cache)[stored], v[real])
     for memory, before in ((k_memory, k_before), (v_memory, v_before)):
@@ -402,162 +367,3 @@ def test_greedy_takes_the_lowest_of_the_best_gpu() -> None:
     logits = tied_logits(64, 151936, BF16, "cuda")
     tokens = sample(gumbel_sample_triton, logits, [0.0] * 64, [0] * 64)
     assert torch.equal(tokens, lowest_of_the_best(logits))
-
-
-# Paged attention
-
-
-def prefill(function, batch: PagedBatch) -> torch.Tensor:
-    longest = (batch.max_seqlen_q,) if function is paged_prefill_triton else ()
-    return function(
-        batch.q, batch.k_cache, batch.v_cache, batch.cu_seqlens_q, batch.context_lens,
-        batch.block_tables, batch.scale, *longest,
-    )  # fmt: skip
-
-
-def decode(function, batch: PagedBatch, max_context_len: int | None = None) -> torch.Tensor:
-    longest = (max_context_len or batch.max_context_len,) if function is paged_decode_triton else ()
-    return function(
-        batch.q, batch.k_cache, batch.v_cache, batch.context_lens, batch.block_tables, batch.scale,
-        *longest,
-    )  # fmt: skip
-
-
-# (new tokens, tokens cached before them) of each sequence, then the sizes
-PREFILLS = [
-    ([(1, 0), (5, 0), (16, 0), (3, 12)], (16, 2, 2, 32)),
-    ([(17, 0), (1, 40), (33, 15), (20, 64)], (16, 4, 2, 64)),
-    ([(48, 0), (49, 48), (1, 0), (30, 70)], (48, 4, 1, 96)),
-    ([(65, 0), (130, 0), (1, 200), (70, 63)], (64, 2, 1, 64)),
-    ([(10, 0), (257, 0), (3, 254), (80, 256)], (256, 2, 1, 128)),
-    ([(20, 300)], (256, 8, 1, 32)),
-]
-
-
-@interpreted
-@on_cpu
-@pytest.mark.parametrize("function", [paged_prefill_triton, paged_prefill_torch])
-@pytest.mark.parametrize(("rows", "sizes"), PREFILLS)
-def test_paged_prefill(function, rows, sizes: Sizes, dtype: torch.dtype) -> None:
-    batch = paged_batch([new for new, _ in rows], [sum(row) for row in rows], sizes, dtype)
-    out = prefill(function, batch)
-    assert out.dtype == dtype
-    assert relative_error(out, batch.expected()) < TOLERANCE[dtype]
-
-
-DECODES = [
-    ([1, 0, 15, 16, 17, 33], (16, 2, 2, 32)),
-    ([CHUNK + 1, 0, CHUNK - 1, CHUNK, 2 * CHUNK + 30], (48, 4, 2, 64)),
-    ([1, 63, 64, 65, 2 * CHUNK, 2 * CHUNK + 1], (64, 4, 1, 96)),
-    ([255, 256, 257, CHUNK, CHUNK + 1, 0], (256, 8, 1, 128)),
-    ([0, 600], (16, 17, 1, 32)),
-]
-
-
-@interpreted
-@on_cpu
-@pytest.mark.parametrize("function", [paged_decode_triton, paged_decode_torch])
-@pytest.mark.parametrize(("context_lens", "sizes"), DECODES)
-def test_paged_decode(function, context_lens, sizes: Sizes, dtype: torch.dtype) -> None:
-    batch = paged_batch([1] * len(context_lens), context_lens, sizes, dtype)
-    out = decode(function, batch)
-    assert out.dtype == dtype
-    assert relative_error(out, batch.expected()) < TOLERANCE[dtype]
-    assert not out[batch.context_lens == 0].any()
-    # A graph is captured for contexts longer than any that it meets.
-    assert torch.equal(decode(function, batch, max_context_len=3000), out)
-
-
-@interpreted
-@pytest.mark.parametrize("seed", range(3))
-def test_paged_attention_of_random_batches(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-
-    def below(high: int) -> int:
-        return int(torch.randint(high, (), generator=generator))
-
-    group, num_kv_heads = (1, 2, 4, 8)[below(4)], 1 + below(2)
-    sizes = ((16, 48, 64, 256)[below(4)], group * num_kv_heads, num_kv_heads, (32, 64)[below(2)])
-    rows = [(1 + below(50), below(2) * below(200)) for _ in range(3)]
-    batch = paged_batch(
-        [new for new, _ in rows], [sum(row) for row in rows], sizes, FP32, seed=seed
-    )
-    assert relative_error(prefill(paged_prefill_triton, batch), batch.expected()) < TOLERANCE[FP32]
-    batch = paged_batch([1] * 3, [below(700) for _ in range(3)], sizes, FP32, seed=seed)
-    assert relative_error(decode(paged_decode_triton, batch), batch.expected()) < TOLERANCE[FP32]
-
-
-GPU_SIZES = [
-    ((256, 16, 8, 128), BF16),
-    ((16, 8, 1, 64), BF16),
-    ((64, 16, 8, 128), FP16),
-    ((48, 4, 4, 96), FP16),
-    ((256, 16, 4, 128), FP32),
-    ((16, 4, 2, 64), FP32),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("sizes", "dtype"), GPU_SIZES)
-def test_paged_prefill_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
-    short = [(1, 0), (2, 700), (16, 15), (1, 32767)]
-    longer = [(64, 0), (33, 31), (50, 4000)]
-    longest = [(128, 0), (129, 127), (1, 255), (700, 0), (1000, 1049), (1500, 500), (300, 32468)]
-    for rows in (short, short + longer, short + longer + longest):
-        batch = paged_batch(
-            [new for new, _ in rows], [sum(row) for row in rows], sizes, dtype, "cuda"
-        )
-        out = prefill(paged_prefill_triton, batch)
-        assert relative_error(out, batch.expected()) < TOLERANCE[dtype]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("sizes", "dtype"), GPU_SIZES)
-def test_paged_decode_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
-    borders = [border + step for border in (16, 64, 256, CHUNK, 4 * CHUNK) for step in (-1, 0, 1)]
-    context_lens = [1, 0, *borders, 0, 1000, 4097, 32768, 31999]
-    batch = paged_batch([1] * len(context_lens), context_lens, sizes, dtype, "cuda")
-    out = decode(paged_decode_triton, batch)
-    assert relative_error(out, batch.expected()) < TOLERANCE[dtype]
-    assert not out[batch.context_lens == 0].any()
-    # Whoever shares the batch, and however long a context a graph was captured for.
-    assert torch.equal(decode(paged_decode_triton, batch, max_context_len=40960), out)
-    few = paged_batch([1] * 4, context_lens[:4], sizes, dtype, "cuda")
-    few.q, few.k_cache, few.v_cache = batch.q[:4].contiguous(), batch.k_cache, batch.v_cache
-    few.block_tables = batch.block_tables[:4].contiguous()
-    assert torch.equal(decode(paged_decode_triton, few), out[:4])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_flash_attn_and_triton_agree_gpu(head_dim: int, dtype: torch.dtype) -> None:
-    pytest.importorskip("flash_attn")
-    device = torch.device("cuda")
-    assert select_backend("flash-attn", device, dtype, head_dim, 256) == "flash-attn"
-    rows = [(300, 0), (1, 0), (70, 256), (5, 5000), (129, 512)]
-    for is_prefill, query_lens in ((True, [new for new, _ in rows]), (False, [1] * len(rows))):
-        # What lies in unwritten slots is for our own kernels to ignore: no NaN for flash-attn.
-        batch = paged_batch(
-            query_lens,
-            [sum(row) for row in rows],
-            (256, 16, 8, head_dim),
-            dtype,
-            "cuda",
-            filler=0.0,
-        )
-        context = Context(
-            cos_sin=torch.zeros(0, device=device),
-            is_prefill=is_prefill,
-            positions=torch.zeros(0, dtype=torch.int32, device=device),
-            slot_mapping=torch.zeros(0, dtype=torch.int32, device=device),
-            context_lens=batch.context_lens,
-            block_tables=batch.block_tables,
-            cu_seqlens_q=batch.cu_seqlens_q,
-            max_seqlen_q=batch.max_seqlen_q,
-            max_context_len=batch.max_context_len,
-        )
-        expected = batch.expected()
-        for backend in ("flash-attn", "triton", "torch"):
-            out = BACKENDS[backend](batch.q, batch.k_cache, batch.v_cache, context, batch.scale)
-            assert relative_error(out, expected) < TOLERANCE[dtype], backend

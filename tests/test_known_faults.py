@@ -16,7 +16,9 @@ from checkpoints import (
 from test_scheduler import Driver
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import SequenceStatus
+from nanovllm.engine.step_inputs import StepInputs, StepShape
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 BLOCK = 16
@@ -51,6 +53,13 @@ def changed_slots(llm: LLM, value: float) -> set[int]:
     return set(changed[0, 0].nonzero().flatten().tolist())
 
 
+def send(llm: LLM, batch: Batch, padded_rows: int) -> tuple[StepShape, StepInputs]:
+    """The inputs of a step as the device gets them."""
+    inputs = llm.model_runner.inputs
+    shape = inputs.send(batch, padded_rows, {}, for_graph=False)
+    return shape, inputs.view(shape)
+
+
 # The decode position and slot off by one
 
 
@@ -61,13 +70,13 @@ def test_decode_runs_the_newest_token_at_its_own_position_and_slot(tiny: Path, l
         prefilled(llm, [length])
         batch = llm.scheduler.schedule()
         (seq,) = batch.seqs
-        inputs, context = llm.model_runner._prepare(batch, padded_rows=1)
+        shape, inputs = send(llm, batch, padded_rows=1)
         assert seq.token_ids[length:] == [inputs.input_ids.item()]
         assert inputs.positions.tolist() == [length]
         block_id = seq.block_table[length // BLOCK]
         assert inputs.slot_mapping.tolist() == [block_id * BLOCK + length % BLOCK]
         assert inputs.context_lens.tolist() == [length + 1]
-        assert (context.max_seqlen_q, context.max_context_len) == (1, length + 1)
+        assert (shape.max_seqlen_q, shape.max_context_len) == (1, length + 1)
 
 
 @torch.inference_mode()
@@ -77,7 +86,7 @@ def test_prefill_rows_have_their_own_positions_slots_and_bounds(tiny: Path):
         llm.add_request(random_tokens(50, seed=2), GREEDY)
         for expected in ([(0, 20), (0, 20)], [(20, 50)]):
             batch = llm.scheduler.schedule()
-            inputs, context = llm.model_runner._prepare(batch, len(batch.seqs))
+            shape, inputs = send(llm, batch, len(batch.seqs))
             positions = [p for start, end in expected for p in range(start, end)]
             slots = [
                 seq.block_table[p // BLOCK] * BLOCK + p % BLOCK
@@ -89,8 +98,8 @@ def test_prefill_rows_have_their_own_positions_slots_and_bounds(tiny: Path):
             assert inputs.context_lens.tolist() == [end for _, end in expected]
             lengths = [end - start for start, end in expected]
             assert inputs.cu_seqlens_q.diff().tolist() == lengths
-            assert context.max_seqlen_q == max(lengths)
-            assert context.max_context_len == max(end for _, end in expected)
+            assert shape.max_seqlen_q == max(lengths)
+            assert shape.max_context_len == max(end for _, end in expected)
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
@@ -114,9 +123,9 @@ def test_padding_rows_point_at_no_slot_and_no_context(tiny: Path):
         prefilled(llm, [5, 6, 7, 8, 9, 10, 11, 12])
         runner = llm.model_runner
         batch = llm.scheduler.schedule()
-        for host in runner._host_inputs:  # what a larger batch may have left
+        for host in runner.inputs.hosts:  # what a larger batch may have left
             host.fill_(3)
-        inputs, _ = runner._prepare(batch, padded_rows=16)
+        _, inputs = send(llm, batch, padded_rows=16)
         assert (inputs.slot_mapping[:8] >= 0).all()
         assert (inputs.slot_mapping[8:] == -1).all()
         assert (inputs.context_lens[8:] == 0).all()
@@ -135,8 +144,8 @@ def test_running_padding_rows_changes_no_other_slot_and_no_token(
         prefilled(llm, [5, 6, 7])
         batch = llm.scheduler.schedule()
         before = runner.kv_cache.clone()
-        inputs, context = runner._prepare(batch, padded_rows=8)
-        runner._run(inputs, context)
+        shape, inputs = send(llm, batch, padded_rows=8)
+        runner._run(shape)
         slots = (runner.kv_cache != before).flatten(2, 3).flatten(3).any(dim=-1).any(dim=0)
         written = set(slots.any(dim=0).nonzero().flatten().tolist())
         assert written <= set(inputs.slot_mapping[:3].tolist())

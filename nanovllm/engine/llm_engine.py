@@ -245,7 +245,9 @@ class LLMEngine:
                 )
             token_ids = self.tokenizer.encode(prompt)
         elif isinstance(prompt, (list, tuple)):
-            token_ids = [as_integer(f"{name}, token {i}", token) for i, token in enumerate(prompt)]
+            token_ids = list(prompt)
+            if set(map(type, token_ids)) != {int}:
+                token_ids = [as_integer(f"{name}, token {i}", t) for i, t in enumerate(prompt)]
         else:
             raise TypeError(f"{name} must be a string or a list of token ids, got {prompt!r}")
         if not token_ids:

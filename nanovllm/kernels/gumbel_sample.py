@@ -13,7 +13,7 @@ logits once. Bound by arithmetic (the logarithms), by memory where temperature i
 
 import torch
 
-from nanovllm.kernels._triton import HAS_TRITON, tl, triton
+from nanovllm.kernels._triton import HAS_TRITON, launch_next, pdl, tl, triton, wait_for_previous
 
 TILE = 4096  # token i draws number (i % TILE) // (TILE / 4) of Philox's four at one counter
 _MASK32 = 0xFFFFFFFF
@@ -83,18 +83,21 @@ def gumbel_sample_triton(logits, temperatures, seeds, positions, out) -> None:
     best_token = torch.empty(rows, num_tiles, dtype=torch.int32, device=logits.device)
     _best_of_tile_kernel[(rows, num_tiles)](
         logits, temperatures, seeds, positions, best, best_token, vocab_size, num_tiles,
-        TILE=TILE, num_warps=8,
+        TILE=TILE, num_warps=8, **pdl(logits),
     )  # fmt: skip
     _best_of_row_kernel[(rows,)](
-        best, best_token, out, num_tiles, BLOCK=triton.next_power_of_2(num_tiles), num_warps=1
-    )
+        best, best_token, out, num_tiles,
+        BLOCK=triton.next_power_of_2(num_tiles), num_warps=1, **pdl(logits),
+    )  # fmt: skip
 
 
 @triton.jit
 def _best_of_tile_kernel(
     logits_ptr, temperatures_ptr, seeds_ptr, positions_ptr, best_ptr, best_token_ptr,
-    vocab_size, num_tiles, TILE: tl.constexpr,
+    vocab_size, num_tiles, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    launch_next(PDL)
+    wait_for_previous(PDL)
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     QUARTER: tl.constexpr = TILE // 4
     lane = tl.arange(0, QUARTER)
@@ -145,7 +148,11 @@ def _gumbel(bits):
 
 
 @triton.jit
-def _best_of_row_kernel(best_ptr, best_token_ptr, out_ptr, num_tiles, BLOCK: tl.constexpr):
+def _best_of_row_kernel(
+    best_ptr, best_token_ptr, out_ptr, num_tiles, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    launch_next(PDL)
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < num_tiles

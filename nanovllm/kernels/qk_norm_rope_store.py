@@ -5,15 +5,22 @@ normalised over head_dim (Qwen3's QK-norm), rotated by their position (RoPE, Su 
 arXiv:2104.09864, in the half-split layout of GPT-NeoX), and keys and values go straight to their
 slot of the paged cache; only the queries come back.
 
-Grid: (token, head). Bytes moved a token: (q + k + v heads) * head_dim elements read and as many
-written, plus one float32 row of the cos/sin table. Bound by memory. A negative slot is written
-nowhere.
+Grid: (token, up to 8 heads: the queries', then keys and values together). Bytes moved a token: (q +
+k + v heads) * head_dim elements read and as many written, plus one float32 row of the cos/sin
+table. Bound by memory. A negative slot is written nowhere.
 """
 
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import HAS_TRITON, tl, triton
+from nanovllm.kernels._triton import (
+    HAS_TRITON,
+    launch_next,
+    pdl,
+    tl,
+    triton,
+    wait_for_previous,
+)
 
 
 def qk_norm_rope_store(
@@ -76,53 +83,78 @@ def qk_norm_rope_store_triton(
 ):
     num_kv_heads, head_dim = k_cache.shape[-2:]
     tokens = qkv.shape[0]
-    all_heads = qkv.shape[1] // head_dim
-    num_heads = all_heads - 2 * num_kv_heads
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     q_out = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    _qk_norm_rope_store_kernel[(tokens, all_heads)](
+    heads = min(8, triton.next_power_of_2(num_kv_heads))
+    grid = (tokens, triton.cdiv(num_heads, heads) + triton.cdiv(num_kv_heads, heads))
+    _qk_norm_rope_store_kernel[grid](
         qkv, q_weight, k_weight, eps, cos_sin, positions, q_out, k_cache, v_cache, slot_mapping,
-        num_heads, num_kv_heads,
-        HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        num_heads, num_kv_heads, head_dim,
+        HEADS=heads, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4, **pdl(qkv),
     )  # fmt: skip
     return q_out
 
 
 @triton.jit
+def norm_rope(
+    row_ptr, heads, head_mask, weight_ptr, eps, cos_sin_ptr, position, dims, head_dim: tl.constexpr
+):
+    """Some heads of a token's row, normalised and rotated: [heads, dims] float32.
+
+    Each lane loads its rotation partner, half a head away, beside its own element.
+    """
+    half: tl.constexpr = head_dim // 2
+    lower = dims < half
+    partners = tl.where(lower, dims + half, dims - half)
+    dim_mask = dims < head_dim
+    mask = head_mask[:, None] & dim_mask[None, :]
+    cells = row_ptr + heads[:, None] * head_dim
+    x = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(cells + partners[None, :], mask=mask, other=0.0).to(tl.float32)
+    x_weight = tl.load(weight_ptr + dims, mask=dim_mask, other=0.0).to(tl.float32)
+    y_weight = tl.load(weight_ptr + partners, mask=dim_mask, other=0.0).to(tl.float32)
+    angles = cos_sin_ptr + position.to(tl.int64) * head_dim + tl.where(lower, dims, partners)
+    cos = tl.load(angles, mask=dim_mask, other=0.0)
+    sin = tl.load(angles + half, mask=dim_mask, other=0.0)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / head_dim + eps)
+    turned = x * (x_weight * cos)[None, :] + y * (y_weight * tl.where(lower, -sin, sin))[None, :]
+    return turned * scale[:, None]
+
+
+@triton.jit
 def _qk_norm_rope_store_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, eps, cos_sin_ptr, positions_ptr,
-    q_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, num_heads, num_kv_heads,
-    HALF: tl.constexpr, BLOCK: tl.constexpr,
+    q_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
+    num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    launch_next(PDL)
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < HALF
-    source = qkv_ptr + (token * (num_heads + 2 * num_kv_heads) + head) * 2 * HALF + cols
-    first = tl.load(source, mask=mask, other=0.0)
-    second = tl.load(source + HALF, mask=mask, other=0.0)
+    dims = tl.arange(0, BLOCK_D)
+    row_ptr = qkv_ptr + token * (num_heads + 2 * num_kv_heads) * head_dim
+    position = tl.load(positions_ptr + token)
     slot = tl.load(slots_ptr + token).to(tl.int64)
-
-    if head >= num_heads + num_kv_heads:  # a value head: only stored
-        if slot >= 0:
-            target = (slot * num_kv_heads + head - num_heads - num_kv_heads) * 2 * HALF + cols
-            tl.store(v_cache_ptr + target, first, mask=mask)
-            tl.store(v_cache_ptr + target + HALF, second, mask=mask)
-    else:
-        x, y = first.to(tl.float32), second.to(tl.float32)
-        scale = tl.rsqrt((tl.sum(x * x, axis=0) + tl.sum(y * y, axis=0)) / (2 * HALF) + eps)
-        weight_ptr = q_weight_ptr if head < num_heads else k_weight_ptr
-        x *= scale * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        y *= scale * tl.load(weight_ptr + HALF + cols, mask=mask, other=0.0).to(tl.float32)
-        angle = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * 2 * HALF + cols
-        cos = tl.load(angle, mask=mask, other=0.0)
-        sin = tl.load(angle + HALF, mask=mask, other=0.0)
-        rotated_first = x * cos - y * sin
-        rotated_second = y * cos + x * sin
-        if head < num_heads:
-            target = q_out_ptr + (token * num_heads + head) * 2 * HALF + cols
-            tl.store(target, rotated_first.to(q_out_ptr.dtype.element_ty), mask=mask)
-            tl.store(target + HALF, rotated_second.to(q_out_ptr.dtype.element_ty), mask=mask)
-        elif slot >= 0:
-            target = k_cache_ptr + (slot * num_kv_heads + head - num_heads) * 2 * HALF + cols
-            tl.store(target, rotated_first.to(k_cache_ptr.dtype.element_ty), mask=mask)
-            tl.store(target + HALF, rotated_second.to(k_cache_ptr.dtype.element_ty), mask=mask)
+    query_programs: tl.constexpr = (num_heads + HEADS - 1) // HEADS
+    part = tl.program_id(1)
+    wait_for_previous(PDL)
+    if part < query_programs:
+        heads = part * HEADS + tl.arange(0, HEADS)
+        real = heads < num_heads
+        q = norm_rope(
+            row_ptr, heads, real, q_weight_ptr, eps, cos_sin_ptr, position, dims, head_dim
+        )
+        cells = (token * num_heads + heads)[:, None] * head_dim + dims[None, :]
+        mask = real[:, None] & (dims < head_dim)[None, :]
+        tl.store(q_out_ptr + cells, q.to(q_out_ptr.dtype.element_ty), mask=mask)
+    elif slot >= 0:
+        heads = (part - query_programs) * HEADS + tl.arange(0, HEADS)
+        real = heads < num_kv_heads
+        k = norm_rope(
+            row_ptr, num_heads + heads, real, k_weight_ptr, eps, cos_sin_ptr, position, dims,
+            head_dim,
+        )  # fmt: skip
+        mask = real[:, None] & (dims < head_dim)[None, :]
+        values = row_ptr + (num_heads + num_kv_heads + heads)[:, None] * head_dim + dims[None, :]
+        cells = (slot * num_kv_heads + heads)[:, None] * head_dim + dims[None, :]
+        tl.store(k_cache_ptr + cells, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
+        tl.store(v_cache_ptr + cells, tl.load(values, mask=mask, other=0.0), mask=mask)

@@ -8,7 +8,7 @@ memory.
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import HAS_TRITON, tl, triton
+from nanovllm.kernels._triton import HAS_TRITON, launch_next, pdl, tl, triton, wait_for_previous
 
 BLOCK = 1024
 
@@ -28,12 +28,15 @@ def silu_and_mul_torch(x: torch.Tensor) -> torch.Tensor:
 def silu_and_mul_triton(x: torch.Tensor) -> torch.Tensor:
     rows, n = x.shape[0], x.shape[1] // 2
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    _silu_and_mul_kernel[(rows, triton.cdiv(n, BLOCK))](x, y, n, BLOCK=BLOCK, num_warps=4)
+    grid = (rows, triton.cdiv(n, BLOCK))
+    _silu_and_mul_kernel[grid](x, y, n, BLOCK=BLOCK, num_warps=4, **pdl(x))
     return y
 
 
 @triton.jit
-def _silu_and_mul_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    launch_next(PDL)
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < n

@@ -9,12 +9,9 @@ from typing import Protocol
 import torch
 
 from nanovllm.kernels._triton import HAS_TRITON
-from nanovllm.kernels.paged_attention import (
-    paged_decode_torch,
-    paged_decode_triton,
-    paged_prefill_torch,
-    paged_prefill_triton,
-)
+from nanovllm.kernels.paged_decode import paged_decode_torch, paged_decode_triton
+from nanovllm.kernels.paged_prefill import paged_prefill_torch, paged_prefill_triton
+from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
 from nanovllm.utils.context import Context
 
 try:
@@ -23,51 +20,72 @@ except ImportError:
     flash_attn_with_kvcache = None
 
 
+Norms = tuple[torch.Tensor, torch.Tensor, float]  # weights of QK-norm, and its eps
+
+
 class Attend(Protocol):
-    """A backend: q [tokens, heads, head_dim] and the paged cache -> output like q."""
+    """A backend: everything between the q/k/v and the output projection.
+
+    QK-norm and RoPE of the new queries and keys, keys and values to their slots of one layer's
+    cache, and attention: `qkv` [tokens, (heads + 2 * kv heads) * head_dim] -> [tokens, heads *
+    head_dim]. In prefill all keys and values of the step are stored before any is read, since rows
+    may share blocks.
+    """
 
     def __call__(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context,
-        scale: float,
+        self, qkv: torch.Tensor, norms: Norms, k_cache: torch.Tensor, v_cache: torch.Tensor,
+        context: Context, scale: float,
     ) -> torch.Tensor: ...  # fmt: skip
 
 
-def attend_torch(q, k_cache, v_cache, context, scale):
+def attend_torch(qkv, norms, k_cache, v_cache, context, scale):
+    q = _store(qkv, norms, k_cache, v_cache, context)
+    tables = (context.context_lens, context.block_tables)
     if context.is_prefill:
-        return paged_prefill_torch(
-            q, k_cache, v_cache, context.cu_seqlens_q, context.context_lens, context.block_tables,
-            scale,
-        )  # fmt: skip
-    return paged_decode_torch(
-        q, k_cache, v_cache, context.context_lens, context.block_tables, scale
-    )
+        out = paged_prefill_torch(q, k_cache, v_cache, context.cu_seqlens_q, *tables, scale)
+    else:
+        out = paged_decode_torch(q, k_cache, v_cache, *tables, scale)
+    return out.flatten(1)
 
 
-def attend_triton(q, k_cache, v_cache, context, scale):
+def attend_triton(qkv, norms, k_cache, v_cache, context, scale):
     if context.is_prefill:
-        return paged_prefill_triton(
+        q = _store(qkv, norms, k_cache, v_cache, context)
+        out = paged_prefill_triton(
             q, k_cache, v_cache, context.cu_seqlens_q, context.context_lens, context.block_tables,
             scale, context.max_seqlen_q,
         )  # fmt: skip
-    return paged_decode_triton(
-        q, k_cache, v_cache, context.context_lens, context.block_tables, scale,
-        context.max_context_len,
-    )  # fmt: skip
+    else:
+        out = paged_decode_triton(
+            qkv, *norms, context.cos_sin, context.positions, k_cache, v_cache,
+            context.slot_mapping, context.decode_plan, scale,
+        )  # fmt: skip
+    return out.flatten(1)
 
 
-def attend_flash(q, k_cache, v_cache, context, scale):
+def attend_flash(qkv, norms, k_cache, v_cache, context, scale):
+    q = _store(qkv, norms, k_cache, v_cache, context)
     if context.is_prefill:
         cu_seqlens_k = torch.nn.functional.pad(context.context_lens.cumsum(0), (1, 0))
-        return flash_attn_varlen_func(
+        out = flash_attn_varlen_func(
             q, k_cache, v_cache,
             cu_seqlens_q=context.cu_seqlens_q, cu_seqlens_k=cu_seqlens_k.int(),
             max_seqlen_q=context.max_seqlen_q, max_seqlen_k=context.max_context_len,
             softmax_scale=scale, causal=True, block_table=context.block_tables,
         )  # fmt: skip
-    return flash_attn_with_kvcache(
-        q.unsqueeze(1), k_cache, v_cache, cache_seqlens=context.context_lens,
-        block_table=context.block_tables, softmax_scale=scale, causal=True,
-    ).squeeze(1)  # fmt: skip
+    else:
+        out = flash_attn_with_kvcache(
+            q.unsqueeze(1), k_cache, v_cache, cache_seqlens=context.context_lens,
+            block_table=context.block_tables, softmax_scale=scale, causal=True,
+        )  # fmt: skip
+    return out.flatten(-2).view(len(qkv), -1)
+
+
+def _store(qkv, norms, k_cache, v_cache, context):
+    """The queries; keys and values are stored."""
+    return qk_norm_rope_store(
+        qkv, *norms, context.cos_sin, context.positions, k_cache, v_cache, context.slot_mapping
+    )
 
 
 BACKENDS: dict[str, Attend] = {

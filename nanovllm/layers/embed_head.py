@@ -1,21 +1,21 @@
 """The two ends of the model: token embedding and output head, tied or not."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.embed import embed
 from nanovllm.layers.linear import Linear
 
 
 class Embedding(nn.Module):
-    """Token ids [tokens] -> vectors [tokens, hidden]."""
+    """Token ids [tokens] -> vectors [tokens, hidden]; -1 - i stands for the token `sampled[i]`."""
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
 
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(token_ids, self.weight)
+    def forward(self, token_ids: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+        return embed(token_ids, sampled, self.weight)
 
 
 class LMHead(Linear):

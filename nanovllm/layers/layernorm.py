@@ -1,4 +1,4 @@
-"""RMSNorm, with the residual add that precedes it."""
+"""RMSNorm."""
 
 import torch
 from torch import nn
@@ -7,12 +7,12 @@ from nanovllm.kernels.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """`forward(x)` normalises; `forward(x, residual)` first adds `x` into `residual`, in place."""
+    """Normalises the last dimension of x [rows, size]. Linear layers take one as their `norm`."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps, residual)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)

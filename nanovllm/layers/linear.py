@@ -1,8 +1,18 @@
-"""Linear layers, plain and packed (several projections of one input as one matrix)."""
+"""Linear layers, plain and packed (several projections of one input as one matrix).
+
+For a few rows on a GPU one kernel does it all, see `kernels.gemv`; otherwise the product is a
+library's, and what stands before and after it has kernels of its own.
+"""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from nanovllm.kernels.gemv import can_gemv, gemv_triton
+from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.layers.layernorm import RMSNorm
 
 # oneDNN packs a weight for a number of rows; 32 is within a few per cent of the best for 1 to 256.
 _PACK_ROWS = 32
@@ -21,10 +31,24 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._packed_weight: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
+        """x [rows, in], normalised first if `norm` is given -> [rows, out]."""
+        if can_gemv(x):
+            return gemv_triton(x, self.weight, self.bias, **_norm_options(norm))
+        if norm is not None:
+            x = norm(x)
         if self._packed_weight is not None:
             return packed_linear(x, self._packed_weight, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        """residual [rows, out] += y, in place."""
+        if can_gemv(x):
+            gemv_triton(x, self.weight, self.bias, add_to=residual)
+        elif x.is_cuda and self.bias is None:
+            residual.addmm_(x, self.weight.t())  # the add is the product's epilogue
+        else:
+            residual.add_(self(x))
 
     def pack(self) -> None:
         """Replace the weight by its packed form. Call once, after loading."""
@@ -49,6 +73,19 @@ class PackedLinear(Linear):
             pieces = parameter.data.split(list(self.parts.values()))
             views.update({f"{name}.{kind}": piece for name, piece in zip(self.parts, pieces)})
         return views
+
+
+class GatedLinear(PackedLinear):
+    """silu(W_gate x) * (W_up x), the first half of the MLP; its two parts are equally wide."""
+
+    def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
+        if can_gemv(x):
+            return gemv_triton(x, self.weight, gated=True, **_norm_options(norm))
+        return silu_and_mul(super().forward(x, norm))
+
+
+def _norm_options(norm: RMSNorm | None) -> dict[str, Any]:
+    return {} if norm is None else {"norm_weight": norm.weight, "eps": norm.eps}
 
 
 def can_pack(weight: torch.Tensor) -> bool:

@@ -8,12 +8,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
-from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.attention import Attend
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import Linear, PackedLinear
+from nanovllm.layers.linear import GatedLinear, Linear, PackedLinear
 from nanovllm.utils.context import Context
 
 LayerCache = tuple[torch.Tensor, torch.Tensor]  # one layer's keys and values
@@ -35,14 +33,12 @@ class Qwen3Attention(nn.Module):
         self.attend = attend
         self.scale = head_dim**-0.5
 
-    def forward(self, x: torch.Tensor, kv_cache: LayerCache, context: Context) -> torch.Tensor:
-        qkv = self.qkv_proj(x)
-        # All keys and values of the step are stored before any is read: rows may share blocks.
-        q = qk_norm_rope_store(
-            qkv, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps,
-            context.cos_sin, context.positions, *kv_cache, context.slot_mapping,
-        )  # fmt: skip
-        return self.o_proj(self.attend(q, *kv_cache, context, self.scale).flatten(1))
+    def forward(
+        self, x: torch.Tensor, norm: RMSNorm, kv_cache: LayerCache, context: Context
+    ) -> None:
+        qkv = self.qkv_proj(x, norm)
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        self.o_proj.add_to(x, self.attend(qkv, norms, *kv_cache, context, self.scale))
 
 
 class Qwen3MLP(nn.Module):
@@ -51,16 +47,15 @@ class Qwen3MLP(nn.Module):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         inner = config.intermediate_size
-        self.gate_up_proj = PackedLinear(config.hidden_size, {"gate_proj": inner, "up_proj": inner})
-        self.act = SiluAndMul()
+        self.gate_up_proj = GatedLinear(config.hidden_size, {"gate_proj": inner, "up_proj": inner})
         self.down_proj = Linear(inner, config.hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act(self.gate_up_proj(x)))
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> None:
+        self.down_proj.add_to(x, self.gate_up_proj(x, norm))
 
 
 class Qwen3DecoderLayer(nn.Module):
-    """Attention and MLP. What each returns is added to the residual by the norm that follows."""
+    """Attention and MLP. Each normalises the residual stream x and adds to it, in place."""
 
     def __init__(self, config: PretrainedConfig, attend: Attend) -> None:
         super().__init__()
@@ -69,20 +64,13 @@ class Qwen3DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def forward(
-        self,
-        x: torch.Tensor | None,
-        residual: torch.Tensor,
-        kv_cache: LayerCache,
-        context: Context,
-    ) -> torch.Tensor:
-        x = self.input_layernorm(residual) if x is None else self.input_layernorm(x, residual)
-        x = self.self_attn(x, kv_cache, context)
-        return self.mlp(self.post_attention_layernorm(x, residual))
+    def forward(self, x: torch.Tensor, kv_cache: LayerCache, context: Context) -> None:
+        self.self_attn(x, self.input_layernorm, kv_cache, context)
+        self.mlp(x, self.post_attention_layernorm)
 
 
 class Qwen3Model(nn.Module):
-    """Token ids to final hidden states."""
+    """Token ids to the residual stream after the last layer; the head applies the final norm."""
 
     def __init__(self, config: PretrainedConfig, attend: Attend) -> None:
         super().__init__()
@@ -93,12 +81,16 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, input_ids: torch.Tensor, kv_cache: torch.Tensor, context: Context
+        self,
+        input_ids: torch.Tensor,
+        sampled: torch.Tensor,
+        kv_cache: torch.Tensor,
+        context: Context,
     ) -> torch.Tensor:
-        residual, x = self.embed_tokens(input_ids), None
+        x = self.embed_tokens(input_ids, sampled)
         for layer, keys, values in zip(self.layers, *kv_cache, strict=True):
-            x = layer(x, residual, (keys, values), context)
-        return self.norm(x, residual)
+            layer(x, (keys, values), context)
+        return x
 
 
 class Qwen3ForCausalLM(nn.Module):
@@ -117,21 +109,26 @@ class Qwen3ForCausalLM(nn.Module):
         self.tie_weights()
 
     def forward(
-        self, input_ids: torch.Tensor, kv_cache: torch.Tensor, context: Context
+        self,
+        input_ids: torch.Tensor,
+        sampled: torch.Tensor,
+        kv_cache: torch.Tensor,
+        context: Context,
     ) -> torch.Tensor:
-        """Final hidden states [tokens, hidden] of one step's tokens.
+        """Hidden states [tokens, hidden] of one step's tokens, before the final norm.
 
         Args:
-            input_ids: [tokens], any integer dtype.
+            input_ids: [tokens] int32; -1 - i stands for `sampled[i]`.
+            sampled: [rows] int64, tokens of the step before.
             kv_cache: [2, layers, num_blocks, block_size, num_kv_heads, head_dim], keys and values;
                 those of these tokens are written.
             context: which token belongs where.
         """
-        return self.model(input_ids, kv_cache, context)
+        return self.model(input_ids, sampled, kv_cache, context)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] -> [rows, vocab]."""
-        return self.lm_head(hidden)
+        """Hidden states [rows, hidden] of `forward` -> [rows, vocab]."""
+        return self.lm_head(hidden, self.model.norm)
 
     def tie_weights(self) -> None:
         """Let the head use the embedding's matrix, if the checkpoint says so."""

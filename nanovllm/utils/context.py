@@ -16,6 +16,8 @@ class Context:
         slot_mapping: [tokens] int32, where its key and value go; -1 for a padding row.
         context_lens: [rows] int32, tokens of each sequence up to and including this step.
         block_tables: [rows, width] int32.
+        decode_plan: the tiles of the Triton backend's decode steps (`kernels.paged_decode`), in
+            place of `block_tables`; None in all other steps.
         cu_seqlens_q: [rows + 1] int32, prefill only: where each row's tokens begin.
         max_seqlen_q: the longest row's new tokens (1 in decode).
         max_context_len: no row's context is longer.
@@ -27,6 +29,7 @@ class Context:
     slot_mapping: torch.Tensor
     context_lens: torch.Tensor
     block_tables: torch.Tensor
+    decode_plan: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     cu_seqlens_q: torch.Tensor
     max_seqlen_q: int
     max_context_len: int

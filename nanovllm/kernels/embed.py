@@ -1,0 +1,57 @@
+"""Token embedding, of tokens that the host knows and of tokens that only the device knows yet.
+
+Grid: one program a token. Bytes moved: the token's vector read and written. Bound by latency.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels._triton import HAS_TRITON, launch_next, pdl, tl, triton, wait_for_previous
+
+
+def embed(token_ids: torch.Tensor, sampled: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Vectors of tokens: [tokens, hidden].
+
+    Args:
+        token_ids: [tokens] int32; -1 - i stands for `sampled[i]`.
+        sampled: [rows] int64, what the step before has sampled.
+        weight: [vocab, hidden].
+    """
+    if weight.is_cuda and HAS_TRITON:
+        return embed_triton(token_ids, sampled, weight)
+    return embed_torch(token_ids, sampled, weight)
+
+
+def embed_torch(
+    token_ids: torch.Tensor, sampled: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    newest = sampled[(-1 - token_ids).clamp_(min=0)]
+    return F.embedding(torch.where(token_ids < 0, newest, token_ids), weight)
+
+
+def embed_triton(
+    token_ids: torch.Tensor, sampled: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    tokens, n = token_ids.shape[0], weight.shape[1]
+    out = torch.empty(tokens, n, dtype=weight.dtype, device=weight.device)
+    block = triton.next_power_of_2(n)
+    _embed_kernel[(tokens,)](
+        token_ids, sampled, weight, out, n,
+        BLOCK=block, num_warps=min(8, max(1, block // 512)), **pdl(weight),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _embed_kernel(
+    token_ids_ptr, sampled_ptr, weight_ptr, out_ptr, n, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    launch_next(PDL)
+    wait_for_previous(PDL)
+    index = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    token = tl.load(token_ids_ptr + index).to(tl.int64)
+    if token < 0:
+        token = tl.load(sampled_ptr - 1 - token)
+    vector = tl.load(weight_ptr + token * n + cols, mask=cols < n)
+    tl.store(out_ptr + index * n + cols, vector, mask=cols < n)

@@ -1,0 +1,170 @@
+"""Prefill attention over a paged KV cache.
+
+FlashAttention-style online softmax (Dao 2023, arXiv:2307.08691) in base 2, with keys and values
+read tile by tile through the block table; a tile never crosses a KV block. Queries are the last
+`query_len` tokens of their sequence (the rest was cached or computed before), causal.
+
+Grid: (query tile of up to 128, query head, sequence), longest rows first. Tiles of keys that every
+query sees come first and need no mask. Bound by arithmetic: 4 * head_dim operations a query, key
+and head.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels._triton import launch_next, pdl, tl, triton, wait_for_previous
+from nanovllm.kernels.paged_decode import LOG2_E, gather, tile_tokens
+
+
+def paged_prefill_torch(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, scale):
+    """The reference: see `paged_prefill_triton`."""
+    out = torch.empty_like(q)
+    starts = cu_seqlens_q.tolist()
+    for row, context_len in enumerate(context_lens.tolist()):
+        start, end = starts[row], starts[row + 1]
+        k, v = (gather(cache, block_tables[row], context_len) for cache in (k_cache, v_cache))
+        query = q[start:end].transpose(0, 1)
+        cached = context_len - (end - start)
+        mask = None
+        if cached:
+            mask = torch.ones(end - start, context_len, dtype=torch.bool, device=q.device)
+            mask = mask.tril(diagonal=cached)
+        attended = F.scaled_dot_product_attention(
+            query[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale,
+            enable_gqa=True,
+        )  # fmt: skip
+        out[start:end] = attended[0].transpose(0, 1)
+    return out
+
+
+def paged_prefill_triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    scale: float,
+    max_seqlen_q: int,
+) -> torch.Tensor:
+    """Causal attention of ragged prompts, each query to all tokens of its sequence up to itself.
+
+    Args:
+        q: [tokens, num_heads, head_dim], the sequences' new tokens one after the other.
+        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], new tokens stored.
+        cu_seqlens_q: [sequences + 1] int32, where each sequence's queries begin in `q`.
+        context_lens: [sequences] int32, cached and new tokens together.
+        block_tables: [sequences, width] int32.
+        scale: applied to the scores, usually head_dim ** -0.5.
+        max_seqlen_q: the most new tokens of a sequence.
+
+    Returns:
+        Like `q`.
+    """
+    out = torch.empty_like(q)
+    _, num_heads, head_dim = q.shape
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    wide = q.element_size() == 2
+    block_m = 128 if wide and max_seqlen_q > 64 else 64 if max_seqlen_q > 16 else 16
+    grid = (triton.cdiv(max_seqlen_q, block_m), num_heads, context_lens.shape[0])
+    _prefill_kernel[grid](
+        q, k_cache, v_cache, out, cu_seqlens_q, context_lens, block_tables,
+        scale * LOG2_E, block_tables.stride(0), block_size,
+        num_heads, num_kv_heads, head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=block_m,
+        BLOCK_N=tile_tokens(block_size, 64 if wide else 16),
+        PRECISION="tf32" if wide else "ieee",
+        num_warps=8 if block_m == (128 if wide else 64) else 4, num_stages=3 if wide else 1,
+        **pdl(q),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _prefill_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, context_lens_ptr, block_tables_ptr,
+    scale_log2, table_stride, block_size: tl.constexpr, num_heads: tl.constexpr,
+    num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    launch_next(PDL)
+    wait_for_previous(PDL)
+    seq, head = tl.program_id(2), tl.program_id(1)
+    query_start = tl.load(cu_seqlens_ptr + seq)
+    query_len = tl.load(cu_seqlens_ptr + seq + 1) - query_start
+    context_len = tl.load(context_lens_ptr + seq)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    if tile * BLOCK_M < query_len:
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        dims = tl.arange(0, BLOCK_D)
+        offsets = ((query_start + rows).to(tl.int64) * num_heads + head) * head_dim
+        q_mask = (rows < query_len)[:, None] & (dims < head_dim)[None, :]
+        q = tl.load(q_ptr + offsets[:, None] + dims[None, :], mask=q_mask, other=0.0)
+        positions = context_len - query_len + rows
+        kv_head = head // (num_heads // num_kv_heads)
+        k_ptr += kv_head * head_dim
+        v_ptr += kv_head * head_dim
+        block_tables_ptr += seq.to(tl.int64) * table_stride
+
+        best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        first_position = context_len - query_len + tile * BLOCK_M
+        all_see = (first_position + 1) // BLOCK_N * BLOCK_N  # keys before it
+        some_see = tl.minimum(first_position + BLOCK_M, context_len)
+        best, total, acc = _attend(
+            q, k_ptr, v_ptr, block_tables_ptr, 0, all_see, positions, context_len, scale_log2,
+            best, total, acc, block_size, num_kv_heads * head_dim, head_dim,
+            False, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        best, total, acc = _attend(
+            q, k_ptr, v_ptr, block_tables_ptr, all_see, some_see, positions, context_len,
+            scale_log2, best, total, acc, block_size, num_kv_heads * head_dim, head_dim,
+            True, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offsets[:, None] + dims[None, :], out, mask=q_mask)
+
+
+@triton.jit
+def _attend(
+    q, k_ptr, v_ptr, block_table_ptr, first, end, positions, context_len, scale_log2,
+    best, total, acc, block_size: tl.constexpr, token_stride: tl.constexpr,
+    head_dim: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold the keys and values of tokens `first` to `end` into (max, sum, weighted values)."""
+    lanes = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    if first < end:
+        block = tl.load(block_table_ptr + first // block_size).to(tl.int64)
+        for start in range(first, end, BLOCK_N):
+            # Loaded a tile ahead: an address that depends on a load just made stalls the pipeline.
+            following = tl.minimum(start + BLOCK_N, end - 1)
+            next_block = tl.load(block_table_ptr + following // block_size).to(tl.int64)
+            slots = block * block_size + start % block_size + lanes
+            cells = slots[:, None] * token_stride + dims[None, :]
+            if MASKED:
+                mask = (start + lanes < context_len)[:, None] & (dims < head_dim)[None, :]
+                k_tile = tl.load(k_ptr + cells, mask=mask, other=0.0)
+                v_tile = tl.load(v_ptr + cells, mask=mask, other=0.0)
+            elif head_dim == BLOCK_D:
+                k_tile = tl.load(k_ptr + cells)
+                v_tile = tl.load(v_ptr + cells)
+            else:
+                k_tile = tl.load(k_ptr + cells, mask=(dims < head_dim)[None, :], other=0.0)
+                v_tile = tl.load(v_ptr + cells, mask=(dims < head_dim)[None, :], other=0.0)
+            scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
+            if MASKED:
+                visible = (start + lanes)[None, :] <= positions[:, None]
+                scores = tl.where(visible, scores, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_best[:, None])
+            shrink = tl.exp2(best - new_best)
+            total = total * shrink + tl.sum(weights, axis=1)
+            acc = acc * shrink[:, None]
+            acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+            best = new_best
+            block = next_block
+    return best, total, acc

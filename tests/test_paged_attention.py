@@ -1,0 +1,327 @@
+"""Attention kernels against their torch twins, and both against float64 written out here."""
+
+from dataclasses import replace
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+from kernel_inputs import (
+    BF16,
+    EPS,
+    FP16,
+    FP32,
+    TOLERANCE,
+    DecodeBatch,
+    PagedBatch,
+    Sizes,
+    decode_batch,
+    interpreted,
+    normal,
+    on_cpu,
+    paged_batch,
+    relative_error,
+)
+
+from nanovllm.kernels.paged_decode import (
+    FUSED_ROWS,
+    MAX_CHUNKS,
+    max_tiles,
+    paged_decode_torch,
+    paged_decode_triton,
+    plan_decode,
+    tile_tokens,
+)
+from nanovllm.kernels.paged_prefill import paged_prefill_torch, paged_prefill_triton
+from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_torch
+from nanovllm.layers.attention import BACKENDS, select_backend
+from nanovllm.utils.context import Context
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+# Prefill
+
+
+def prefill(function, batch: PagedBatch) -> torch.Tensor:
+    longest = (batch.max_seqlen_q,) if function is paged_prefill_triton else ()
+    return function(
+        batch.q, batch.k_cache, batch.v_cache, batch.cu_seqlens_q, batch.context_lens,
+        batch.block_tables, batch.scale, *longest,
+    )  # fmt: skip
+
+
+# (new tokens, tokens cached before them) of each sequence, then the sizes
+PREFILLS = [
+    ([(1, 0), (5, 0), (16, 0), (3, 12)], (16, 2, 2, 32)),
+    ([(17, 0), (1, 40), (33, 15), (20, 64)], (16, 4, 2, 64)),
+    ([(48, 0), (49, 48), (1, 0), (30, 70)], (48, 4, 1, 96)),
+    ([(65, 0), (130, 0), (1, 200), (70, 63)], (64, 2, 1, 64)),
+    ([(10, 0), (257, 0), (3, 254), (80, 256)], (256, 2, 1, 128)),
+    ([(20, 300)], (256, 8, 1, 32)),
+]
+
+
+@interpreted
+@on_cpu
+@pytest.mark.parametrize("function", [paged_prefill_triton, paged_prefill_torch])
+@pytest.mark.parametrize(("rows", "sizes"), PREFILLS)
+def test_paged_prefill(function, rows, sizes: Sizes, dtype: torch.dtype) -> None:
+    batch = paged_batch([new for new, _ in rows], [sum(row) for row in rows], sizes, dtype)
+    out = prefill(function, batch)
+    assert out.dtype == dtype
+    assert relative_error(out, batch.expected()) < TOLERANCE[dtype]
+
+
+GPU_SIZES = [
+    ((256, 16, 8, 128), BF16),
+    ((16, 8, 1, 64), BF16),
+    ((64, 16, 8, 128), FP16),
+    ((48, 4, 4, 96), FP16),
+    ((256, 16, 4, 128), FP32),
+    ((16, 4, 2, 64), FP32),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("sizes", "dtype"), GPU_SIZES)
+def test_paged_prefill_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
+    short = [(1, 0), (2, 700), (16, 15), (1, 32767)]
+    longer = [(64, 0), (33, 31), (50, 4000)]
+    longest = [(128, 0), (129, 127), (1, 255), (700, 0), (1000, 1049), (1500, 500), (300, 32468)]
+    for rows in (short, short + longer, short + longer + longest):
+        batch = paged_batch(
+            [new for new, _ in rows], [sum(row) for row in rows], sizes, dtype, "cuda"
+        )
+        out = prefill(paged_prefill_triton, batch)
+        assert relative_error(out, batch.expected()) < TOLERANCE[dtype]
+
+
+# Decode: the plan
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("num_ranges", [1, 7, 66])
+@pytest.mark.parametrize("block_size", [16, 48, 64, 256])
+@pytest.mark.parametrize("seed", range(4))
+def test_plan_holds_every_token_once(
+    seed: int, block_size: int, num_ranges: int, fused: bool
+) -> None:
+    random = np.random.default_rng(seed)
+    edges = [1, 2, 17, 64, 65, 66, 512, 513, 514, 4096, 4097, 4098, 32768, 40960]
+    context_lens = random.permutation(edges + random.integers(1, 1500, 20).tolist())
+    width = -(-max(context_lens) // block_size)
+    tables = random.permutation(len(context_lens) * width).reshape(-1, width).astype(np.int32)
+    padded_rows = FUSED_ROWS if fused else len(context_lens)
+    lengths = context_lens - fused  # a fused kernel has the newest token in registers
+    plan = plan_decode(context_lens, tables, block_size, num_ranges, padded_rows)
+    slots, info = plan.tiles.T
+    rows, chunks, tokens = info >> 16, (info >> 10) & 63, info & 127
+    first, last, newest = (info & flag > 0 for flag in (128, 256, 512))
+
+    found = [slot + i for slot, count in zip(slots, tokens) for i in range(count)]
+    assert found == [
+        tables[row, i // block_size] * block_size + i % block_size
+        for row, length in enumerate(lengths)
+        for i in range(length)
+    ]
+    chunk_of_tile = rows * 64 + chunks
+    borders = np.flatnonzero(np.diff(chunk_of_tile, prepend=-1, append=-1))
+    assert (np.diff(chunk_of_tile) >= 0).all()
+    assert np.flatnonzero(first).tolist() == borders[:-1].tolist()
+    assert np.flatnonzero(last).tolist() == (borders[1:] - 1).tolist()
+    counts = np.bincount(chunk_of_tile[borders[:-1]] >> 6)
+    assert plan.chunk_counts.tolist() == counts.tolist()
+    assert counts.min() >= 1 and counts.max() <= MAX_CHUNKS
+    assert (newest == (chunks == counts[rows] - 1)).all()
+
+    assert plan.bounds.shape == (num_ranges + 1,)
+    assert set(plan.bounds) <= set(borders)
+    assert (plan.bounds[0], plan.bounds[-1]) == (0, len(info))
+    share, longest_chunk = len(info) / num_ranges, np.diff(borders).max()
+    assert np.diff(plan.bounds).min() >= 0
+    assert np.diff(plan.bounds).max() < share + longest_chunk
+
+    tiles_of_row = np.maximum(1, -(-lengths // tile_tokens(block_size)))
+    assert (
+        tiles_of_row.sum()
+        == len(info)
+        <= max_tiles(len(context_lens), max(context_lens), block_size)
+    )
+    alone = plan_decode(context_lens[5:6], tables[5:6], block_size, num_ranges, padded_rows)
+    start = tiles_of_row[:5].sum()
+    same = plan.tiles[start : start + len(alone.tiles)] - [0, 5 << 16]
+    assert alone.tiles.tolist() == same.tolist()
+
+
+# Decode: the kernel
+
+
+def decode(function, batch: DecodeBatch, num_ranges: int = 7) -> torch.Tensor:
+    before = batch.before
+    if function is paged_decode_torch:
+        q = qk_norm_rope_store_torch(*batch.new_token)
+        return paged_decode_torch(
+            q, before.k_cache, before.v_cache, before.context_lens, before.block_tables,
+            before.scale,
+        )  # fmt: skip
+    real = before.context_lens > 0
+    context_lens, block_tables = (
+        tensor[real].cpu().numpy() for tensor in (before.context_lens, before.block_tables)
+    )
+    plan = plan_decode(
+        context_lens, block_tables, before.k_cache.shape[1], num_ranges, len(batch.qkv)
+    )
+    bounds, chunk_counts, tiles = (torch.from_numpy(piece).to(batch.qkv.device) for piece in plan)
+    padding = torch.zeros_like(before.context_lens[~real])
+    plan = (bounds, torch.cat((chunk_counts, padding)), tiles)
+    return paged_decode_triton(*batch.new_token, plan, before.scale)
+
+
+def check_decode(function, context_lens: list[int], sizes: Sizes, dtype, device: str = "cpu"):
+    batch = decode_batch(context_lens, sizes, dtype, device)
+    caches_before = [batch.before.k_cache.clone(), batch.before.v_cache.clone()]
+    out = decode(function, batch)
+    assert out.dtype == dtype
+    assert relative_error(out, batch.after.expected()) < TOLERANCE[dtype]
+    assert not out[batch.before.context_lens == 0].any()
+    slots = batch.slot_mapping[batch.slot_mapping >= 0].long()
+    for cache, before, after in zip(
+        (batch.before.k_cache, batch.before.v_cache),
+        caches_before,
+        (batch.after.k_cache, batch.after.v_cache),
+    ):
+        stored, expected = cache.flatten(0, 1)[slots], after.flatten(0, 1)[slots]
+        assert relative_error(stored, expected) < TOLERANCE[dtype]
+        cache.flatten(0, 1)[slots] = float("nan")  # as before: nothing else was written
+        assert torch.equal(cache.nan_to_num(), before.nan_to_num())
+
+
+DECODES = [
+    ([1, 2, 15, 16, 17, 33, 0], (16, 2, 2, 32)),
+    ([129, 127, 128, 514, 513, 0, 0], (48, 4, 2, 64)),
+    ([1, 63, 64, 65, 66, 700], (64, 4, 1, 96)),
+    ([255, 256, 257, 512, 0], (256, 8, 1, 128)),
+    ([600, 0], (16, 17, 1, 32)),
+    ([1, 600, 64, 65], (16, 4, 2, 64)),
+    ([513, 1, 2, 0, 0, 0], (64, 8, 8, 32)),
+]
+
+
+@interpreted
+@on_cpu
+@pytest.mark.parametrize("function", [paged_decode_triton, paged_decode_torch])
+@pytest.mark.parametrize(("context_lens", "sizes"), DECODES)
+def test_paged_decode(function, context_lens, sizes: Sizes, dtype: torch.dtype) -> None:
+    check_decode(function, context_lens, sizes, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("context_lens", [[600, 40, 130], [600, 40, 130, 1, 2]])
+def test_decode_does_not_depend_on_how_the_work_is_shared_out(context_lens: list[int]) -> None:
+    batch = decode_batch(context_lens, (16, 4, 2, 32), FP32)
+    out = decode(paged_decode_triton, batch, num_ranges=1)
+    for num_ranges in (2, 5, 40):
+        assert torch.equal(decode(paged_decode_triton, batch, num_ranges), out)
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(3))
+def test_paged_attention_of_random_batches(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def below(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    group, num_kv_heads = (1, 2, 4, 8)[below(4)], 1 + below(2)
+    sizes = ((16, 48, 64, 256)[below(4)], group * num_kv_heads, num_kv_heads, (32, 64)[below(2)])
+    rows = [(1 + below(50), below(2) * below(200)) for _ in range(3)]
+    batch = paged_batch(
+        [new for new, _ in rows], [sum(row) for row in rows], sizes, FP32, seed=seed
+    )
+    assert relative_error(prefill(paged_prefill_triton, batch), batch.expected()) < TOLERANCE[FP32]
+    check_decode(paged_decode_triton, [1 + below(700) for _ in range(3)], sizes, FP32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("sizes", "dtype"), GPU_SIZES)
+def test_paged_decode_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
+    borders = [border + step for border in (16, 64, 256, 512, 4096) for step in (-1, 0, 1, 2)]
+    context_lens = [1, 2, *borders, 1000, 32768, 31999, 0, 0]
+    check_decode(paged_decode_triton, context_lens, sizes, dtype, "cuda")
+    # Whoever shares the batch, and however the work is shared out.
+    batch = decode_batch(context_lens, sizes, dtype, "cuda")
+    out = decode(paged_decode_triton, batch, num_ranges=33)
+    for num_ranges in (1, 40, 264):
+        assert torch.equal(decode(paged_decode_triton, batch, num_ranges), out)
+    rows = slice(5, 6 + FUSED_ROWS)
+    few = replace(
+        batch,
+        before=replace(
+            batch.before,
+            context_lens=batch.before.context_lens[rows],
+            block_tables=batch.before.block_tables[rows],
+        ),
+        qkv=batch.qkv[rows],
+        positions=batch.positions[rows],
+        slot_mapping=batch.slot_mapping[rows],
+    )
+    assert torch.equal(decode(paged_decode_triton, few), out[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(6))
+def test_decode_of_random_ragged_batches_gpu(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    sizes = (
+        int(random.choice([16, 64, 256])), 8, int(random.choice([1, 2, 4, 8])),
+        int(random.choice([64, 128])),
+    )  # fmt: skip
+    rows = int(random.choice([1, FUSED_ROWS, 12]))
+    context_lens = np.exp(random.uniform(0, np.log(32768), rows)).astype(int).tolist()
+    check_decode(paged_decode_triton, context_lens, sizes, BF16, "cuda")
+
+
+# The backends
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_backends_agree_gpu(head_dim: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("flash_attn")
+    device = torch.device("cuda")
+    assert select_backend("flash-attn", device, dtype, head_dim, 256) == "flash-attn"
+    sizes = (256, 16, 8, head_dim)
+    for is_prefill, query_lens in ((True, [300, 1, 70, 5, 129]), (False, [1, 1, 1, 1, 1])):
+        outs = {}
+        for backend, attend in BACKENDS.items():
+            batch = decode_batch([300, 1, 326, 5005, 641], sizes, dtype, "cuda")
+            # What lies in unwritten slots is for our own kernels to ignore: no NaN for flash-attn.
+            caches = [c.nan_to_num_() for c in (batch.before.k_cache, batch.before.v_cache)]
+            tokens = sum(query_lens)
+            tables, lens = batch.before.block_tables, batch.before.context_lens
+            rows = [
+                (row, context_len - count + i)
+                for row, (count, context_len) in enumerate(zip(query_lens, lens.tolist()))
+                for i in range(count)
+            ]
+            slots = [tables[row, p // 256].item() * 256 + p % 256 for row, p in rows]
+            plan = plan_decode(lens.cpu().numpy(), tables.cpu().numpy(), 256, 33, len(lens))
+            context = Context(
+                cos_sin=batch.cos_sin,
+                is_prefill=is_prefill,
+                positions=torch.tensor([p for _, p in rows], device=device).int(),
+                slot_mapping=torch.tensor(slots, device=device).int(),
+                context_lens=lens,
+                block_tables=tables,
+                decode_plan=tuple(torch.from_numpy(piece).to(device) for piece in plan),
+                cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], device=device).int(),
+                max_seqlen_q=max(query_lens),
+                max_context_len=5005,
+            )
+            qkv = normal(tokens, 32 * head_dim, dtype=dtype, device="cuda", seed=3)
+            norms = (batch.q_weight, batch.k_weight, EPS)
+            outs[backend] = attend(qkv, norms, *caches, context, batch.before.scale)
+        for backend in ("flash-attn", "triton"):
+            assert relative_error(outs[backend], outs["torch"]) < 2 * TOLERANCE[dtype], backend
