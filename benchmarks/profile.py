@@ -101,8 +101,10 @@ def work(group: str, llm: LLM, step: Step) -> tuple[float, float]:
 
 def short_name(name: str) -> str:
     """A kernel's name without return type, namespaces, templates and arguments."""
-    name = re.sub(r"\(anonymous namespace\)::", "", name).removeprefix("void ")
-    name = re.split(r"[<(]", name)[0].strip() or name
+    name = name.replace("(anonymous namespace)::", "")
+    while (stripped := re.sub(r"<[^<>]*>", "", name)) != name:  # innermost templates first
+        name = stripped
+    name = name.split("(")[0].strip().removeprefix("void ").split("::type ")[-1]
     return name.removeprefix("at::native::")
 
 
