@@ -297,7 +297,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.parts = args.only or [p for p in PARTS if p != "scaling" or args.scaling]
     if args.runs < 1:
         parser.error("--runs must be at least 1")
-    if "nano-vllm" in args.engine and not Path(args.engine_path or "", "nanovllm").is_dir():
+    if "nano-vllm" in args.engine and not Path(args.engine_path or "?", "nanovllm").is_dir():
         parser.error("--engine nano-vllm needs --engine-path: the directory of its repository")
     if not torch.cuda.is_available() and not args.tiny:
         parser.error("there is no CUDA GPU here: try the script out with --tiny")
