@@ -56,6 +56,7 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
             f"{100 * least / time:.0f}%", (at, time), xytext=(-5, 6), textcoords="offset points",
             ha="center", fontsize=7.5, color=MEASURED,
         )  # fmt: skip
+    axes.margins(x=0.08)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(x, [f"{n // 1024}k" if n >= 1024 else str(n) for n in x])
