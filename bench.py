@@ -21,10 +21,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nanovllm import LLM, SamplingParams, __version__
+from nanovllm.config import Config
 
 # hidden, intermediate, layers, heads, tied; all have 8 KV heads of 128, from Qwen's config.json
 SHAPES = {
@@ -35,6 +37,12 @@ SHAPES = {
     "qwen3-14b": (5120, 17408, 40, 40, False),
     "qwen3-32b": (5120, 25600, 64, 64, False),
 }
+# What makes a miniature of any of them, to try a script or the engine out on a CPU.
+MINIATURE = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512,
+    "eos_token_id": 2,
+}  # fmt: skip
 
 
 @dataclass
@@ -71,8 +79,8 @@ class Workload:
         return Workload(shifted, self.output_lens)
 
 
-def write_shape(shape: str, directory: str) -> None:
-    """A config.json in the shape of a published Qwen3."""
+def write_shape(shape: str, directory: str, changes: dict[str, Any] | None = None) -> None:
+    """A config.json in the shape of a published Qwen3, with `changes` to its entries."""
     hidden, intermediate, layers, heads, tied = SHAPES[shape]
     config = {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "bfloat16",
@@ -82,7 +90,14 @@ def write_shape(shape: str, directory: str) -> None:
         "tie_word_embeddings": tied, "rms_norm_eps": 1e-6, "hidden_act": "silu",
         "attention_bias": False, "initializer_range": 0.02, "eos_token_id": 151645,
     }  # fmt: skip
-    (Path(directory) / "config.json").write_text(json.dumps(config))
+    (Path(directory) / "config.json").write_text(json.dumps(config | (changes or {})))
+
+
+def dummy_llm(shape: str, changes: dict[str, Any] | None = None, **options: Any) -> LLM:
+    """An engine with random weights in a shape, see `write_shape`; `options` are the engine's."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_shape(shape, directory, changes)
+        return LLM(directory, load_format="dummy", **options)
 
 
 def measure_machine(device: torch.device) -> tuple[float, float]:
@@ -107,10 +122,10 @@ def _best_seconds(function: Callable[[], object], device: torch.device) -> float
 
 
 def floor_seconds(
-    llm: LLM, workload: Workload, read_rate: float, matmul_rate: float
+    engine_config: Config, workload: Workload, read_rate: float, matmul_rate: float
 ) -> dict[str, float]:
     """Least seconds for decode (weights, keys and values) and prefill; see the top of the file."""
-    config, itemsize = llm.config.hf_config, llm.config.torch_dtype.itemsize
+    config, itemsize = engine_config.hf_config, engine_config.torch_dtype.itemsize
     q_size = config.num_attention_heads * config.head_dim
     kv_size = config.num_key_value_heads * config.head_dim
     layer = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
@@ -120,7 +135,7 @@ def floor_seconds(
 
     lens = [(len(p), o) for p, o in zip(workload.prompts, workload.output_lens)]
     generated = sum(o - 1 for _, o in lens)
-    steps = max(max(o - 1 for _, o in lens), -(-generated // llm.config.max_num_seqs))
+    steps = max(max(o - 1 for _, o in lens), -(-generated // engine_config.max_num_seqs))
     # The token at position p attends to p + 1: sum over p from the prompt's end on.
     contexts = sum((o - 1) * (p + 1) + (o - 1) * (o - 2) // 2 for p, o in lens)
     prompt_tokens = sum(p for p, _ in lens)
@@ -193,11 +208,10 @@ def main() -> None:
     names += ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization")
     options = {name: getattr(args, name) for name in names}
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as directory:
-        if args.model is None:
-            write_shape(args.shape, directory)
-        load_format = args.load_format if args.model else "dummy"
-        llm = LLM(args.model or directory, load_format=load_format, seed=args.seed, **options)
+    if args.model is None:
+        llm = dummy_llm(args.shape, seed=args.seed, **options)
+    else:
+        llm = LLM(args.model, load_format=args.load_format, seed=args.seed, **options)
     ready = time.perf_counter() - start
     backend = llm.model_runner.attention_backend
     device = llm.config.torch_device
@@ -242,7 +256,7 @@ def main() -> None:
     )
     llm.close()
     read_rate, matmul_rate = measure_machine(device)
-    floor = floor_seconds(llm, workload, read_rate, matmul_rate)
+    floor = floor_seconds(llm.config, workload, read_rate, matmul_rate)
     total = sum(floor.values())
     print(
         f"floor:      {total:10.2f} s: weights {floor['weights']:.2f}, keys and values "

@@ -1,0 +1,338 @@
+"""The GPU workloads in one call, each beside its floor.
+
+    python -m benchmarks.gpu                        # all but scaling: about a minute and a half
+    python -m benchmarks.gpu --all --json gpu.json  # benchmarks.plot draws from that file
+    python -m benchmarks.gpu --engine vllm transformers
+    python -m benchmarks.gpu --engine nano-vllm --engine-path path/to/nano-vllm
+
+mix      256 requests, 100 to 1024 tokens in, 100 to 1024 out: seconds of the call
+batch    1 and 32 requests, 128 in, 512 out: the mean decode step
+prefill  64 requests, 1024 in, 1 out: seconds of the call
+ready    `import nanovllm`, `LLM(...)` on a real checkpoint and a first request of 16 tokens, in a
+         fresh process: first with an empty Triton cache, then again. Files are in the page cache.
+host     what the host does for a decode step: schedule, launch and postprocess, without waiting
+scaling  the mean decode step by batch, by context, and of larger models
+
+All with random bf16 weights in the shape of Qwen3-0.6B unless said otherwise, temperature 0.6, no
+end-of-sequence, other tokens in each run so that no prefix is in the cache; medians of `--runs`
+runs after one that warms up. A mean decode step is the time from the tokens of the last prefill
+step to those of the last decode step (`llm.stats`), over the number of decode steps; for another
+engine it is the seconds of the call, less those of a call with one token out, over the tokens after
+the first. The floor is bench.py's, once with the rates measured here and once with the fixed rates
+of an H200, so that figures of different days compare.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import MINIATURE, Workload, dummy_llm, floor_seconds, measure_machine, run
+from benchmarks.host import host_seconds
+from benchmarks.peers import ENGINES, time_calls
+from benchmarks.ready import STAGES, seconds_to_ready, write_checkpoint
+from nanovllm import LLM, __version__
+from nanovllm.config import Config
+
+H200_RATES = (4.2e12, 805e12)  # bytes per second read, bf16 operations per second
+SHAPE = "qwen3-0.6b"
+TEMPERATURE = 0.6
+PARTS = ("mix", "batch", "prefill", "ready", "host", "scaling")
+UNITS = {"s": 1, "ms/step": 1e3, "us/step": 1e6}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is; lengths are (prompt, output) unless they are ranges."""
+
+    mix: tuple[int, tuple[int, int], tuple[int, int]] = (256, (100, 1024), (100, 1024))
+    batches: tuple[int, ...] = (1, 32)
+    batch_len: tuple[int, int] = (128, 512)
+    prefill: tuple[int, int] = (64, 1024)
+    host_batches: tuple[int, ...] = (1, 32, 256, 512)
+    host_steps: int = 64
+    scaling_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    scaling_len: tuple[int, int] = (128, 128)
+    contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
+    context_batch: int = 8
+    context_output: int = 33
+    shapes: tuple[str, ...] = ("qwen3-4b", "qwen3-8b")
+    shape_batches: tuple[int, ...] = (1, 64)
+
+
+TINY = Sizes(
+    mix=(4, (5, 20), (3, 8)), batch_len=(8, 4), prefill=(4, 32), host_batches=(1, 4), host_steps=3,
+    scaling_batches=(1, 2, 4), scaling_len=(8, 4), contexts=(16, 32, 64), context_batch=2,
+    context_output=4, shapes=("qwen3-4b",), shape_batches=(1, 2),
+)  # fmt: skip
+
+
+@dataclass
+class Case:
+    """A workload, and what is measured of it: the whole call, or its mean decode step."""
+
+    part: str
+    name: str
+    workload: Workload
+    per_step: bool = True
+    tokens: int = 0  # in what is measured: output tokens, or those of the prompts
+
+    @classmethod
+    def decode(cls, part: str, batch: int, input_len: int, output_len: int, name: str) -> "Case":
+        workload = Workload.draw(batch, (input_len,) * 2, (output_len,) * 2, 10**5, seed=1)
+        return cls(part, name, workload, tokens=batch)
+
+    def floor(self, config: Config, rates: tuple[float, float]) -> float:
+        """Least seconds."""
+        seconds = floor_seconds(config, self.workload, *rates)
+        if not self.per_step:
+            return sum(seconds.values())
+        steps = max(self.workload.output_lens) - 1
+        return (seconds["weights"] + seconds["keys_and_values"]) / steps
+
+
+@dataclass
+class Row:
+    """One line of the table. Times are in seconds, `runs` each the one of a run."""
+
+    part: str
+    name: str
+    engine: str
+    unit: str
+    runs: list[float]
+    batch: int | None = None
+    input_len: int | None = None
+    tokens_per_second: float | None = None
+    floor: float | None = None
+    h200_floor: float | None = None
+    detail: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.runs)
+
+    def cells(self) -> list[str]:
+        scale = UNITS[self.unit]
+        cells = [self.name, self.engine, f"{self.seconds * scale:.4g} {self.unit}"]
+        cells.append(f"{self.tokens_per_second:,.0f}" if self.tokens_per_second else "")
+        for floor in (self.floor, self.h200_floor):
+            share = f" ({100 * floor / self.seconds:.0f}%)" if floor else ""
+            cells.append(f"{floor * scale:.3g}{share}" if floor else "")
+        return cells
+
+
+class Bench:
+    """Runs the parts, and keeps their rows."""
+
+    def __init__(self, args: argparse.Namespace, directory: Path) -> None:
+        self.args = args
+        self.start = time.perf_counter()
+        self.sizes = TINY if args.tiny else Sizes()
+        self.changes = MINIATURE if args.tiny else {}
+        self.options = {"attention_backend": args.attention_backend}
+        self.directory = directory
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.rows: list[Row] = []
+        self.versions = {"nanovllm": __version__}
+        self.renewals = count()  # no two runs have the same tokens
+        self.rates = H200_RATES if args.tiny else measure_machine(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def progress(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.start:6.1f} s] {text}", file=sys.stderr)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self.progress(": ".join(row.cells()[:3]))
+
+    def cases(self, parts: list[str]) -> Iterator[Case]:
+        """The workloads that any engine runs, with its defaults."""
+        if "mix" in parts:
+            workload = Workload.draw(*self.sizes.mix, 10**5, seed=0)
+            yield Case("mix", "mix", workload, False, sum(workload.output_lens))
+        if "batch" in parts:
+            for batch in self.sizes.batches:
+                yield Case.decode("batch", batch, *self.sizes.batch_len, f"batch {batch}")
+        if "prefill" in parts:
+            number, length = self.sizes.prefill
+            workload = Workload.draw(number, (length,) * 2, (1, 1), 10**5, seed=1)
+            yield Case("prefill", "prefill", workload, False, number * length)
+        if "scaling" in parts:
+            for batch in self.sizes.scaling_batches:
+                name = f"scaling: batch {batch}"
+                yield Case.decode("by batch", batch, *self.sizes.scaling_len, name)
+
+    def llm(self, shape: str = SHAPE, **options: Any) -> LLM:
+        return dummy_llm(shape, self.changes, **self.options, **options)
+
+    def renewed(self, case: Case, vocab_size: int) -> Workload:
+        return case.workload.renewed(next(self.renewals), vocab_size)
+
+    def measure(self, llm: LLM, case: Case) -> None:
+        """Run a case on nanovllm, and add its row."""
+        seconds = []
+        for _ in range(self.args.runs + 1):
+            workload = self.renewed(case, llm.config.hf_config.vocab_size)
+            result = run(llm, workload, TEMPERATURE, use_tqdm=False)
+            if result["cached_tokens"]:
+                raise RuntimeError(f"{case.name}: the prefix cache helped; the figure is worthless")
+            if case.per_step:
+                steps = result["decode_tokens"] / len(workload.prompts)
+                seconds.append(result["decode_seconds"] / steps)
+            else:
+                seconds.append(result["seconds"])
+        self.add(self.row(case, "nanovllm", seconds[1:], llm.config))
+
+    def row(self, case: Case, engine: str, seconds: list[float], config: Config) -> Row:
+        return Row(
+            case.part, case.name, engine, "ms/step" if case.per_step else "s", seconds,
+            len(case.workload.prompts), max(map(len, case.workload.prompts)),
+            case.tokens / statistics.median(seconds), case.floor(config, self.rates),
+            case.floor(config, H200_RATES),
+        )  # fmt: skip
+
+    def nanovllm(self, parts: list[str]) -> None:
+        if "ready" in parts:
+            self.ready()
+        if set(parts) - {"ready"}:
+            with self.llm() as llm:
+                for case in self.cases(parts):
+                    self.measure(llm, case)
+                if "host" in parts:
+                    self.host(llm)
+        if "scaling" in parts:
+            self.scaling()
+
+    def scaling(self) -> None:
+        """By context and by model; by batch is among `cases`."""
+        sizes = self.sizes
+        with self.llm(max_model_len=max(sizes.contexts) + sizes.context_output) as llm:
+            for context in sizes.contexts:
+                name = f"scaling: batch {sizes.context_batch}, context {context}"
+                shape = (sizes.context_batch, context, sizes.context_output)
+                self.measure(llm, Case.decode("by context", *shape, name))
+        for shape in sizes.shapes:
+            with self.llm(shape) as llm:
+                for batch in sizes.shape_batches:
+                    name = f"scaling: {shape}, batch {batch}"
+                    self.measure(llm, Case.decode("by model", batch, *sizes.scaling_len, name))
+
+    def ready(self) -> None:
+        model = self.checkpoint()
+        with tempfile.TemporaryDirectory() as triton_cache:
+            for state in ("cold", "warm"):
+                times = seconds_to_ready(model, self.options, triton_cache)
+                for stage, seconds in zip(STAGES, times, strict=True):
+                    self.add(Row("ready", f"ready, {state}: {stage}", "nanovllm", "s", [seconds]))
+
+    def host(self, llm: LLM) -> None:
+        for batch in self.sizes.host_batches:
+            case = Case.decode("host", batch, self.sizes.scaling_len[0], 1, "")
+            prompts = self.renewed(case, llm.config.hf_config.vocab_size).prompts
+            detail = host_seconds(llm, prompts, self.sizes.host_steps)
+            parts = " + ".join(f"{name} {1e6 * seconds:.0f}" for name, seconds in detail.items())
+            name, runs = f"host, batch {batch} ({parts})", [sum(detail.values())]
+            self.add(Row("host", name, "nanovllm", "us/step", runs, batch, detail=detail))
+
+    def checkpoint(self) -> Path:
+        """A real checkpoint, written once."""
+        path = self.directory / "model"
+        if not path.exists():
+            self.progress("writing a checkpoint")
+            write_checkpoint(path, SHAPE, self.changes, self.device)
+        return path
+
+    def peer(self, engine: str, parts: list[str]) -> None:
+        """The workloads with another engine; one line if it cannot run."""
+        cases, runs = list(self.cases(parts)), self.args.runs + 1
+        config = Config.from_options(self.checkpoint(), {})
+        calls = []
+        for case in cases:
+            output_lens = case.workload.output_lens
+            of_a_run = [output_lens, [1] * len(output_lens)] if case.per_step else [output_lens]
+            for lens in of_a_run * runs:
+                prompts = self.renewed(case, config.hf_config.vocab_size).prompts
+                calls.append({"prompts": prompts, "output_lens": lens})
+        self.progress(f"starting {engine}")
+        engine_path = self.args.engine_path if engine == "nano-vllm" else None
+        try:
+            result = time_calls(engine, self.checkpoint(), calls, engine_path)
+        except RuntimeError as error:
+            self.progress(str(error))
+            return
+        self.versions[engine] = result["version"]
+        self.add(Row("ready", "ready: import and LLM(...)", engine, "s", [result["ready"]]))
+        seconds = iter(result["seconds"])
+        for case in cases:
+            measured = [next(seconds) for _ in range(runs * (1 + case.per_step))]
+            if case.per_step:
+                steps = max(case.workload.output_lens) - 1
+                pairs = zip(measured[::2], measured[1::2])
+                measured = [(whole - first) / steps for whole, first in pairs]
+            self.add(self.row(case, engine, measured[1:], config))
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=" ".join(PARTS))
+    parser.add_argument("--scaling", "--all", action="store_true", help="all parts, scaling too")
+    engines = ["nanovllm", *ENGINES]
+    parser.add_argument("--engine", nargs="+", choices=engines, default=["nanovllm"])
+    parser.add_argument("--engine-path", metavar="DIR", help="where nano-vllm's repository is")
+    parser.add_argument("--runs", type=int, default=3, help="counted, after one that warms up")
+    parser.add_argument("--attention-backend", default="auto", help="of nanovllm")
+    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--tiny", action="store_true", help="a miniature of all, to try it out")
+    args = parser.parse_args(argv)
+    args.parts = args.only or [p for p in PARTS if p != "scaling" or args.scaling]
+    if args.runs < 1:
+        parser.error("--runs must be at least 1")
+    if "nano-vllm" in args.engine and not Path(args.engine_path or "?", "nanovllm").is_dir():
+        parser.error("--engine nano-vllm needs --engine-path: the directory of its repository")
+    if not torch.cuda.is_available() and not args.tiny:
+        parser.error("there is no CUDA GPU here: try the script out with --tiny")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with tempfile.TemporaryDirectory() as directory:
+        bench = Bench(args, Path(directory))
+        for engine in args.engine:
+            if engine == "nanovllm":
+                bench.nanovllm(args.parts)
+            else:
+                bench.peer(engine, [part for part in args.parts if part != "scaling"])
+    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU, miniature"
+    read_rate, matmul_rate = bench.rates
+    print(
+        f"{name}, torch {torch.__version__}; {bench.versions}; medians of {args.runs} runs\n"
+        f"floors by the rates measured here, {read_rate / 1e12:.2f} TB/s and "
+        f"{matmul_rate / 1e12:.0f} TFLOP/s, and by an H200's, 4.20 TB/s and 805 TFLOP/s\n"
+    )
+    headings = ["workload", "engine", "median", "tok/s", "floor (reached)", "by an H200's rates"]
+    print("| " + " | ".join(headings) + " |\n" + "|---" * len(headings) + "|")
+    for row in bench.rows:
+        print("| " + " | ".join(row.cells()) + " |")
+    if args.json:
+        report = {
+            "device": name, "torch": torch.__version__, "versions": bench.versions,
+            "read_bytes_per_second": read_rate, "matmul_ops_per_second": matmul_rate,
+            "h200_rates": H200_RATES, "options": vars(args),
+            "rows": [asdict(row) | {"seconds": row.seconds} for row in bench.rows],
+        }  # fmt: skip
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
