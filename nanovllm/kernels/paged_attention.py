@@ -26,10 +26,10 @@ LOG2_E = 1.4426950408889634
 def paged_prefill_torch(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, scale):
     """The reference: see `paged_prefill_triton`."""
     out = torch.empty_like(q)
-    starts = cu_seqlens_q.tolist()
+    starts, tables = cu_seqlens_q.tolist(), block_tables.tolist()
     for row, context_len in enumerate(context_lens.tolist()):
         start, end = starts[row], starts[row + 1]
-        k, v = (_gather(cache, block_tables[row], context_len) for cache in (k_cache, v_cache))
+        k, v = (_gather(cache, tables[row], context_len) for cache in (k_cache, v_cache))
         query = q[start:end].transpose(0, 1)
         cached = context_len - (end - start)
         mask = None
@@ -48,25 +48,27 @@ def paged_decode_torch(q, k_cache, v_cache, context_lens, block_tables, scale):
     """The reference: see `paged_decode_triton`."""
     out = torch.zeros_like(q)
     num_kv_heads, head_dim = k_cache.shape[2:]
+    # The heads of a group are the queries of one head, so that each key is read once.
+    groups = q.view(q.shape[0], num_kv_heads, -1, head_dim)
+    tables = block_tables.tolist()
     for row, context_len in enumerate(context_lens.tolist()):
         if context_len:
-            k, v = (_gather(cache, block_tables[row], context_len) for cache in (k_cache, v_cache))
-            # The heads of a group are the rows of one matrix product. On a CPU this is faster than
-            # scaled_dot_product_attention in bf16, the more so the longer the context.
-            query = q[row].view(num_kv_heads, -1, head_dim).float() * scale
-            weights = torch.bmm(query, k.float().transpose(1, 2)).softmax(dim=-1)
-            out[row] = torch.bmm(weights, v.float()).view(-1, head_dim)
+            k, v = (_gather(cache, tables[row], context_len) for cache in (k_cache, v_cache))
+            attended = F.scaled_dot_product_attention(
+                groups[row][None], k[None], v[None], scale=scale
+            )
+            out[row] = attended.reshape(-1, head_dim)
     return out
 
 
-def _gather(cache: torch.Tensor, block_table: torch.Tensor, context_len: int) -> torch.Tensor:
+def _gather(cache: torch.Tensor, block_table: list[int], context_len: int) -> torch.Tensor:
     """One sequence's keys or values: [num_kv_heads, context_len, head_dim]."""
     num_blocks = -(-context_len // cache.shape[1])
     if num_blocks == 1:
-        tokens = cache[block_table[0]]
+        tokens = cache[block_table[0], :context_len]
     else:
-        tokens = cache[block_table[:num_blocks].long()].flatten(0, 1)
-    return tokens[:context_len].transpose(0, 1)
+        tokens = cache[block_table[:num_blocks]].flatten(0, 1)[:context_len]
+    return tokens.transpose(0, 1)
 
 
 def paged_prefill_triton(
