@@ -142,14 +142,18 @@ class ModelRunner:
         return model
 
     def _allocate_kv_cache(self, num_blocks: int) -> torch.Tensor:
-        """[2, layers, num_blocks, block_size, num_kv_heads, head_dim], keys then values."""
+        """[2, layers, num_blocks, block_size, num_kv_heads, head_dim], keys then values.
+
+        On a CPU a block's memory goes head by head, as attention reads it: the cache is a
+        transposed view.
+        """
         hf_config = self.config.hf_config
-        shape = (
-            2, hf_config.num_hidden_layers, num_blocks, self.config.kvcache_block_size,
-            hf_config.num_key_value_heads, hf_config.head_dim,
-        )  # fmt: skip
+        block_size, num_kv_heads = self.config.kvcache_block_size, hf_config.num_key_value_heads
+        block = (block_size, num_kv_heads) if self.on_gpu else (num_kv_heads, block_size)
+        shape = (2, hf_config.num_hidden_layers, num_blocks, *block, hf_config.head_dim)
         try:
-            return torch.empty(shape, dtype=self.config.torch_dtype, device=self.device)
+            cache = torch.empty(shape, dtype=self.config.torch_dtype, device=self.device)
+            return cache if self.on_gpu else cache.transpose(3, 4)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             raise RuntimeError(
                 f"no memory for a KV cache of {num_blocks} blocks: lower num_kvcache_blocks"

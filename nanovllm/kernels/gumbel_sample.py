@@ -41,12 +41,10 @@ def gumbel_sample(
 
 
 def gumbel_sample_torch(logits, temperatures, seeds, positions, out) -> None:
-    for row in range(logits.shape[0]):
-        scores = logits[row].float()
-        if temperatures[row] > 0:
-            noise = gumbel_noise(seeds[row], positions[row], scores.numel())
-            scores = (scores / temperatures[row]).add_(noise)
-        out[row] = scores.argmax()
+    out.copy_(logits.max(dim=-1).indices)  # the first of equals, as argmax; faster on a CPU
+    for row in temperatures.nonzero().flatten().tolist():
+        noise = gumbel_noise(seeds[row], positions[row], logits.shape[1])
+        out[row] = (logits[row].float() / temperatures[row]).add_(noise).argmax()
 
 
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) -> torch.Tensor:

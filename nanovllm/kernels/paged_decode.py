@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from nanovllm.kernels._triton import launch_next, pdl, tl, triton, wait_for_previous
 from nanovllm.kernels.qk_norm_rope_store import norm_rope, qk_norm_rope_store_triton
@@ -106,25 +107,27 @@ def paged_decode_torch(q, k_cache, v_cache, context_lens, block_tables, scale):
     for the arguments. A context of 0 marks a padding row, whose output is zero."""
     out = torch.zeros_like(q)
     num_kv_heads, head_dim = k_cache.shape[2:]
+    # The heads of a group are the queries of one head, so that each key is read once.
+    groups = q.view(q.shape[0], num_kv_heads, -1, head_dim)
+    tables = block_tables.tolist()
     for row, context_len in enumerate(context_lens.tolist()):
         if context_len:
-            k, v = (gather(cache, block_tables[row], context_len) for cache in (k_cache, v_cache))
-            # The heads of a group are the rows of one matrix product. On a CPU this is faster than
-            # scaled_dot_product_attention in bf16, the more so the longer the context.
-            query = q[row].view(num_kv_heads, -1, head_dim).float() * scale
-            weights = torch.bmm(query, k.float().transpose(1, 2)).softmax(dim=-1)
-            out[row] = torch.bmm(weights, v.float()).view(-1, head_dim)
+            k, v = (gather(cache, tables[row], context_len) for cache in (k_cache, v_cache))
+            attended = F.scaled_dot_product_attention(
+                groups[row][None], k[None], v[None], scale=scale
+            )
+            out[row] = attended.reshape(-1, head_dim)
     return out
 
 
-def gather(cache: torch.Tensor, block_table: torch.Tensor, context_len: int) -> torch.Tensor:
+def gather(cache: torch.Tensor, block_table: list[int], context_len: int) -> torch.Tensor:
     """One sequence's keys or values: [num_kv_heads, context_len, head_dim]."""
     num_blocks = -(-context_len // cache.shape[1])
     if num_blocks == 1:
-        tokens = cache[block_table[0]]
+        tokens = cache[block_table[0], :context_len]
     else:
-        tokens = cache[block_table[:num_blocks].long()].flatten(0, 1)
-    return tokens[:context_len].transpose(0, 1)
+        tokens = cache[block_table[:num_blocks]].flatten(0, 1)[:context_len]
+    return tokens.transpose(0, 1)
 
 
 def paged_decode_triton(

@@ -19,10 +19,10 @@ from nanovllm.kernels.paged_decode import LOG2_E, gather, tile_tokens
 def paged_prefill_torch(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, scale):
     """The reference: see `paged_prefill_triton`."""
     out = torch.empty_like(q)
-    starts = cu_seqlens_q.tolist()
+    starts, tables = cu_seqlens_q.tolist(), block_tables.tolist()
     for row, context_len in enumerate(context_lens.tolist()):
         start, end = starts[row], starts[row + 1]
-        k, v = (gather(cache, block_tables[row], context_len) for cache in (k_cache, v_cache))
+        k, v = (gather(cache, tables[row], context_len) for cache in (k_cache, v_cache))
         query = q[start:end].transpose(0, 1)
         cached = context_len - (end - start)
         mask = None

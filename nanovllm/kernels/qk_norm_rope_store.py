@@ -56,26 +56,29 @@ def qk_norm_rope_store(
 def qk_norm_rope_store_torch(
     qkv, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping
 ):
-    num_kv_heads, head_dim = k_cache.shape[-2:]
+    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     num_heads = heads.shape[1] - 2 * num_kv_heads
     qk, v = heads.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
     weight = torch.cat((q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)))
     qk = F.rms_norm(qk.float(), (head_dim,), eps=eps).mul_(weight)
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-    q, k = _rotate(qk, cos, sin).to(qkv.dtype).split([num_heads, num_kv_heads], dim=1)
+    _rotate_(qk, cos_sin[positions].unsqueeze(1))
+    q, k = qk.to(qkv.dtype).split([num_heads, num_kv_heads], dim=1)
     slots = slot_mapping.long()
-    if (slots < 0).any():
+    if slots.min() < 0:
         k, v, slots = k[slots >= 0], v[slots >= 0], slots[slots >= 0]
-    k_cache.view(-1, num_kv_heads, head_dim)[slots] = k.to(k_cache.dtype)
-    v_cache.view(-1, num_kv_heads, head_dim)[slots] = v.to(v_cache.dtype)
+    places = slots // block_size, slots % block_size
+    k_cache[places], v_cache[places] = k, v
     return q
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x[i], x[i + half]) of the last dimension."""
+def _rotate_(x: torch.Tensor, cos_sin: torch.Tensor) -> None:
+    """Rotate the pairs (x[i], x[i + half]) of the last dimension, in place."""
+    cos, sin = cos_sin.chunk(2, dim=-1)
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = second * sin
+    second.mul_(cos).addcmul_(first, sin)
+    first.mul_(cos).sub_(turned)
 
 
 def qk_norm_rope_store_triton(

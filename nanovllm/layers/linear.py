@@ -89,23 +89,31 @@ def _norm_options(norm: RMSNorm | None) -> dict[str, Any]:
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether oneDNN's packed matrices serve this weight: bf16, on a CPU that has them."""
+    """Whether oneDNN's packed matrices serve this weight: bf16, on a CPU."""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """A weight [out, in] in oneDNN's blocked layout, for `packed_linear` only."""
+    """A weight [out, in] in oneDNN's blocked layout, for `packed_linear` only.
+
+    It is float32 where the CPU has no bf16 instructions: twice the memory, and, measured on such a
+    2-core AMD EPYC, a third of the time for eight rows and a thirtieth for a prompt.
+    """
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        weight = weight.float()
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACK_ROWS)
 
 
 def packed_linear(
     x: torch.Tensor, packed_weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x [rows, in] times a weight from `pack_weight`: [rows, out]."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed_weight, bias, "none", [], "")
+    """x [rows, in] times a weight from `pack_weight`: [rows, out], in the dtype of x."""
+    dtype = packed_weight.dtype
+    bias = None if bias is None else bias.to(dtype)
+    y = torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed_weight, bias, "none", [], "")
+    return y.to(x.dtype)
