@@ -17,6 +17,7 @@ from kernel_inputs import (
 
 from nanovllm.kernels.embed import embed_torch, embed_triton
 from nanovllm.kernels.gemv import MAX_ROWS, gemv_torch, gemv_triton
+from nanovllm.kernels.split_k import split_k_torch, split_k_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -88,6 +89,39 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     both = gemv_triton(x, weight)
     other = gemv_triton(torch.stack((x[0], x[1] * float("inf"))), weight)
     assert torch.equal(both[0], other[0])
+
+
+def check_split_k(function, rows: int, shape: tuple[int, int], splits, dtype, device="cpu"):
+    n, k = shape
+    x = normal(rows, k, dtype=dtype, device=device)
+    weight = normal(n, k, dtype=dtype, device=device, seed=1)
+    expected = x.double() @ weight.double().T
+    out = function(x, weight, splits)
+    if splits is None:
+        assert out.dtype == dtype
+    else:
+        assert out.dtype == FP32
+        assert out.shape == (splits, rows, n)
+        out = out.sum(dim=0)
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@interpreted
+@pytest.mark.parametrize("function", [split_k_triton, split_k_torch])
+@pytest.mark.parametrize("splits", [None, 1, 3, 8])
+@pytest.mark.parametrize(("rows", "shape"), [(5, (64, 256)), (20, (65, 300)), (64, (3, 1000))])
+def test_split_k(function, rows: int, shape: tuple[int, int], splits: int | None) -> None:
+    check_split_k(function, rows, shape, splits, FP16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("splits", [None, 3, 8])
+@pytest.mark.parametrize(
+    ("rows", "shape"), [(5, (1024, 3072)), (32, (4096, 1024)), (64, (1000, 9000))]
+)
+def test_split_k_gpu(rows: int, shape: tuple[int, int], splits: int | None, dtype) -> None:
+    check_split_k(split_k_triton, rows, shape, splits, dtype, "cuda")
 
 
 def check_embed(function, device: str = "cpu") -> None:

@@ -52,6 +52,12 @@ def check_rms_norm(rms_norm, rows: int, n: int, dtype: torch.dtype, device: str 
     assert y.dtype == dtype
     assert relative_error(y, rms_norm_float64(x, weight, EPS)) < TOLERANCE[dtype]
 
+    partials = normal(3, rows, n, dtype=FP32, device=device, seed=2)
+    total = x.double() + partials.double().sum(dim=0)
+    y = rms_norm(x, weight, EPS, partials)
+    assert relative_error(x, total) < TOLERANCE[dtype]
+    assert relative_error(y, rms_norm_float64(total, weight, EPS)) < TOLERANCE[dtype]
+
 
 @interpreted
 @on_cpu

@@ -200,6 +200,11 @@ class LLMEngine:
         self._check_open()
         return not self.scheduler.num_unfinished and not self._in_flight
 
+    def abort(self, request_id: int) -> None:
+        """Drop one request, wherever it is; no output comes of it. Unknown ids are ignored."""
+        self._check_open()
+        self.scheduler.abort(request_id)
+
     def abort_all(self) -> None:
         """Drop every request; all KV blocks are free afterwards."""
         self._check_open()

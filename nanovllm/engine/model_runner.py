@@ -213,10 +213,10 @@ class ModelRunner:
         """The step itself, on the device from its inputs to `sampled`: what a graph captures."""
         inputs = self.inputs.view(shape)
         context = self._context(inputs, shape)
-        hidden = self.model(inputs.input_ids, self.sampled, self.kv_cache, context)
+        residual = self.model(inputs.input_ids, self.sampled, self.kv_cache, context)
         if shape.is_prefill:
-            hidden = hidden[inputs.cu_seqlens_q[1:] - 1]
-        logits = self.model.compute_logits(hidden)
+            residual = residual.rows(inputs.cu_seqlens_q[1:] - 1)
+        logits = self.model.compute_logits(residual)
         self.sampler(
             logits, inputs.temperatures, inputs.seeds, inputs.context_lens,
             self.sampled[: shape.rows],

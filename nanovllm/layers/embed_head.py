@@ -19,4 +19,4 @@ class Embedding(nn.Module):
 
 
 class LMHead(Linear):
-    """Vectors [rows, hidden] -> logits [rows, vocab]. Its weight may be the embedding's."""
+    """Residual stream, final norm -> logits [rows, vocab]. Its weight may be the embedding's."""

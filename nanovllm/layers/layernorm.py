@@ -1,4 +1,6 @@
-"""RMSNorm."""
+"""The residual stream, and RMSNorm."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -6,13 +8,31 @@ from torch import nn
 from nanovllm.kernels.rms_norm import rms_norm
 
 
+@dataclass
+class Residual:
+    """The residual stream, to which each sub-layer adds its output.
+
+    `x` is [tokens, hidden]. `partials` [splits, tokens, hidden] float32, if there are any, are still
+    to be added: the norm that comes next does it on the way.
+    """
+
+    x: torch.Tensor
+    partials: torch.Tensor | None = None
+
+    def rows(self, index: torch.Tensor) -> "Residual":
+        """Some of the tokens."""
+        partials = None if self.partials is None else self.partials[:, index].contiguous()
+        return Residual(self.x[index], partials)
+
+
 class RMSNorm(nn.Module):
-    """Normalises the last dimension of x [rows, size]. Linear layers take one as their `norm`."""
+    """Normalises the last dimension, `size`."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, residual: Residual) -> torch.Tensor:
+        partials, residual.partials = residual.partials, None
+        return rms_norm(residual.x, self.weight, self.eps, partials)

@@ -1,10 +1,8 @@
-"""Linear layers, plain and packed (several projections of one input as one matrix).
+"""Linear layers between two states of the residual stream: out of it through a norm, or back in.
 
-For a few rows on a GPU one kernel does it all, see `kernels.gemv`; otherwise the product is a
-library's, and what stands before and after it has kernels of its own.
+On a GPU up to 4 rows are the business of `kernels.gemv`, which does all in one kernel, and up to 64
+that of `kernels.split_k`. Past that the product is a library's.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,8 @@ from torch import nn
 
 from nanovllm.kernels.gemv import can_gemv, gemv_triton
 from nanovllm.kernels.silu_and_mul import silu_and_mul
-from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.kernels.split_k import can_split_k, num_splits, split_k_triton
+from nanovllm.layers.layernorm import Residual, RMSNorm
 
 # oneDNN packs a weight for a number of rows; 32 is within a few per cent of the best for 1 to 256.
 _PACK_ROWS = 32
@@ -31,24 +30,30 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._packed_weight: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
-        """x [rows, in], normalised first if `norm` is given -> [rows, out]."""
-        if can_gemv(x):
-            return gemv_triton(x, self.weight, self.bias, **_norm_options(norm))
-        if norm is not None:
-            x = norm(x)
+    def forward(self, residual: Residual, norm: RMSNorm) -> torch.Tensor:
+        """W norm(x) + b: [tokens, out]."""
+        if can_gemv(residual.x, self.weight):
+            return gemv_triton(residual.x, self.weight, self.bias, norm.weight, norm.eps)
+        return self._product(norm(residual))
+
+    def add_to(self, residual: Residual, x: torch.Tensor) -> None:
+        """W x + b, for x [tokens, in], added to the residual stream."""
+        if can_gemv(x, self.weight):
+            gemv_triton(x, self.weight, self.bias, add_to=residual.x)
+        elif x.is_cuda and self.bias is None:
+            if can_split_k(x, self.weight):
+                residual.partials = split_k_triton(x, self.weight, num_splits(self.weight))
+            else:
+                residual.x.addmm_(x, self.weight.t())  # the add is the product's epilogue
+        else:
+            residual.x.add_(self._product(x))
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed_weight is not None:
             return packed_linear(x, self._packed_weight, self.bias)
+        if self.bias is None and can_split_k(x, self.weight):
+            return split_k_triton(x, self.weight)
         return F.linear(x, self.weight, self.bias)
-
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
-        """residual [rows, out] += y, in place."""
-        if can_gemv(x):
-            gemv_triton(x, self.weight, self.bias, add_to=residual)
-        elif x.is_cuda and self.bias is None:
-            residual.addmm_(x, self.weight.t())  # the add is the product's epilogue
-        else:
-            residual.add_(self(x))
 
     def pack(self) -> None:
         """Replace the weight by its packed form. Call once, after loading."""
@@ -78,14 +83,12 @@ class PackedLinear(Linear):
 class GatedLinear(PackedLinear):
     """silu(W_gate x) * (W_up x), the first half of the MLP; its two parts are equally wide."""
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
-        if can_gemv(x):
-            return gemv_triton(x, self.weight, gated=True, **_norm_options(norm))
-        return silu_and_mul(super().forward(x, norm))
-
-
-def _norm_options(norm: RMSNorm | None) -> dict[str, Any]:
-    return {} if norm is None else {"norm_weight": norm.weight, "eps": norm.eps}
+    def forward(self, residual: Residual, norm: RMSNorm) -> torch.Tensor:
+        if can_gemv(residual.x, self.weight):
+            return gemv_triton(
+                residual.x, self.weight, norm_weight=norm.weight, eps=norm.eps, gated=True
+            )
+        return silu_and_mul(super().forward(residual, norm))
 
 
 def can_pack(weight: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from nanovllm.layers.attention import Attend
 from nanovllm.layers.embed_head import Embedding, LMHead
-from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.layernorm import Residual, RMSNorm
 from nanovllm.layers.linear import GatedLinear, Linear, PackedLinear
 from nanovllm.utils.context import Context
 
@@ -34,11 +34,11 @@ class Qwen3Attention(nn.Module):
         self.scale = head_dim**-0.5
 
     def forward(
-        self, x: torch.Tensor, norm: RMSNorm, kv_cache: LayerCache, context: Context
+        self, residual: Residual, norm: RMSNorm, kv_cache: LayerCache, context: Context
     ) -> None:
-        qkv = self.qkv_proj(x, norm)
+        qkv = self.qkv_proj(residual, norm)
         norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        self.o_proj.add_to(x, self.attend(qkv, norms, *kv_cache, context, self.scale))
+        self.o_proj.add_to(residual, self.attend(qkv, norms, *kv_cache, context, self.scale))
 
 
 class Qwen3MLP(nn.Module):
@@ -50,12 +50,12 @@ class Qwen3MLP(nn.Module):
         self.gate_up_proj = GatedLinear(config.hidden_size, {"gate_proj": inner, "up_proj": inner})
         self.down_proj = Linear(inner, config.hidden_size)
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm) -> None:
-        self.down_proj.add_to(x, self.gate_up_proj(x, norm))
+    def forward(self, residual: Residual, norm: RMSNorm) -> None:
+        self.down_proj.add_to(residual, self.gate_up_proj(residual, norm))
 
 
 class Qwen3DecoderLayer(nn.Module):
-    """Attention and MLP. Each normalises the residual stream x and adds to it, in place."""
+    """Attention and MLP. Each takes the residual stream through a norm, and adds to it."""
 
     def __init__(self, config: PretrainedConfig, attend: Attend) -> None:
         super().__init__()
@@ -64,9 +64,9 @@ class Qwen3DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def forward(self, x: torch.Tensor, kv_cache: LayerCache, context: Context) -> None:
-        self.self_attn(x, self.input_layernorm, kv_cache, context)
-        self.mlp(x, self.post_attention_layernorm)
+    def forward(self, residual: Residual, kv_cache: LayerCache, context: Context) -> None:
+        self.self_attn(residual, self.input_layernorm, kv_cache, context)
+        self.mlp(residual, self.post_attention_layernorm)
 
 
 class Qwen3Model(nn.Module):
@@ -86,15 +86,15 @@ class Qwen3Model(nn.Module):
         sampled: torch.Tensor,
         kv_cache: torch.Tensor,
         context: Context,
-    ) -> torch.Tensor:
-        x = self.embed_tokens(input_ids, sampled)
+    ) -> Residual:
+        residual = Residual(self.embed_tokens(input_ids, sampled))
         for layer, keys, values in zip(self.layers, *kv_cache, strict=True):
-            layer(x, (keys, values), context)
-        return x
+            layer(residual, (keys, values), context)
+        return residual
 
 
 class Qwen3ForCausalLM(nn.Module):
-    """The whole network: `forward` gives hidden states, `compute_logits` scores the next token.
+    """The whole network: `forward` runs the layers, `compute_logits` scores the next token.
 
     Args:
         config: of transformers' Qwen3 (see `nanovllm.config.check_supported`).
@@ -114,8 +114,8 @@ class Qwen3ForCausalLM(nn.Module):
         sampled: torch.Tensor,
         kv_cache: torch.Tensor,
         context: Context,
-    ) -> torch.Tensor:
-        """Hidden states [tokens, hidden] of one step's tokens, before the final norm.
+    ) -> Residual:
+        """The residual stream of one step's tokens, before the final norm.
 
         Args:
             input_ids: [tokens] int32; -1 - i stands for `sampled[i]`.
@@ -126,9 +126,9 @@ class Qwen3ForCausalLM(nn.Module):
         """
         return self.model(input_ids, sampled, kv_cache, context)
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [rows, hidden] of `forward` -> [rows, vocab]."""
-        return self.lm_head(hidden, self.model.norm)
+    def compute_logits(self, residual: Residual) -> torch.Tensor:
+        """What `forward` returns, or some rows of it -> [rows, vocab]."""
+        return self.lm_head(residual, self.model.norm)
 
     def tie_weights(self) -> None:
         """Let the head use the embedding's matrix, if the checkpoint says so."""
