@@ -81,7 +81,7 @@ def gumbel_sample_triton(logits, temperatures, seeds, positions, out) -> None:
     best_token = torch.empty(rows, num_tiles, dtype=torch.int32, device=logits.device)
     _best_of_tile_kernel[(rows, num_tiles)](
         logits, temperatures, seeds, positions, best, best_token, vocab_size, num_tiles,
-        TILE=TILE, num_warps=8, **pdl(logits),
+        TILE=TILE, FAST_LOG=logits.is_cuda, num_warps=8, **pdl(logits),
     )  # fmt: skip
     _best_of_row_kernel[(rows,)](
         best, best_token, out, num_tiles,
@@ -92,7 +92,7 @@ def gumbel_sample_triton(logits, temperatures, seeds, positions, out) -> None:
 @triton.jit
 def _best_of_tile_kernel(
     logits_ptr, temperatures_ptr, seeds_ptr, positions_ptr, best_ptr, best_token_ptr,
-    vocab_size, num_tiles, TILE: tl.constexpr, PDL: tl.constexpr,
+    vocab_size, num_tiles, TILE: tl.constexpr, PDL: tl.constexpr, FAST_LOG: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
     wait_for_previous(PDL)
@@ -117,10 +117,10 @@ def _best_of_tile_kernel(
         position = tl.load(positions_ptr + row).to(tl.uint32)
         zero = counter * 0
         r0, r1, r2, r3 = tl.philox(tl.load(seeds_ptr + row), counter, zero + position, zero, zero)
-        s0 = s0 / temperature + _gumbel(r0)
-        s1 = s1 / temperature + _gumbel(r1)
-        s2 = s2 / temperature + _gumbel(r2)
-        s3 = s3 / temperature + _gumbel(r3)
+        s0 = s0 / temperature + _gumbel(r0, FAST_LOG)
+        s1 = s1 / temperature + _gumbel(r1, FAST_LOG)
+        s2 = s2 / temperature + _gumbel(r2, FAST_LOG)
+        s3 = s3 / temperature + _gumbel(r3, FAST_LOG)
     best, token = _better(s0, tokens, s1, tokens + QUARTER)
     best_high, token_high = _better(s2, tokens + 2 * QUARTER, s3, tokens + 3 * QUARTER)
     best, token = _better(best, token, best_high, token_high)
@@ -139,10 +139,22 @@ def _better(score_a, token_a, score_b, token_b):
 
 
 @triton.jit
-def _gumbel(bits):
+def _log(x, FAST: tl.constexpr):
+    """With `FAST` the hardware's logarithm, absolutely exact to 2^-22: half the instructions."""
+    if FAST:
+        log2 = tl.inline_asm_elementwise(
+            "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return log2 * 0.6931471805599453
+    else:
+        return tl.log(x)
+
+
+@triton.jit
+def _gumbel(bits, FAST_LOG: tl.constexpr):
     u = (bits.to(tl.float32) + 0.5) * (2.0**-32)
     series = u * (1 + u * (0.5 + u * (1.0 / 3.0)))
-    return -tl.log(tl.where(u < 1e-3, series, -tl.log(1 - u)))
+    return -_log(tl.where(u < 1e-3, series, -_log(1 - u, FAST_LOG)), FAST_LOG)
 
 
 @triton.jit

@@ -26,7 +26,11 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels._triton import launch_next, pdl, tl, triton, wait_for_previous
-from nanovllm.kernels.qk_norm_rope_store import norm_rope, qk_norm_rope_store_triton
+from nanovllm.kernels.qk_norm_rope_store import (
+    norm_rope,
+    norm_rope_factors,
+    qk_norm_rope_store_triton,
+)
 
 MAX_CHUNKS = 32
 FUSED_ROWS = 4
@@ -240,26 +244,31 @@ def _decode_kernel(
                 total = tl.where(is_first, 0.0, total)
                 acc = tl.where(is_first, 0.0, acc)
             elif info & FIRST:
-                wait_for_previous(PDL)  # the keys and values above are of earlier steps
                 position = tl.load(positions_ptr + row)
+                cell = tl.load(slots_ptr + row).to(tl.int64) * token_stride + kv_head * head_dim
+                q_own, q_partner = norm_rope_factors(
+                    q_weight_ptr, cos_sin_ptr, position, dims, head_dim
+                )
+                k_own, k_partner = norm_rope_factors(
+                    k_weight_ptr, cos_sin_ptr, position, dims, head_dim
+                )
                 qkv_row = q_ptr + row.to(tl.int64) * (num_heads + 2 * num_kv_heads) * head_dim
+                wait_for_previous(PDL)  # all loads so far are of step inputs and earlier steps
+                v_new = tl.load(
+                    qkv_row + (num_heads + num_kv_heads + kv_head) * head_dim + dims[None, :],
+                    mask=dim_mask, other=0.0,
+                )  # fmt: skip
+                k_new = norm_rope(
+                    qkv_row, num_heads + kv_head + one, one == 0, k_own, k_partner, eps, dims,
+                    head_dim,
+                ).to(q.dtype)  # fmt: skip
                 q = norm_rope(
-                    qkv_row, heads, real, q_weight_ptr, eps, cos_sin_ptr, position, dims, head_dim
-                ).to(q.dtype)
+                    qkv_row, heads, real, q_own, q_partner, eps, dims, head_dim
+                ).to(q.dtype)  # fmt: skip
                 best = tl.full([BLOCK_G], float("-inf"), tl.float32)
                 total = tl.zeros([BLOCK_G], tl.float32)
                 acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
                 if info & NEWEST:
-                    k_new = norm_rope(
-                        qkv_row, num_heads + kv_head + one, one == 0, k_weight_ptr, eps,
-                        cos_sin_ptr, position, dims, head_dim,
-                    ).to(q.dtype)  # fmt: skip
-                    v_new = tl.load(
-                        qkv_row + (num_heads + num_kv_heads + kv_head) * head_dim + dims[None, :],
-                        mask=dim_mask, other=0.0,
-                    )  # fmt: skip
-                    cell = tl.load(slots_ptr + row).to(tl.int64) * token_stride
-                    cell += kv_head * head_dim
                     tl.store(k_ptr + cell + dims[None, :], k_new, mask=dim_mask)
                     tl.store(v_ptr + cell + dims[None, :], v_new, mask=dim_mask)
                     products = q.to(tl.float32) * k_new.to(tl.float32)

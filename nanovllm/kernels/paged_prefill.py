@@ -4,7 +4,7 @@ FlashAttention-style online softmax (Dao 2023, arXiv:2307.08691) in base 2, with
 read tile by tile through the block table; a tile never crosses a KV block. Queries are the last
 `query_len` tokens of their sequence (the rest was cached or computed before), causal.
 
-Grid: (query tile of up to 128, query head, sequence), longest rows first. Tiles of keys that every
+Grid: (query tile of up to 64, query head, sequence), longest rows first. Tiles of keys that every
 query sees come first and need no mask. Bound by arithmetic: 4 * head_dim operations a query, key
 and head.
 """
@@ -65,7 +65,7 @@ def paged_prefill_triton(
     _, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     wide = q.element_size() == 2
-    block_m = 128 if wide and max_seqlen_q > 64 else 64 if max_seqlen_q > 16 else 16
+    block_m = 64 if max_seqlen_q > 16 else 16
     grid = (triton.cdiv(max_seqlen_q, block_m), num_heads, context_lens.shape[0])
     _prefill_kernel[grid](
         q, k_cache, v_cache, out, cu_seqlens_q, context_lens, block_tables,
@@ -74,7 +74,7 @@ def paged_prefill_triton(
         BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=block_m,
         BLOCK_N=tile_tokens(block_size, 64 if wide else 16),
         PRECISION="tf32" if wide else "ieee",
-        num_warps=8 if block_m == (128 if wide else 64) else 4, num_stages=3 if wide else 1,
+        num_warps=4 if wide or block_m == 16 else 8, num_stages=3 if wide else 1,
         **pdl(q),
     )  # fmt: skip
     return out

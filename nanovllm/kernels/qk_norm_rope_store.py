@@ -99,29 +99,36 @@ def qk_norm_rope_store_triton(
 
 
 @triton.jit
+def norm_rope_factors(weight_ptr, cos_sin_ptr, position, dims, head_dim: tl.constexpr):
+    """What `norm_rope` multiplies an element and its rotation partner by: two rows of [dims]."""
+    half: tl.constexpr = head_dim // 2
+    lower = dims < half
+    partners = tl.where(lower, dims + half, dims - half)
+    mask = dims < head_dim
+    own_weight = tl.load(weight_ptr + dims, mask=mask, other=0.0).to(tl.float32)
+    partner_weight = tl.load(weight_ptr + partners, mask=mask, other=0.0).to(tl.float32)
+    angles = cos_sin_ptr + position.to(tl.int64) * head_dim + tl.where(lower, dims, partners)
+    cos = tl.load(angles, mask=mask, other=0.0)
+    sin = tl.load(angles + half, mask=mask, other=0.0)
+    return (own_weight * cos)[None, :], (partner_weight * tl.where(lower, -sin, sin))[None, :]
+
+
+@triton.jit
 def norm_rope(
-    row_ptr, heads, head_mask, weight_ptr, eps, cos_sin_ptr, position, dims, head_dim: tl.constexpr
+    row_ptr, heads, head_mask, own_factor, partner_factor, eps, dims, head_dim: tl.constexpr
 ):
     """Some heads of a token's row, normalised and rotated: [heads, dims] float32.
 
     Each lane loads its rotation partner, half a head away, beside its own element.
     """
     half: tl.constexpr = head_dim // 2
-    lower = dims < half
-    partners = tl.where(lower, dims + half, dims - half)
-    dim_mask = dims < head_dim
-    mask = head_mask[:, None] & dim_mask[None, :]
+    partners = tl.where(dims < half, dims + half, dims - half)
+    mask = head_mask[:, None] & (dims < head_dim)[None, :]
     cells = row_ptr + heads[:, None] * head_dim
-    x = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(cells + partners[None, :], mask=mask, other=0.0).to(tl.float32)
-    x_weight = tl.load(weight_ptr + dims, mask=dim_mask, other=0.0).to(tl.float32)
-    y_weight = tl.load(weight_ptr + partners, mask=dim_mask, other=0.0).to(tl.float32)
-    angles = cos_sin_ptr + position.to(tl.int64) * head_dim + tl.where(lower, dims, partners)
-    cos = tl.load(angles, mask=dim_mask, other=0.0)
-    sin = tl.load(angles + half, mask=dim_mask, other=0.0)
-    scale = tl.rsqrt(tl.sum(x * x, axis=1) / head_dim + eps)
-    turned = x * (x_weight * cos)[None, :] + y * (y_weight * tl.where(lower, -sin, sin))[None, :]
-    return turned * scale[:, None]
+    own = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    partner = tl.load(cells + partners[None, :], mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(own * own, axis=1) / head_dim + eps)
+    return (own * own_factor + partner * partner_factor) * scale[:, None]
 
 
 @triton.jit
@@ -139,13 +146,15 @@ def _qk_norm_rope_store_kernel(
     slot = tl.load(slots_ptr + token).to(tl.int64)
     query_programs: tl.constexpr = (num_heads + HEADS - 1) // HEADS
     part = tl.program_id(1)
+    weight_ptr = q_weight_ptr if part < query_programs else k_weight_ptr
+    own_factor, partner_factor = norm_rope_factors(
+        weight_ptr, cos_sin_ptr, position, dims, head_dim
+    )
     wait_for_previous(PDL)
     if part < query_programs:
         heads = part * HEADS + tl.arange(0, HEADS)
         real = heads < num_heads
-        q = norm_rope(
-            row_ptr, heads, real, q_weight_ptr, eps, cos_sin_ptr, position, dims, head_dim
-        )
+        q = norm_rope(row_ptr, heads, real, own_factor, partner_factor, eps, dims, head_dim)
         cells = (token * num_heads + heads)[:, None] * head_dim + dims[None, :]
         mask = real[:, None] & (dims < head_dim)[None, :]
         tl.store(q_out_ptr + cells, q.to(q_out_ptr.dtype.element_ty), mask=mask)
@@ -153,9 +162,8 @@ def _qk_norm_rope_store_kernel(
         heads = (part - query_programs) * HEADS + tl.arange(0, HEADS)
         real = heads < num_kv_heads
         k = norm_rope(
-            row_ptr, num_heads + heads, real, k_weight_ptr, eps, cos_sin_ptr, position, dims,
-            head_dim,
-        )  # fmt: skip
+            row_ptr, num_heads + heads, real, own_factor, partner_factor, eps, dims, head_dim
+        )
         mask = real[:, None] & (dims < head_dim)[None, :]
         values = row_ptr + (num_heads + num_kv_heads + heads)[:, None] * head_dim + dims[None, :]
         cells = (slot * num_kv_heads + heads)[:, None] * head_dim + dims[None, :]

@@ -12,8 +12,8 @@ from nanovllm.kernels.rms_norm import rms_norm
 class Residual:
     """The residual stream, to which each sub-layer adds its output.
 
-    `x` is [tokens, hidden]. `partials` [splits, tokens, hidden] float32, if there are any, are still
-    to be added: the norm that comes next does it on the way.
+    `x` is [tokens, hidden]. `partials` [splits, tokens, hidden] float32, if any, have still to
+    be added: the norm that comes next does it on the way.
     """
 
     x: torch.Tensor
