@@ -118,7 +118,7 @@ def test_split_k(function, rows: int, shape: tuple[int, int], splits: int | None
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("splits", [None, 3, 8])
 @pytest.mark.parametrize(
-    ("rows", "shape"), [(5, (1024, 3072)), (32, (4096, 1024)), (64, (1000, 9000))]
+    ("rows", "shape"), [(5, (1024, 3072)), (32, (4096, 1024)), (128, (1000, 9000))]
 )
 def test_split_k_gpu(rows: int, shape: tuple[int, int], splits: int | None, dtype) -> None:
     check_split_k(split_k_triton, rows, shape, splits, dtype, "cuda")

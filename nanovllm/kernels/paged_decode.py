@@ -1,14 +1,15 @@
 """Decode attention over a paged KV cache: one query a sequence, to all its tokens so far.
 
 FlashAttention-style online softmax (Dao 2023, arXiv:2307.08691) in base 2. The context is cut into
-chunks at fixed places, which depend on its own length alone (64 tokens of a short context, at most
-32 chunks of any), and so a row's result does not depend on its batch. The query heads that share a
-kv head go together, padded to the 16 rows of a matrix instruction. Each chunk leaves a partial
-result; the combine kernel, grid (sequence, query head), merges them.
+chunks at fixed places, which depend on its own length alone (128 tokens of a short context, at most
+32 chunks of any), and so a row's result does not depend on who shares its batch. The query heads
+that share a kv head go together, padded to the 16 rows of a matrix instruction. Each chunk leaves a
+partial result; the combine kernel, grid (sequence, query head), merges them.
 
 With up to `FUSED_ROWS` sequences, where a kernel more would cost as much as it does, the kernel
 also does what comes before: QK-norm and RoPE of the new queries and keys, and the KV store. The
-newest token then enters its row's last chunk from registers, and the plan leaves it out.
+newest token then enters its row's last chunk from registers, and the plan leaves it out. Chunks are
+half as long there, for more programs.
 
 Grid: (kv head, range). `plan_decode` lists the tiles of all chunks, and cuts the list at chunk
 borders into ranges of about equal length, two programs for each multiprocessor: the load is even
@@ -16,7 +17,7 @@ however ragged the batch, no program is launched for a context that might have b
 loads flow on from one sequence to the next.
 
 Bytes moved: each key and value once, 2 * context * kv heads * head_dim elements; partial results
-add 3% (chunks of 64) or less. Bound by memory.
+add 1.5% (chunks of 128) or less. Bound by memory.
 """
 
 from typing import NamedTuple
@@ -77,10 +78,13 @@ def plan_decode(
         padded_rows: the rows that the kernel will get.
     """
     tile = tile_tokens(block_size)
-    cached = context_lens - 1 if padded_rows <= FUSED_ROWS else context_lens
+    fused = padded_rows <= FUSED_ROWS
+    cached = context_lens - 1 if fused else context_lens
     counts = np.maximum(1, -(-cached // tile))  # tiles of a row
-    chunk = np.where(cached <= 512, 64, 128)  # tokens of a row's chunks
-    long = cached > 128 * MAX_CHUNKS
+    # Tokens of a row's chunks: the finer, the more programs; the coarser, the fewer partial results.
+    finest = 64 if fused else 128
+    chunk = np.where(cached <= 512, finest, 2 * finest)
+    long = cached > 2 * finest * MAX_CHUNKS
     chunk[long] = 1 << np.ceil(np.log2(cached[long] / MAX_CHUNKS)).astype(np.int64)
     per_chunk = chunk // tile
     ends = np.cumsum(counts)
@@ -214,9 +218,10 @@ def _decode_kernel(
         num_heads: tl.constexpr = num_kv_heads * GROUP
         token_stride: tl.constexpr = num_kv_heads * head_dim
 
+        cells = lanes[:, None] * token_stride + kv_head * head_dim + dims[None, :]
         q = tl.zeros([BLOCK_G, BLOCK_D], k_ptr.dtype.element_ty)
         best = tl.full([BLOCK_G], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_G], tl.float32)
+        total = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)  # summed over the tile at a chunk's end
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
         slot = tl.load(tiles_ptr + 2 * first_tile)
         info = tl.load(tiles_ptr + 2 * first_tile + 1)
@@ -228,11 +233,10 @@ def _decode_kernel(
             next_slot = tl.load(tiles_ptr + 2 * following)
             next_info = tl.load(tiles_ptr + 2 * following + 1)
             valid = lanes < (info & (FIRST - 1))
-            cells = (slot.to(tl.int64) + lanes)[:, None] * token_stride
-            cells += kv_head * head_dim + dims[None, :]
+            start = slot.to(tl.int64) * token_stride
             kv_mask = valid[:, None] & dim_mask
-            k_tile = tl.load(k_ptr + cells, mask=kv_mask, other=0.0)
-            v_tile = tl.load(v_ptr + cells, mask=kv_mask, other=0.0)
+            k_tile = tl.load(k_ptr + start + cells, mask=kv_mask, other=0.0)
+            v_tile = tl.load(v_ptr + start + cells, mask=kv_mask, other=0.0)
             row = info >> 16
             heads = kv_head * GROUP + group
             if not FUSED:
@@ -266,14 +270,14 @@ def _decode_kernel(
                     qkv_row, heads, real, q_own, q_partner, eps, dims, head_dim
                 ).to(q.dtype)  # fmt: skip
                 best = tl.full([BLOCK_G], float("-inf"), tl.float32)
-                total = tl.zeros([BLOCK_G], tl.float32)
+                total = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
                 acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
                 if info & NEWEST:
                     tl.store(k_ptr + cell + dims[None, :], k_new, mask=dim_mask)
                     tl.store(v_ptr + cell + dims[None, :], v_new, mask=dim_mask)
                     products = q.to(tl.float32) * k_new.to(tl.float32)
                     best = tl.sum(products, axis=1) * scale_log2
-                    total += 1.0
+                    total += tl.where(lanes == 0, 1.0, 0.0)[None, :]
                     acc += v_new.to(tl.float32)
 
             scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
@@ -281,7 +285,7 @@ def _decode_kernel(
             new_best = tl.maximum(best, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_best[:, None])
             shrink = tl.exp2(best - new_best)
-            total = total * shrink + tl.sum(weights, axis=1)
+            total = total * shrink[:, None] + weights
             acc = acc * shrink[:, None]
             acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
             best = new_best
@@ -289,7 +293,7 @@ def _decode_kernel(
             if info & LAST:
                 place = (row.to(tl.int64) * num_heads + heads) * MAX_CHUNKS + ((info >> 10) & 63)
                 tl.store(best_ptr + place, best, mask=real)
-                tl.store(total_ptr + place, total, mask=real)
+                tl.store(total_ptr + place, tl.sum(total, axis=1), mask=real)
                 partials = partial_ptr + place[:, None] * head_dim + dims[None, :]
                 tl.store(partials, acc, mask=real[:, None] & dim_mask)
             slot, info = next_slot, next_info

@@ -1,6 +1,6 @@
 """Matrix times a few dozen vectors: partial products over slices of K.
 
-With 5 to 64 rows a matrix product is still the reading of its weights, and a library's kernels are
+With 5 to 64 rows (128 where the product comes in parts) a matrix product is still the reading of its weights, and a library's kernels are
 made for more. Here each program streams a tile of 64 outputs by a slice of K through a deep
 pipeline, and there are as many slices as give every multiprocessor one. The partial sums stay
 float32 and are added up, in a fixed order, by the kernel that comes next (the residual add of
@@ -15,14 +15,16 @@ import torch.nn.functional as F
 from nanovllm.kernels._triton import HAS_TRITON, launch_next, pdl, tl, triton, wait_for_previous
 
 MAX_ROWS, MAX_OUTPUTS = 64, 32768
+MAX_ROWS_IN_PARTS = 128
 _TILE, _BLOCK_K, _PROGRAMS = 64, 128, 128
 
 
-def can_split_k(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
+def can_split_k(x: torch.Tensor, weight: torch.Tensor, in_parts: bool) -> bool:
     """Whether `x` [rows, in] has few enough rows for `weight`, and is where the kernel runs."""
     if not x.is_cuda or not HAS_TRITON or x.element_size() != 2:
         return False
-    return x.shape[0] <= MAX_ROWS and weight.shape[0] <= MAX_OUTPUTS
+    max_rows = MAX_ROWS_IN_PARTS if in_parts else MAX_ROWS
+    return x.shape[0] <= max_rows and weight.shape[0] <= MAX_OUTPUTS
 
 
 def num_splits(weight: torch.Tensor) -> int:
@@ -46,7 +48,7 @@ def split_k_triton(
     """W x in parts.
 
     Args:
-        x: [rows, in], at most `MAX_ROWS` rows.
+        x: [rows, in], at most `MAX_ROWS` rows (`MAX_ROWS_IN_PARTS` with splits).
         weight: [out, in].
         splits: into how many slices the inner dimension is cut; None leaves it whole.
 
@@ -60,7 +62,8 @@ def split_k_triton(
     out = torch.empty(shape, dtype=dtype, device=x.device)
     _split_k_kernel[(triton.cdiv(n, _TILE), splits)](
         x, weight, out, rows, n, k, _slice_size(k, splits),
-        ROWS=max(16, triton.next_power_of_2(rows)), TILE=_TILE, BLOCK_K=_BLOCK_K,
+        ROWS=max(16, triton.next_power_of_2(rows)), TILE=_TILE,
+        BLOCK_K=_BLOCK_K if rows <= 64 else _BLOCK_K // 2,
         num_warps=4, num_stages=5, **pdl(x),
     )  # fmt: skip
     return out

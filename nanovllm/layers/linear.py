@@ -41,7 +41,7 @@ class Linear(nn.Module):
         if can_gemv(x, self.weight):
             gemv_triton(x, self.weight, self.bias, add_to=residual.x)
         elif x.is_cuda and self.bias is None:
-            if can_split_k(x, self.weight):
+            if can_split_k(x, self.weight, in_parts=True):
                 residual.partials = split_k_triton(x, self.weight, num_splits(self.weight))
             else:
                 residual.x.addmm_(x, self.weight.t())  # the add is the product's epilogue
@@ -51,7 +51,7 @@ class Linear(nn.Module):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed_weight is not None:
             return packed_linear(x, self._packed_weight, self.bias)
-        if self.bias is None and can_split_k(x, self.weight):
+        if self.bias is None and can_split_k(x, self.weight, in_parts=False):
             return split_k_triton(x, self.weight)
         return F.linear(x, self.weight, self.bias)
 
