@@ -29,6 +29,8 @@ def main() -> None:
     prompts = args.prompt or PROMPTS
 
     with LLM(args.model or DEMO_MODEL) as llm:
+        if llm.tokenizer is None or llm.tokenizer.chat_template is None:
+            parser.error(f"{args.model} has no tokenizer with a chat template")
         chats = [
             llm.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True

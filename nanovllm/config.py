@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from nanovllm.utils.loader import checkpoint_dtype
 from nanovllm.utils.validation import as_integer, as_number
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -76,7 +77,9 @@ class Config:
         for name in options:
             if name not in known:
                 raise TypeError(f"unknown engine option {name!r}; the options are {known}")
-        return cls(model=os.fspath(model), **options)
+        if not isinstance(model, (str, os.PathLike)):
+            raise TypeError(f"model must be a directory or a hub id, got {model!r}")
+        return cls(model=str(model), **options)
 
     def __post_init__(self) -> None:
         self._check_options()
@@ -84,8 +87,10 @@ class Config:
         self.model_dir = _resolve_model(self.model)
         self.hf_config = _load_hf_config(self.model_dir)
         check_supported(self.hf_config)
-        self.torch_dtype = _resolve_dtype(self.dtype, self.hf_config)
+        self.torch_dtype = _resolve_dtype(self.dtype, self.hf_config, self.model_dir)
         self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
+        if self.max_model_len < 2:
+            raise ValueError("config.json has max_position_embeddings=1, and 2 is the least of use")
         self.eos_token_ids = _eos_token_ids(self.model_dir, self.hf_config)
         if self.async_scheduling is None:
             self.async_scheduling = self.torch_device.type == "cuda"
@@ -112,8 +117,8 @@ class Config:
 
     def _check_integer(self, name: str, at_least: int) -> None:
         value = as_integer(name, getattr(self, name))
-        if value < at_least:
-            raise ValueError(f"{name} must be at least {at_least}, got {value}")
+        if not at_least <= value < 2**31:
+            raise ValueError(f"{name} must be at least {at_least} and below 2**31, got {value}")
         setattr(self, name, value)
 
 
@@ -131,7 +136,7 @@ def check_supported(hf_config: PretrainedConfig) -> None:
         refused = [name for name in unsupported if unsupported[name]]
     if refused:
         value = getattr(hf_config, refused[0], None)
-        raise ValueError(f"config.json asks for {refused[0]}={value!r}, which is not supported")
+        raise ValueError(f"the model's config has {refused[0]}={value!r}, which is not supported")
 
 
 def _is_size(value: object) -> bool:
@@ -165,13 +170,15 @@ def _resolve_device(name: str) -> torch.device:
 
 def _resolve_model(model: str) -> Path:
     """The local directory of a checkpoint, fetched from the hub if `model` is a hub id."""
+    if not model:
+        raise ValueError("model is empty: give a checkpoint directory or a hub id")
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise ValueError(f"model must be a directory with a checkpoint, {model!r} is a file")
     looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
-    if looks_like_path or not model:
+    if looks_like_path:
         raise FileNotFoundError(
             f"model directory {model!r} does not exist; give a local checkpoint directory, or a "
             "hub id such as 'Qwen/Qwen3-0.6B'"
@@ -200,7 +207,8 @@ def _load_hf_config(model_dir: Path) -> PretrainedConfig:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     architectures = content.get("architectures") or []
     if content.get("model_type") != "qwen3" or architectures not in ([], ["Qwen3ForCausalLM"]):
-        name = architectures[0] if architectures else content.get("model_type")
+        name = architectures or content.get("model_type")
+        name = name[0] if isinstance(name, list) else name
         raise ValueError(f"architecture {name!r} is not supported; nanovllm runs Qwen3ForCausalLM")
     try:
         return AutoConfig.from_pretrained(model_dir, local_files_only=True)
@@ -208,13 +216,21 @@ def _load_hf_config(model_dir: Path) -> PretrainedConfig:
         raise ValueError(f"{path} cannot be read as a Qwen3 config: {error}") from error
 
 
-def _resolve_dtype(name: str, hf_config: PretrainedConfig) -> torch.dtype:
+def _resolve_dtype(name: str, hf_config: PretrainedConfig, model_dir: Path) -> torch.dtype:
+    """The dtype asked for; for "auto" that of config.json, or of the weights if it has none."""
     if name != "auto":
         return DTYPES[name]
     dtype = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None)
+    if dtype is None:
+        dtype = checkpoint_dtype(model_dir) or torch.float32
     if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), None)
-    return dtype if dtype in DTYPES.values() else torch.float32
+        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
+    if dtype not in DTYPES.values():
+        raise ValueError(
+            f"the checkpoint's dtype {str(dtype)!r} is not supported: give dtype, one of "
+            f"{[*DTYPES]}"
+        )
+    return dtype
 
 
 def _eos_token_ids(model_dir: Path, hf_config: PretrainedConfig) -> set[int]:
@@ -223,11 +239,16 @@ def _eos_token_ids(model_dir: Path, hf_config: PretrainedConfig) -> set[int]:
     The tokenizer's own is added by the engine, which has the tokenizer.
     """
     path = model_dir / "generation_config.json"
-    eos = hf_config.eos_token_id
+    eos = None
     if path.is_file():
         try:
-            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", eos)
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a valid JSON object: {error}") from error
-    ids = eos if isinstance(eos, list) else [eos]
-    return {token_id for token_id in ids if isinstance(token_id, int)}
+    if eos is None:
+        eos = hf_config.eos_token_id
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for token_id in ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise ValueError(f"eos_token_id must be a token id or a list of them, got {eos!r}")
+    return set(ids)

@@ -431,6 +431,32 @@ def test_weights_of_another_dtype_are_converted(weights):
         assert llm.generate(GOOD, GREEDY, use_tqdm=False)[0]["token_ids"] == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_weights_that_are_no_plain_floats_are_refused_by_name(weights, dtype: torch.dtype):
+    path, tensors = weights
+    save(path, tensors | {NAME: torch.zeros_like(tensors[NAME]).to(dtype)})
+    with pytest.raises(ValueError, match=NAME):
+        build(path)
+
+
+@pytest.mark.parametrize("eos", ["2", 2.0, [[1]], {}, True])
+def test_eos_that_is_no_token_id_is_refused(tiny_copy: Path, eos: object):
+    edit_json(tiny_copy / "generation_config.json", eos_token_id=eos)
+    with pytest.raises(ValueError, match="eos_token_id"):
+        build(tiny_copy)
+
+
+def test_lone_surrogate_is_refused_by_the_number_of_its_prompt(llm: LLM):
+    with pytest.raises(ValueError, match="prompt 1 is not valid Unicode"):
+        llm.generate(["t1", "t1 \ud800"], GREEDY, use_tqdm=False)
+
+
+@pytest.mark.parametrize("model", [None, 5, b"model", ""])
+def test_model_that_is_no_name_is_refused(model: object):
+    with pytest.raises((TypeError, ValueError), match="model"):
+        LLM(model)
+
+
 def test_failed_construction_leaves_room_for_another(tiny: Path, weights, tiny_reference):
     path, tensors = weights
     del tensors[NAME]

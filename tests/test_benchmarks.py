@@ -225,17 +225,12 @@ def test_profile_counts_the_work_of_the_floor() -> None:
         assert profile.work("attention", llm, step) == (floor["keys_and_values"], 0)
 
 
-needs_abort = pytest.mark.skipif(not hasattr(LLM, "abort"), reason="the engine cannot abort yet")
-
-
-@needs_abort
 def test_soak_holds(capsys: pytest.CaptureFixture[str]) -> None:
     soak.main(["--requests", "120", "--sample", "10"])
     out = capsys.readouterr().out
     assert "all held" in out and "requests compared with a run alone" in out
 
 
-@needs_abort
 def test_soak_finds_a_leak(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

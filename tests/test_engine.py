@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 import weakref
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from test_block_manager import assert_blocks_consistent
 
 import nanovllm
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.scheduler import Scheduler
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 PROMPTS = [random_tokens(length, seed=length) for length in (5, 40, 16, 33)]
@@ -186,6 +186,101 @@ def test_abort_all_drops_every_request(llm: LLM, tiny_reference: Reference):
     (output,) = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
     assert output["token_ids"] == tiny_reference.tokens(PROMPTS[0], 12)
     assert output["num_cached_tokens"] == 0, "after an abort nobody knows what the blocks hold"
+
+
+@BOTH_ORDERS
+def test_abort_drops_one_request_wherever_it_is(
+    tiny: Path, tiny_reference: Reference, async_scheduling: bool
+):
+    with build(tiny, max_num_seqs=2, async_scheduling=async_scheduling) as llm:
+        for steps in range(6):  # waiting, in a prefill under way, in a decode under way
+            ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
+            outputs = [output for _ in range(steps) for output in llm.step()]
+            llm.abort(ids[0])
+            llm.abort(ids[3])
+            llm.abort(ids[3])
+            llm.abort(-1)
+            while not llm.is_finished():
+                outputs += llm.step()
+            tokens = {output["request_id"]: output["token_ids"] for output in outputs}
+            assert tokens == {i: tiny_reference.tokens(PROMPTS[ids.index(i)], 12) for i in ids[1:3]}
+            assert_empty(llm)
+
+
+def test_generate_after_a_loop_that_left_a_step_under_way(
+    tiny_copy: Path, tiny_reference: Reference
+):
+    """A request that ended by EOS had its next step launched: nobody has to collect it."""
+    from checkpoints import edit_json
+
+    expected = tiny_reference.tokens(PROMPTS[0], 12)
+    edit_json(tiny_copy / "generation_config.json", eos_token_id=expected[3])
+    with build(tiny_copy, async_scheduling=True) as llm:
+        llm.add_request(PROMPTS[0], GREEDY)
+        outputs = []
+        while not outputs:
+            outputs = llm.step()
+        (output,) = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+        assert output["token_ids"] == expected[: expected.index(expected[3]) + 1]
+        assert_empty(llm)
+
+
+def test_steps_in_a_row_use_different_host_memory(llm: LLM):
+    """The device may still be reading the inputs of the step before."""
+    turns = []
+    launch = llm.model_runner.launch
+
+    def spy(batch):
+        result = launch(batch)
+        turns.append(llm.model_runner.inputs.turn)
+        return result
+
+    llm.model_runner.launch = spy
+    llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert turns == [turns[0] ^ (i & 1) for i in range(len(turns))]
+
+
+def test_time_between_calls_is_not_counted(llm: LLM):
+    llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    before = llm.stats.prefill_seconds + llm.stats.decode_seconds
+    time.sleep(0.5)
+    start = time.perf_counter()
+    llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
+    spent = time.perf_counter() - start
+    assert llm.stats.prefill_seconds + llm.stats.decode_seconds - before <= spent
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("device on fire")], ids=repr)
+def test_failure_while_a_graph_is_captured(
+    tiny: Path, tiny_reference: Reference, monkeypatch: pytest.MonkeyPatch, error: BaseException
+):
+    with build(tiny, device="cuda", attention_backend="triton", dtype="float32") as llm:
+        compute_logits = llm.model_runner.model.compute_logits
+
+        def fail(residual):
+            if torch.cuda.is_current_stream_capturing():
+                raise error
+            return compute_logits(residual)
+
+        monkeypatch.setattr(llm.model_runner.model, "compute_logits", fail)
+        with pytest.raises(type(error)):
+            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        monkeypatch.undo()
+        assert_empty(llm)
+        outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        for prompt, output in zip(PROMPTS, outputs, strict=True):
+            assert output["token_ids"] == tiny_reference.tokens(prompt, 12)
+
+
+def test_another_default_device_does_no_harm(tiny: Path, tiny_reference: Reference):
+    torch.set_default_device("meta")
+    try:
+        with build(tiny) as llm:
+            (output,) = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    finally:
+        torch.set_default_device(None)
+    assert output["token_ids"] == tiny_reference.tokens(PROMPTS[0], 12)
 
 
 # Failures in the middle
@@ -431,13 +526,38 @@ def test_auto_takes_the_checkpoints_dtype(tiny_copy: Path):
             assert llm.config.torch_dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_auto_takes_the_dtype_of_the_weights_if_the_config_has_none(
+    tiny_copy: Path, dtype: torch.dtype
+):
+    from checkpoints import edit_json
+    from safetensors.torch import load_file, save_file
+
+    edit_json(tiny_copy / "config.json", remove=("dtype", "torch_dtype"))
+    path = tiny_copy / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    path.unlink()  # a link to the shared file
+    save_file(tensors, path)
+    with build(tiny_copy) as llm:
+        assert llm.config.torch_dtype == dtype
+
+
+def test_unknown_dtype_of_a_checkpoint_is_refused(tiny_copy: Path):
+    from checkpoints import edit_json
+
+    edit_json(tiny_copy / "config.json", remove=("dtype", "torch_dtype"), torch_dtype="int8")
+    with pytest.raises(ValueError, match="int8"):
+        build(tiny_copy)
+
+
 def test_scheduler_is_the_only_owner_of_the_requests(llm: LLM):
-    """A finished request leaves nothing behind that grows from call to call."""
-    for seed in range(3):
-        llm.generate(random_tokens(5, seed=seed), GREEDY, use_tqdm=False)
-    assert isinstance(llm.scheduler, Scheduler)
+    """Nobody holds a request that has ended."""
+    llm.add_request(random_tokens(5), GREEDY)
+    ended = weakref.ref(llm.scheduler.waiting[0])
+    while not llm.is_finished():
+        llm.step()
+    assert ended() is None
     assert len(llm.model_runner._launched_rows) <= 1
-    assert not llm._in_flight
 
 
 # Without the packages that only a GPU needs

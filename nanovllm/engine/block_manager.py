@@ -102,8 +102,9 @@ class BlockManager:
     def register(self, seq: Sequence, num_tokens: int) -> None:
         """Let others find the sequence's full blocks among its first `num_tokens` tokens.
 
-        Called as soon as the step that fills them is planned: whoever reads a block is launched in
-        or after that step, and a layer writes all keys and values before it reads any.
+        A prompt's are registered as soon as the step that fills them is planned: whoever reads a
+        block is launched in or after that step, and a layer writes all keys and values before it
+        reads any. Generated ones are when their tokens are known.
         """
         blocks = [self.blocks[i] for i in seq.block_table[: num_tokens // self.block_size]]
         first_new = len(blocks)

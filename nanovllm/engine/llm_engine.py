@@ -2,8 +2,10 @@
 
 import os
 import random
+import reprlib
 import warnings
 from collections import deque
+from collections.abc import Collection
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +22,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.validation import as_integer
 
-Prompt = str | list[int]
+Prompt = str | Collection[int]  # text, or a list or tuple of token ids
 
 
 class RequestOutput(TypedDict):
@@ -115,14 +117,16 @@ class LLMEngine:
     def close(self) -> None:
         """Drop all requests and give the device's memory back. Calling it again does nothing."""
         if self.model_runner is not None:
-            self.abort_all()
-            self.model_runner.close()
-            self.model_runner = None
+            try:
+                self.abort_all()
+            finally:
+                self.model_runner.close()
+                self.model_runner = None
 
     def generate(
         self,
-        prompts: Prompt | list[Prompt],
-        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        prompts: Prompt | Collection[Prompt],
+        sampling_params: SamplingParams | Collection[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete one prompt or many; returns one dict a prompt, in their order.
@@ -136,7 +140,8 @@ class LLMEngine:
             TypeError, ValueError: for a request that cannot work; nothing is queued then.
             RuntimeError: if the engine is closed, or still has requests from `add_request`.
         """
-        if not self.is_finished():
+        self._check_open()
+        if self.scheduler.num_unfinished:
             raise RuntimeError(
                 f"{self.scheduler.num_unfinished} requests from add_request are unfinished: "
                 "step() until is_finished() before generate()"
@@ -213,7 +218,7 @@ class LLMEngine:
         self.model_runner.reset()
 
     def _build_sequences(
-        self, prompts: list[Prompt], params: SamplingParams | list[SamplingParams] | None
+        self, prompts: list[Prompt], params: SamplingParams | Collection[SamplingParams] | None
     ) -> list[Sequence]:
         """Check every prompt with its parameters before any is queued."""
         self._check_open()
@@ -248,13 +253,18 @@ class LLMEngine:
                     f"{name} is a string, and {self.config.model_dir} has no tokenizer: pass token "
                     "ids, or add the checkpoint's tokenizer files"
                 )
-            token_ids = self.tokenizer.encode(prompt)
+            try:
+                token_ids = self.tokenizer.encode(prompt)
+            except (TypeError, UnicodeError) as error:
+                raise ValueError(f"{name} is not valid Unicode text: {error}") from error
         elif isinstance(prompt, (list, tuple)):
             token_ids = list(prompt)
             if set(map(type, token_ids)) != {int}:
                 token_ids = [as_integer(f"{name}, token {i}", t) for i, t in enumerate(prompt)]
         else:
-            raise TypeError(f"{name} must be a string or a list of token ids, got {prompt!r}")
+            raise TypeError(
+                f"{name} must be a string or a list of token ids, got {reprlib.repr(prompt)}"
+            )
         if not token_ids:
             raise ValueError(f"{name} is empty: it needs at least one token")
         vocab_size = self.config.hf_config.vocab_size
@@ -275,8 +285,6 @@ class LLMEngine:
     def _fit_to_cache(self, num_blocks: int) -> None:
         capacity = num_blocks * self.config.kvcache_block_size
         if capacity < self.config.max_model_len:
-            if capacity < 2:
-                raise ValueError(f"a KV cache of {capacity} tokens cannot hold any request")
             warnings.warn(
                 f"max_model_len lowered from {self.config.max_model_len} to {capacity}: the KV "
                 f"cache has {num_blocks} blocks of {self.config.kvcache_block_size} tokens",
@@ -316,13 +324,14 @@ class LLMEngine:
             raise RuntimeError("this LLM is closed: build a new one")
 
 
-def _as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
+def _as_list(prompts: Prompt | Collection[Prompt]) -> list[Prompt]:
     """One prompt or many -> a list of prompts. A list that begins with an integer is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, (list, tuple)):
         raise TypeError(
-            f"prompts must be a string, a list of token ids, or a list of these, got {prompts!r}"
+            "prompts must be a string, a list of token ids, or a list of these, got "
+            f"{reprlib.repr(prompts)}"
         )
     if not prompts:
         raise ValueError("prompts is empty: give at least one prompt")

@@ -1,6 +1,7 @@
 """Turns a scheduled batch into tensors, runs the model, owns the KV cache and the CUDA Graphs."""
 
 import gc
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,11 @@ class ModelRunner:
         self.config = config
         self.device = config.torch_device
         self.on_gpu = self.device.type == "cuda"
-        hf_config = config.hf_config
+        with self.on_device(), torch.device("cpu"):  # whatever the process has made its default
+            self._build()
+
+    def _build(self) -> None:
+        config, hf_config = self.config, self.config.hf_config
         self.attention_backend = select_backend(
             config.attention_backend, self.device, config.torch_dtype, hf_config.head_dim,
             config.kvcache_block_size,
@@ -56,6 +61,7 @@ class ModelRunner:
         self.use_graphs = (
             self.on_gpu and not config.enforce_eager and self.attention_backend != "torch"
         )
+        self._graph_bytes = 0
         in_use_before = gpu_memory_in_use(self.device) if self.on_gpu else 0
         self.model = self._load_model()
         self.sampler = Sampler()
@@ -63,7 +69,13 @@ class ModelRunner:
         num_ranges = 0
         if self.attention_backend == "triton":
             num_ranges = num_decode_ranges(self.device, hf_config.num_key_value_heads)
-        self.inputs = InputBuffers(config, num_ranges)
+        try:
+            self.inputs = InputBuffers(config, num_ranges)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "no memory for the inputs of a step: lower max_num_batched_tokens "
+                f"({config.max_num_batched_tokens}) or max_num_seqs ({config.max_num_seqs})"
+            ) from error
         rows = config.max_num_seqs
         self._host_tokens = [
             torch.zeros(rows, dtype=torch.int64, pin_memory=self.on_gpu) for _ in range(2)
@@ -80,10 +92,18 @@ class ModelRunner:
             self._capture_stream = torch.cuda.Stream(self.device)
         self._launched_rows: dict[int, int] = {}  # seq_id -> row of the last launch
 
+    def on_device(self) -> AbstractContextManager:
+        """Makes the runner's GPU the current one: Triton and events go by that."""
+        return torch.cuda.device(self.device) if self.on_gpu else nullcontext()
+
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Launch:
         """Start a step; returns at once on a GPU. Tokens that the host does not know yet are taken
         on the device from the step launched before."""
+        with self.on_device():
+            return self._launch(batch)
+
+    def _launch(self, batch: Batch) -> Launch:
         rows = len(batch.seqs)
         for_graph = self.use_graphs and not batch.is_prefill
         padded_rows = self._graph_size(rows) if for_graph else rows
@@ -117,6 +137,10 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give all memory back. The runner is of no use afterwards."""
+        with self.on_device():
+            self._free()
+
+    def _free(self) -> None:
         self.reset()
         self.graphs.clear()
         del self.model, self.kv_cache, self.cos_sin, self.sampled, self.inputs, self._host_tokens
@@ -154,9 +178,10 @@ class ModelRunner:
         try:
             cache = torch.empty(shape, dtype=self.config.torch_dtype, device=self.device)
             return cache if self.on_gpu else cache.transpose(3, 4)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             raise RuntimeError(
-                f"no memory for a KV cache of {num_blocks} blocks: lower num_kvcache_blocks"
+                f"no memory for a KV cache of {num_blocks} blocks of {block_size} tokens: lower "
+                "num_kvcache_blocks or kvcache_block_size"
             ) from error
 
     def _warm_up(self) -> None:
@@ -172,8 +197,8 @@ class ModelRunner:
         has_plan = self.inputs.num_ranges > 0
         torch.cuda.reset_peak_memory_stats(self.device)
         for shape in (
-            StepShape(True, prompts, prompts * length, width, length, context),
             StepShape(False, rows, rows, 0 if has_plan else width, 1, context),
+            StepShape(True, prompts, prompts * length, width, length, context),
         ):
             inputs = self.inputs.view(shape)
             inputs.slot_mapping.fill_(-1)
@@ -181,7 +206,13 @@ class ModelRunner:
             inputs.cu_seqlens_q.copy_(torch.arange(shape.rows + 1) * shape.max_seqlen_q)
             self._run(shape)
             self.inputs.device.zero_()
+            if not shape.is_prefill and self.use_graphs:  # which the graphs' own pool holds again
+                self._graph_bytes = self._activation_bytes()
         torch.cuda.synchronize(self.device)
+
+    def _activation_bytes(self) -> int:
+        stats = torch.cuda.memory_stats(self.device)
+        return stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
 
     def _fitting_blocks(self, in_use_before: int) -> int:
         """How many KV blocks the memory holds that is really free, within this engine's share."""
@@ -195,18 +226,20 @@ class ModelRunner:
             wanted = config.max_num_seqs * self.inputs.max_width
             num_blocks = min(wanted, available_host_memory() // 4 // block_bytes)
         else:
-            stats = torch.cuda.memory_stats(self.device)
-            activations = stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
+            activations = self._activation_bytes() + self._graph_bytes
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info(self.device)
             in_use = gpu_memory_in_use(self.device) - in_use_before
             share = int(total * config.gpu_memory_utilization) - in_use
             num_blocks = (min(share, free) - activations - GPU_RESERVE) // block_bytes
         if num_blocks < 1:
-            raise RuntimeError(
-                "no memory left for the KV cache: raise gpu_memory_utilization, lower "
-                "max_num_batched_tokens or max_num_seqs, or free memory on the device"
+            way_out = (
+                "raise gpu_memory_utilization, lower max_num_batched_tokens or max_num_seqs, or "
+                "free memory on the device"
+                if self.on_gpu
+                else "lower kvcache_block_size, give num_kvcache_blocks, or free memory"
             )
+            raise RuntimeError(f"no memory left for the KV cache: {way_out}")
         return num_blocks
 
     def _run(self, shape: StepShape) -> None:
@@ -244,7 +277,9 @@ class ModelRunner:
         torch.cuda.synchronize(self.device)
         with torch.cuda.stream(self._capture_stream):
             graph.capture_begin(self._graph_pool)
-            self._run(shape)
-            graph.capture_end()
+            try:
+                self._run(shape)
+            finally:  # a stream left capturing would refuse everything after
+                graph.capture_end()
         torch.cuda.synchronize(self.device)
         self.graphs[shape.rows] = graph

@@ -82,12 +82,12 @@ class Scheduler:
             if seq.is_finished:  # it ended while this row was already under way
                 continue
             seq.token_ids.append(token_id)
+            self._register_generated(seq)
             if not seq.sampling_params.ignore_eos and token_id in self.eos_token_ids:
                 self._finish(seq, "stop")
             elif len(seq.token_ids) >= seq.max_len:
                 self._finish(seq, "length")
             else:
-                self._register_generated(seq)
                 continue
             ended.append(seq)
         return ended

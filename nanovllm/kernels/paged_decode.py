@@ -81,7 +81,7 @@ def plan_decode(
     fused = padded_rows <= FUSED_ROWS
     cached = context_lens - 1 if fused else context_lens
     counts = np.maximum(1, -(-cached // tile))  # tiles of a row
-    # Tokens of a row's chunks: the finer, the more programs; the coarser, the fewer partial results.
+    # Tokens of a row's chunks: finer ones give more programs, coarser ones fewer partial results.
     finest = 64 if fused else 128
     chunk = np.where(cached <= 512, finest, 2 * finest)
     long = cached > 2 * finest * MAX_CHUNKS

@@ -1,10 +1,10 @@
 """Matrix times a few dozen vectors: partial products over slices of K.
 
-With 5 to 64 rows (128 where the product comes in parts) a matrix product is still the reading of its weights, and a library's kernels are
-made for more. Here each program streams a tile of 64 outputs by a slice of K through a deep
-pipeline, and there are as many slices as give every multiprocessor one. The partial sums stay
-float32 and are added up, in a fixed order, by the kernel that comes next (the residual add of
-`rms_norm`): results are deterministic, and no kernel is launched for the sum.
+With 5 to 64 rows (128 where it comes in parts) a matrix product is still the reading of its
+weights, and a library's kernels are made for more. Here each program streams a tile of 64 outputs
+by a slice of K through a deep pipeline, and there are as many slices as give every multiprocessor
+one. The partial sums stay float32 and are added up, in a fixed order, by the kernel that comes next
+(the residual add of `rms_norm`): results are deterministic, and no kernel is launched for the sum.
 
 Grid: (tile of outputs, slice of K). Bytes moved: the weights once. Bound by memory.
 """

@@ -19,6 +19,8 @@ def rope_cos_sin(config: PretrainedConfig, max_len: int, device: torch.device) -
     # transformers 5 keeps theta and scaling in rope_parameters, 4 apart.
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     parameters = parameters or {}
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise ValueError(f"config.json has rope parameters for kinds of layers: {parameters}")
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     theta = parameters.get("rope_theta") or getattr(config, "rope_theta", 10000.0)
     if rope_type == "default":
@@ -32,7 +34,12 @@ def rope_cos_sin(config: PretrainedConfig, max_len: int, device: torch.device) -
             config, torch.device("cpu"), seq_len=max_len
         )
     else:
-        known = ["default", *ROPE_INIT_FUNCTIONS]
+        known = sorted({"default", *ROPE_INIT_FUNCTIONS})
         raise ValueError(f"config.json asks for rope_type={rope_type!r}; known are {known}")
+    if len(inv_freq) != config.head_dim // 2:
+        raise ValueError(
+            f"config.json rotates {2 * len(inv_freq)} of head_dim={config.head_dim} dimensions; "
+            "only rotary embeddings of the whole head are supported"
+        )
     angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq.float().cpu())
     return (torch.cat((angles.cos(), angles.sin()), dim=-1) * scaling).to(device)

@@ -6,6 +6,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+FLOATS = {  # safetensors' names of the dtypes that can be loaded
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+def checkpoint_dtype(model_dir: Path) -> torch.dtype | None:
+    """The dtype of the first floating-point tensor of a checkpoint; None without one."""
+    for path in sorted(model_dir.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if (dtype := FLOATS.get(file.get_slice(name).get_dtype())) is not None:
+                        return torch.float32 if dtype == torch.float64 else dtype
+        except (SafetensorError, OSError):
+            return None  # `load_weights` says what is wrong with it
+    return None
+
 
 def load_weights(
     model_dir: Path, views: dict[str, torch.Tensor], ignored: frozenset[str] = frozenset()
@@ -43,7 +60,9 @@ def _plan(
     for path in paths:
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                shapes = {name: piece.get_shape() for name, piece in slices.items()}
+                dtypes = {name: piece.get_dtype() for name, piece in slices.items()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
         plan[path] = []
@@ -59,6 +78,10 @@ def _plan(
                 raise ValueError(
                     f"tensor {name!r} in {path} has shape {list(shape)}, config.json asks for "
                     f"{expected}"
+                )
+            if dtypes[name] not in FLOATS:
+                raise ValueError(
+                    f"tensor {name!r} in {path} has dtype {dtypes[name]}; supported are {[*FLOATS]}"
                 )
             source[name] = path
             plan[path].append(name)

@@ -14,13 +14,24 @@ def available_host_memory() -> int:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+                    return min(int(line.split()[1]) * 1024, _available_in_container())
     except OSError:
         pass
     try:  # macOS, BSD: all memory; half of it is a careful guess
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (AttributeError, OSError, ValueError):
         return 4 * 2**30
+
+
+def _available_in_container() -> int:
+    """What the limit of this control group (version 2) leaves."""
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = int(file.read())  # "max" is no limit
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+            return limit - int(file.read())
+    except (OSError, ValueError):
+        return 2**63
 
 
 def gpu_memory_in_use(device: torch.device) -> int:

@@ -17,10 +17,10 @@ def as_integer(name: str, value: Any) -> int:
 def as_number(name: str, value: Any) -> float:
     """`value` as a float; refuses bools and strings, takes NumPy numbers."""
     try:
-        if isinstance(value, (bool, str)):
+        if isinstance(value, (bool, str, bytes)) or type(value).__name__ in ("bool", "bool_"):
             raise TypeError
         return float(value)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
     except OverflowError:
         raise ValueError(f"{name} is too large: {value!r}") from None
