@@ -34,6 +34,8 @@ GROUPS = {
     "cutlass": "matrix products",
     "nvjet": "matrix products",
     "splitk": "matrix products",
+    "split_k": "matrix products",
+    "linear_pointwise": "matrix products",
     "aten::mm": "matrix products",
     "rms_norm": "norm",
     "qk_norm_rope_store": "QK-norm, RoPE, store",
@@ -41,6 +43,7 @@ GROUPS = {
     "best_of": "sampling",
     "prefill": "attention",
     "decode": "attention",
+    "embed": "embedding",
     "memcpy": "copies",
     "memset": "copies",
 }

@@ -70,9 +70,7 @@ def gemv_triton(
     # Enough 16-byte loads in flight for each thread, and no register spilled (measured).
     whole_k = max(256, triton.next_power_of_2(k))
     block_k = min(whole_k, 2048 if rows > 1 or gated else 4096)
-    per_warp = max(1, 4096 // whole_k)
-    if gated and rows > 2:
-        per_warp = max(1, per_warp // 2)
+    per_warp = max(1, (2048 if gated else 4096) // whole_k)
     _gemv_kernel[(triton.cdiv(n, WARPS * per_warp),)](
         x, weight, bias, norm_weight, y, eps, n, k, rows,
         GATED=gated, ADD=add_to is not None,
