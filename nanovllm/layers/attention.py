@@ -1,7 +1,8 @@
 """Attention over the paged KV cache: one call, three backends.
 
-"auto" takes flash-attn where it is installed and can run (CUDA, bf16 or fp16, block size a multiple
-of 256, a head_dim it was built for), else Triton on a GPU, else torch.
+"auto" takes what was measured to be the fastest that can run. On Hopper and later GPUs that is this
+project's Triton kernels; on an older GPU flash-attn where it is installed (bf16 or fp16, block size
+a multiple of 256, a head_dim it was built for), else Triton; without a GPU torch.
 """
 
 from typing import Protocol
@@ -103,18 +104,19 @@ def select_backend(
     Raises:
         ValueError: if the one asked for cannot run, saying why.
     """
-    obstacles = {
-        "flash-attn": _flash_obstacle(device, dtype, head_dim, block_size),
-        "triton": _triton_obstacle(device),
-        "torch": None,
+    obstacle_of = {
+        "triton": lambda: _triton_obstacle(device),
+        "flash-attn": lambda: _flash_obstacle(device, dtype, head_dim, block_size),
+        "torch": lambda: None,
     }
+    order = ["triton", "flash-attn", "torch"]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        order = ["flash-attn", "triton", "torch"]
     if name == "auto":
-        return next(backend for backend, obstacle in obstacles.items() if obstacle is None)
-    if obstacles[name] is not None:
-        others = [backend for backend, obstacle in obstacles.items() if obstacle is None]
-        raise ValueError(
-            f"attention_backend {name!r} cannot run: {obstacles[name]}; could be: {others}"
-        )
+        return next(backend for backend in order if obstacle_of[backend]() is None)
+    if (obstacle := obstacle_of[name]()) is not None:
+        others = [backend for backend in order if obstacle_of[backend]() is None]
+        raise ValueError(f"attention_backend {name!r} cannot run: {obstacle}; could be: {others}")
     return name
 
 
