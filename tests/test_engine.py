@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checkpoints import Reference, link_checkpoint, random_tokens
 from test_block_manager import assert_blocks_consistent
 
 import nanovllm
 from nanovllm import LLM, SamplingParams
+from nanovllm.layers.layernorm import Residual, RMSNorm
+from nanovllm.layers.linear import Linear, can_pack
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 PROMPTS = [random_tokens(length, seed=length) for length in (5, 40, 16, 33)]
@@ -465,6 +468,29 @@ def test_torch_is_left_as_it_was(tiny: Path, dtype: str):
         assert settings() == before
         llm.generate([1, 2, 3], SamplingParams(max_tokens=4), use_tqdm=False)
         assert settings() == before
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_weights_give_the_plain_product(rows: int, bias: bool):
+    torch.manual_seed(0)
+    linear = Linear(96, 40, bias).to(torch.bfloat16).requires_grad_(False)
+    if not can_pack(linear.weight):
+        pytest.skip("oneDNN has no packed matrices here")
+    for parameter in linear.parameters():
+        parameter.normal_()
+    x, norm = torch.randn(rows, 96).bfloat16(), RMSNorm(96, 1e-6).to(torch.bfloat16)
+    norm.weight.data.fill_(1.0)
+    expected = F.linear(norm(Residual(x)).double(), linear.weight.double())
+    if bias:
+        expected += linear.bias.double()
+    linear.pack()
+    out = linear(Residual(x), norm)
+    assert out.dtype == torch.bfloat16
+    assert ((out.double() - expected).norm() / expected.norm()).item() < 1e-2
+    total = Residual(out.clone())
+    linear.add_to(total, x)
+    assert not torch.equal(total.x, out)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

