@@ -99,6 +99,8 @@ class Config:
         for name in ("max_num_batched_tokens", "max_num_seqs", "kvcache_block_size"):
             self._check_integer(name, at_least=1)
         self._check_integer("max_model_len", at_least=2)
+        if self.max_num_seqs >= 2**15:
+            raise ValueError(f"max_num_seqs must be below {2**15}, got {self.max_num_seqs}")
         self._check_integer("seed", at_least=0)
         if self.num_kvcache_blocks is not None:
             self._check_integer("num_kvcache_blocks", at_least=1)

@@ -23,18 +23,19 @@ except ImportError:
     tl: Any = SimpleNamespace(constexpr=object)
     triton: Any = SimpleNamespace(jit=lambda function=None, **_: function or (lambda later: later))
 
-__all__ = ["HAS_TRITON", "launch_next", "pdl", "tl", "triton", "wait_for_previous"]
+__all__ = ["HAS_TRITON", "has_pdl", "launch_next", "pdl", "tl", "triton", "wait_for_previous"]
 
 
 def pdl(tensor: torch.Tensor) -> dict[str, bool]:
     """Launch options of a kernel with PDL, on or off as the device of `tensor` has it."""
-    on = tensor.is_cuda and _has_pdl(tensor.get_device())
+    on = tensor.is_cuda and has_pdl(tensor.get_device())
     return {"PDL": on, "launch_pdl": on}
 
 
 @lru_cache
-def _has_pdl(device_index: int) -> bool:
-    has_instructions = hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
+def has_pdl(device_index: int) -> bool:
+    """Whether a CUDA device, and the Triton installed, know PDL: Hopper or later."""
+    has_instructions = HAS_TRITON and hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
     return has_instructions and torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 

@@ -9,7 +9,7 @@ partial result; the combine kernel, grid (sequence, query head), merges them.
 With up to `FUSED_ROWS` sequences, where a kernel more would cost as much as it does, the kernel
 also does what comes before: QK-norm and RoPE of the new queries and keys, and the KV store. The
 newest token then enters its row's last chunk from registers, and the plan leaves it out. Chunks are
-half as long there, for more programs.
+half as long there, for more programs: only there do results change, in the last bits.
 
 Grid: (kv head, range). `plan_decode` lists the tiles of all chunks, and cuts the list at chunk
 borders into ranges of about equal length, two programs for each multiprocessor: the load is even

@@ -1,7 +1,7 @@
 """Linear layers between two states of the residual stream: out of it through a norm, or back in.
 
 On a GPU up to 4 rows are the business of `kernels.gemv`, which does all in one kernel, and up to 64
-that of `kernels.split_k`. Past that the product is a library's.
+(128 on the way back in) that of `kernels.split_k`. Past that the product is a library's.
 """
 
 import torch
@@ -32,7 +32,7 @@ class Linear(nn.Module):
 
     def forward(self, residual: Residual, norm: RMSNorm) -> torch.Tensor:
         """W norm(x) + b: [tokens, out]."""
-        if can_gemv(residual.x, self.weight):
+        if self._fits_gemv(residual):
             return gemv_triton(residual.x, self.weight, self.bias, norm.weight, norm.eps)
         return self._product(norm(residual))
 
@@ -47,6 +47,11 @@ class Linear(nn.Module):
                 residual.x.addmm_(x, self.weight.t())  # the add is the product's epilogue
         else:
             residual.x.add_(self._product(x))
+
+    def _fits_gemv(self, residual: Residual) -> bool:
+        """The GEMV's own norm adds up no partial sums, which the few rows that a prefill of more
+        tokens keeps for the head may bring along."""
+        return residual.partials is None and can_gemv(residual.x, self.weight)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed_weight is not None and (self.weight is None or x.shape[0] > 1):
@@ -89,7 +94,7 @@ class GatedLinear(PackedLinear):
     """silu(W_gate x) * (W_up x), the first half of the MLP; its two parts are equally wide."""
 
     def forward(self, residual: Residual, norm: RMSNorm) -> torch.Tensor:
-        if can_gemv(residual.x, self.weight):
+        if self._fits_gemv(residual):
             return gemv_triton(
                 residual.x, self.weight, norm_weight=norm.weight, eps=norm.eps, gated=True
             )
