@@ -38,6 +38,7 @@ SHAPES = {
     "qwen3-14b": (5120, 17408, 40, 40, False),
     "qwen3-32b": (5120, 25600, 64, 64, False),
 }
+H200_RATES = (4.2e12, 805e12)  # bytes per second read, bf16 operations per second, as measured
 # What makes a miniature of any of them, to try a script or the engine out on a CPU.
 MINIATURE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

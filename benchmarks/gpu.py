@@ -36,16 +36,14 @@ from typing import Any
 
 import torch
 
-from bench import MINIATURE, Workload, dummy_llm, floor_seconds, measure_machine, run
+from bench import H200_RATES, MINIATURE, Workload, dummy_llm, floor_seconds, measure_machine, run
 from benchmarks.host import host_seconds
-from benchmarks.peers import ENGINES, time_calls
+from benchmarks.peers import ENGINES, TEMPERATURE, time_calls
 from benchmarks.ready import STAGES, seconds_to_ready, write_checkpoint
 from nanovllm import LLM, __version__
 from nanovllm.config import Config
 
-H200_RATES = (4.2e12, 805e12)  # bytes per second read, bf16 operations per second
 SHAPE = "qwen3-0.6b"
-TEMPERATURE = 0.6
 PARTS = ("mix", "batch", "prefill", "ready", "host", "scaling")
 UNITS = {"s": 1, "ms/step": 1e3, "us/step": 1e6}
 
@@ -318,7 +316,8 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{name}, torch {torch.__version__}; {bench.versions}; medians of {args.runs} runs\n"
         f"floors by the rates measured here, {read_rate / 1e12:.2f} TB/s and "
-        f"{matmul_rate / 1e12:.0f} TFLOP/s, and by an H200's, 4.20 TB/s and 805 TFLOP/s\n"
+        f"{matmul_rate / 1e12:.0f} TFLOP/s, and by an H200's, {H200_RATES[0] / 1e12:.2f} TB/s and "
+        f"{H200_RATES[1] / 1e12:.0f} TFLOP/s\n"
     )
     headings = ["workload", "engine", "median", "tok/s", "floor (reached)", "by an H200's rates"]
     print("| " + " | ".join(headings) + " |\n" + "|---" * len(headings) + "|")

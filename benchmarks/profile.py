@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import MINIATURE, SHAPES, dummy_llm, measure_machine
+from bench import H200_RATES, MINIATURE, SHAPES, dummy_llm, measure_machine
 from nanovllm import LLM, SamplingParams
 
 # A kernel belongs to the group of the first of these parts that its name has, in lower case.
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
         number, length = args.prefill
         tables.append((f"prefill, {number} x {length}", *prefill(llm, number, length)))
     device = llm.config.torch_device
-    rates = (4.2e12, 805e12) if args.tiny else measure_machine(device)
+    rates = H200_RATES if args.tiny else measure_machine(device)
     print(
         f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch "
         f"{torch.__version__}, {rates[0] / 1e12:.2f} TB/s, {rates[1] / 1e12:.0f} TFLOP/s"

@@ -96,11 +96,10 @@ class Config:
             self.async_scheduling = self.torch_device.type == "cuda"
 
     def _check_options(self) -> None:
-        for name in ("max_num_batched_tokens", "max_num_seqs", "kvcache_block_size"):
+        for name in ("max_num_batched_tokens", "kvcache_block_size"):
             self._check_integer(name, at_least=1)
+        self._check_integer("max_num_seqs", at_least=1, below=2**15)
         self._check_integer("max_model_len", at_least=2)
-        if self.max_num_seqs >= 2**15:
-            raise ValueError(f"max_num_seqs must be below {2**15}, got {self.max_num_seqs}")
         self._check_integer("seed", at_least=0)
         if self.num_kvcache_blocks is not None:
             self._check_integer("num_kvcache_blocks", at_least=1)
@@ -117,10 +116,10 @@ class Config:
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         _check_choice("load_format", self.load_format, ("auto", "dummy"))
 
-    def _check_integer(self, name: str, at_least: int) -> None:
+    def _check_integer(self, name: str, at_least: int, below: int = 2**31) -> None:
         value = as_integer(name, getattr(self, name))
-        if not at_least <= value < 2**31:
-            raise ValueError(f"{name} must be at least {at_least} and below 2**31, got {value}")
+        if not at_least <= value < below:
+            raise ValueError(f"{name} must be at least {at_least} and below {below}, got {value}")
         setattr(self, name, value)
 
 

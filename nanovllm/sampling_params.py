@@ -5,6 +5,10 @@ from dataclasses import dataclass
 
 from nanovllm.utils.validation import as_integer, as_number
 
+# Dividing by a smaller temperature could overflow. Above the largest, all tokens are equally likely
+# in float32 anyway.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e30
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -43,3 +47,9 @@ class SamplingParams:
             object.__setattr__(self, "seed", as_integer("seed", self.seed))
             if not -(2**63) <= self.seed < 2**64:
                 raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
+
+    @property
+    def usable_temperature(self) -> float:
+        """The temperature, such that float32 logits can be divided by it; 0 for greedy."""
+        too_small = self.temperature < MIN_TEMPERATURE
+        return 0.0 if too_small else min(self.temperature, MAX_TEMPERATURE)

@@ -1,4 +1,4 @@
-"""The engine as its users see it: results, the step loop, failures in the middle, closing."""
+"""The engine as its users see it: results, the step loop, closing."""
 
 import gc
 import os
@@ -11,16 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from checkpoints import Reference, link_checkpoint, random_tokens
 from test_block_manager import assert_blocks_consistent
 
 import nanovllm
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels.gemv import gemv_torch
-from nanovllm.layers import linear as linear_layers
-from nanovllm.layers.layernorm import Residual, RMSNorm
-from nanovllm.layers.linear import GatedLinear, Linear, can_pack
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 PROMPTS = [random_tokens(length, seed=length) for length in (5, 40, 16, 33)]
@@ -255,29 +250,6 @@ def test_time_between_calls_is_not_counted(llm: LLM):
     assert llm.stats.prefill_seconds + llm.stats.decode_seconds - before <= spent
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("device on fire")], ids=repr)
-def test_failure_while_a_graph_is_captured(
-    tiny: Path, tiny_reference: Reference, monkeypatch: pytest.MonkeyPatch, error: BaseException
-):
-    with build(tiny, device="cuda", attention_backend="triton", dtype="float32") as llm:
-        compute_logits = llm.model_runner.model.compute_logits
-
-        def fail(residual):
-            if torch.cuda.is_current_stream_capturing():
-                raise error
-            return compute_logits(residual)
-
-        monkeypatch.setattr(llm.model_runner.model, "compute_logits", fail)
-        with pytest.raises(type(error)):
-            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-        monkeypatch.undo()
-        assert_empty(llm)
-        outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-        for prompt, output in zip(PROMPTS, outputs, strict=True):
-            assert output["token_ids"] == tiny_reference.tokens(prompt, 12)
-
-
 def test_another_default_device_does_no_harm(tiny: Path, tiny_reference: Reference):
     torch.set_default_device("meta")
     try:
@@ -286,102 +258,6 @@ def test_another_default_device_does_no_harm(tiny: Path, tiny_reference: Referen
     finally:
         torch.set_default_device(None)
     assert output["token_ids"] == tiny_reference.tokens(PROMPTS[0], 12)
-
-
-# Failures in the middle
-
-
-class Fault:
-    """Makes a method fail at its n-th call, before or after it has done its work."""
-
-    def __init__(self, owner: object, name: str, at_call: int, error: BaseException, after: bool):
-        self.method, self.calls = getattr(owner, name), 0
-        self.owner, self.name = owner, name
-        self.at_call, self.error, self.after = at_call, error, after
-        setattr(owner, name, self)
-
-    def __call__(self, *args, **kwargs):
-        self.calls += 1
-        if self.calls == self.at_call and not self.after:
-            raise self.error
-        result = self.method(*args, **kwargs)
-        if self.calls == self.at_call:
-            raise self.error
-        return result
-
-    def remove(self) -> None:
-        delattr(self.owner, self.name)
-
-
-@BOTH_ORDERS
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("device on fire")], ids=repr)
-@pytest.mark.parametrize(
-    ("place", "after"),
-    [
-        ("model_runner.launch", False), ("model_runner.launch", True),
-        ("model_runner.collect", False), ("model_runner.collect", True),
-        ("model_runner.model.compute_logits", False), ("model_runner.sampler.forward", False),
-        ("scheduler.schedule", False), ("scheduler.schedule", True),
-        ("scheduler.postprocess", False), ("scheduler.postprocess", True),
-        ("scheduler.add", True), ("_output", False), ("step", True),
-        ("scheduler.block_manager.allocate", True), ("scheduler.block_manager.append", True),
-        ("scheduler.block_manager.free", False), ("scheduler.block_manager.register", True),
-    ],
-)  # fmt: skip
-def test_failure_in_the_middle_leaves_an_empty_engine(
-    tiny: Path,
-    tiny_reference: Reference,
-    place: str,
-    after: bool,
-    error: BaseException,
-    async_scheduling: bool,
-):
-    """Ctrl-C, or an exception, anywhere in `generate`: at its first call, and deep in the run."""
-    with build(
-        tiny, num_kvcache_blocks=8, max_model_len=128, async_scheduling=async_scheduling
-    ) as llm:
-        *owners, name = place.split(".")
-        for at_call in (1, 3):
-            owner = llm
-            for part in owners:
-                owner = getattr(owner, part)
-            fault = Fault(owner, name, at_call, error, after)
-            with pytest.raises(type(error)):
-                llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-            fault.remove()
-            assert_empty(llm)
-            outputs = llm.generate(PROMPTS[::-1], GREEDY, use_tqdm=False)
-            for prompt, output in zip(PROMPTS[::-1], outputs, strict=True):
-                assert output["token_ids"] == tiny_reference.tokens(prompt, 12)
-            assert_empty(llm)
-
-
-@BOTH_ORDERS
-def test_failed_step_of_the_loop_aborts_and_the_engine_goes_on(
-    tiny: Path, tiny_reference: Reference, async_scheduling: bool
-):
-    with build(tiny, async_scheduling=async_scheduling) as llm:
-        for prompt in PROMPTS:
-            llm.add_request(prompt, GREEDY)
-        llm.step()
-        fault = Fault(llm.model_runner, "launch", 1, RuntimeError("device on fire"), False)
-        with pytest.raises(RuntimeError, match="device on fire"):
-            llm.step()
-        fault.remove()
-        assert_empty(llm)
-        (output,) = llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
-        assert output["token_ids"] == tiny_reference.tokens(PROMPTS[1], 12)
-
-
-def test_tokenizer_that_fails_on_a_prompt_queues_nothing(llm: LLM, monkeypatch):
-    class Broken:
-        def encode(self, text: str) -> list[int]:
-            raise KeyError(text)
-
-    monkeypatch.setattr(llm, "tokenizer", Broken())
-    with pytest.raises(KeyError):
-        llm.generate([[1], "t1"], GREEDY, use_tqdm=False)
-    assert_empty(llm)
 
 
 # Closing, and living side by side
@@ -470,76 +346,6 @@ def test_torch_is_left_as_it_was(tiny: Path, dtype: str):
         assert settings() == before
         llm.generate([1, 2, 3], SamplingParams(max_tokens=4), use_tqdm=False)
         assert settings() == before
-
-
-def test_head_adds_up_partial_sums_also_for_few_rows(monkeypatch: pytest.MonkeyPatch):
-    """A short prefill ends with partial sums, and its last row has the size of a GEMV."""
-    monkeypatch.setattr(linear_layers, "can_gemv", lambda x, weight: True)
-    monkeypatch.setattr(linear_layers, "gemv_triton", gemv_torch)
-    torch.manual_seed(0)
-    norm = RMSNorm(32, 1e-6).requires_grad_(False)
-    norm.weight.fill_(1.0)
-    for layer in (Linear(32, 50), GatedLinear(32, {"gate": 25, "up": 25})):
-        layer.requires_grad_(False).weight.normal_()
-        x, partials = torch.randn(7, 32), torch.randn(3, 7, 32)
-        last = torch.tensor([6])
-        residual = Residual(x.clone(), partials).rows(last)
-        out = layer(residual, norm)
-        expected = layer(Residual(x + partials.sum(dim=0)).rows(last), norm)
-        assert torch.allclose(out, expected, atol=1e-5)
-        assert residual.partials is None
-
-
-def check_first_logits(path: Path, reference: Reference, device: str, length: int) -> None:
-    """Of a lone prompt in bf16: each kind of matrix product has its range of lengths."""
-    prompt, seen = random_tokens(length, seed=length), []
-    with build(path, device=device, dtype="bfloat16") as llm:
-        compute_logits = llm.model_runner.model.compute_logits
-
-        def spy(residual):
-            seen.append(compute_logits(residual))
-            return seen[-1]
-
-        llm.model_runner.model.compute_logits = spy
-        llm.generate(prompt, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-        (logits,) = (logits.float().cpu() for logits in seen)
-    with torch.inference_mode():
-        expected = reference.model(torch.tensor([prompt])).logits[:, -1]
-    assert ((logits - expected).norm() / expected.norm()).item() < 0.05
-
-
-@pytest.mark.parametrize("length", [1, 5, 129])
-def test_first_logits_in_bfloat16(tiny: Path, tiny_reference: Reference, length: int):
-    check_first_logits(tiny, tiny_reference, "cpu", length)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("length", [1, 2, 4, 5, 33, 64, 65, 128, 129, 300])
-def test_first_logits_in_bfloat16_gpu(tiny: Path, tiny_reference: Reference, length: int):
-    check_first_logits(tiny, tiny_reference, "cuda", length)
-
-
-@pytest.mark.parametrize("rows", [1, 5, 70])
-@pytest.mark.parametrize("bias", [False, True])
-def test_packed_weights_give_the_plain_product(rows: int, bias: bool):
-    torch.manual_seed(0)
-    linear = Linear(96, 40, bias).to(torch.bfloat16).requires_grad_(False)
-    if not can_pack(linear.weight):
-        pytest.skip("oneDNN has no packed matrices here")
-    for parameter in linear.parameters():
-        parameter.normal_()
-    x, norm = torch.randn(rows, 96).bfloat16(), RMSNorm(96, 1e-6).to(torch.bfloat16)
-    norm.weight.data.fill_(1.0)
-    expected = F.linear(norm(Residual(x)).double(), linear.weight.double())
-    if bias:
-        expected += linear.bias.double()
-    linear.pack()
-    out = linear(Residual(x), norm)
-    assert out.dtype == torch.bfloat16
-    assert ((out.double() - expected).norm() / expected.norm()).item() < 1e-2
-    total = Residual(out.clone())
-    linear.add_to(total, x)
-    assert not torch.equal(total.x, out)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

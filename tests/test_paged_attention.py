@@ -23,6 +23,7 @@ from kernel_inputs import (
     relative_error,
 )
 
+from nanovllm.kernels.paged_cache import tile_tokens
 from nanovllm.kernels.paged_decode import (
     FUSED_ROWS,
     MAX_CHUNKS,
@@ -30,7 +31,6 @@ from nanovllm.kernels.paged_decode import (
     paged_decode_torch,
     paged_decode_triton,
     plan_decode,
-    tile_tokens,
 )
 from nanovllm.kernels.paged_prefill import paged_prefill_torch, paged_prefill_triton
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_torch

@@ -100,28 +100,25 @@ class ModelRunner:
     def launch(self, batch: Batch) -> Launch:
         """Start a step; returns at once on a GPU. Tokens that the host does not know yet are taken
         on the device from the step launched before."""
-        with self.on_device():
-            return self._launch(batch)
-
-    def _launch(self, batch: Batch) -> Launch:
         rows = len(batch.seqs)
         for_graph = self.use_graphs and not batch.is_prefill
         padded_rows = self._graph_size(rows) if for_graph else rows
-        shape = self.inputs.send(batch, padded_rows, self._launched_rows, for_graph)
-        if for_graph and padded_rows in self.graphs:
-            self.graphs[padded_rows].replay()
-        else:
-            self._run(shape)
-            if for_graph:
-                self._capture(shape)
-        self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
-        if not self.on_gpu:
-            return Launch(self.sampled[:rows].clone(), None)
-        token_ids = self._host_tokens[self.inputs.turn][:rows]
-        token_ids.copy_(self.sampled[:rows], non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return Launch(token_ids, done)
+        with self.on_device():
+            shape = self.inputs.send(batch, padded_rows, self._launched_rows, for_graph)
+            if for_graph and padded_rows in self.graphs:
+                self.graphs[padded_rows].replay()
+            else:
+                self._run(shape)
+                if for_graph:
+                    self._capture(shape)
+            self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
+            if not self.on_gpu:
+                return Launch(self.sampled[:rows].clone(), None)
+            token_ids = self._host_tokens[self.inputs.turn][:rows]
+            token_ids.copy_(self.sampled[:rows], non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+            return Launch(token_ids, done)
 
     def collect(self, launch: Launch) -> list[int]:
         """Wait for a step's tokens, one a row. At most one newer step may be under way."""
@@ -137,17 +134,14 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give all memory back. The runner is of no use afterwards."""
-        with self.on_device():
-            self._free()
-
-    def _free(self) -> None:
         self.reset()
         self.graphs.clear()
         del self.model, self.kv_cache, self.cos_sin, self.sampled, self.inputs, self._host_tokens
         gc.collect()
         if self.on_gpu:
-            torch._C._cuda_clearCublasWorkspaces()
-            torch.cuda.empty_cache()
+            with self.on_device():
+                torch._C._cuda_clearCublasWorkspaces()
+                torch.cuda.empty_cache()
 
     def _load_model(self) -> Qwen3ForCausalLM:
         config = self.config
@@ -193,11 +187,10 @@ class ModelRunner:
         config = self.config
         length = min(config.max_num_batched_tokens, config.max_model_len - 1)
         prompts = min(config.max_num_seqs, max(1, config.max_num_batched_tokens // length))
-        rows, width, context = config.max_num_seqs, self.inputs.max_width, config.max_model_len
-        has_plan = self.inputs.num_ranges > 0
+        width, context = self.inputs.max_width, config.max_model_len
         torch.cuda.reset_peak_memory_stats(self.device)
         for shape in (
-            StepShape(False, rows, rows, 0 if has_plan else width, 1, context),
+            self.inputs.decode_shape(config.max_num_seqs),
             StepShape(True, prompts, prompts * length, width, length, context),
         ):
             inputs = self.inputs.view(shape)
@@ -256,13 +249,13 @@ class ModelRunner:
         )  # fmt: skip
 
     def _context(self, inputs: StepInputs, shape: StepShape) -> Context:
-        has_plan = self.inputs.num_ranges > 0 and not shape.is_prefill
+        plan = (inputs.bounds, inputs.chunk_counts, inputs.tiles) if shape.has_plan else None
         return Context(
             cos_sin=self.cos_sin, is_prefill=shape.is_prefill, positions=inputs.positions,
             slot_mapping=inputs.slot_mapping, context_lens=inputs.context_lens,
             block_tables=inputs.block_tables, cu_seqlens_q=inputs.cu_seqlens_q,
-            decode_plan=(inputs.bounds, inputs.chunk_counts, inputs.tiles) if has_plan else None,
-            max_seqlen_q=shape.max_seqlen_q, max_context_len=shape.max_context_len,
+            decode_plan=plan, max_seqlen_q=shape.max_seqlen_q,
+            max_context_len=shape.max_context_len,
         )  # fmt: skip
 
     def _graph_size(self, rows: int) -> int:

@@ -21,6 +21,7 @@ class Sequence:
 
     Attributes:
         token_ids: prompt and generated tokens known so far.
+        temperature: what logits are divided by; 0 is greedy.
         num_pending_tokens: sampled by a launched step, not yet collected.
         num_computed_tokens: leading tokens whose keys and values a launched step has written or
             the prefix cache held.
@@ -42,6 +43,7 @@ class Sequence:
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self.sampling_params = sampling_params
+        self.temperature = sampling_params.usable_temperature
         self.max_len = max_len
         self.seed = seed
         self.num_pending_tokens = 0

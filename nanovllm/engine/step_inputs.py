@@ -10,10 +10,6 @@ from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch
 from nanovllm.kernels.paged_decode import max_tiles, plan_decode
 
-# Dividing by a smaller temperature could overflow: it counts as 0, greedy. Above the largest, all
-# tokens are equally likely in float32 anyway.
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e30
-
 
 class StepShape(NamedTuple):
     """Sizes of a step's inputs, from which alone `StepInputs.carve` lays them out."""
@@ -24,6 +20,10 @@ class StepShape(NamedTuple):
     width: int  # columns of the block tables; 0 in a step with a decode plan
     max_seqlen_q: int
     max_context_len: int
+
+    @property
+    def has_plan(self) -> bool:
+        return self.width == 0
 
 
 class StepInputs(NamedTuple):
@@ -42,21 +42,30 @@ class StepInputs(NamedTuple):
     tiles: Any  # [any number, 2], of the decode plan: what is left of the buffer
 
     @staticmethod
-    def carve(buffer: Any, shape: StepShape, num_ranges: int) -> "StepInputs":
+    def words(shape: StepShape, num_ranges: int) -> list[int]:
+        """int32 words of each field but the last."""
         rows, tokens = shape.rows, shape.tokens
-        words = (
+        return [
             2 * rows, rows, rows, rows, rows + 1, num_ranges + 1, tokens, tokens, tokens,
             rows * shape.width,
-        )  # fmt: skip
+        ]  # fmt: skip
+
+    @classmethod
+    def carve(cls, buffer: Any, shape: StepShape, num_ranges: int) -> "StepInputs":
         pieces, start = [], 0
-        for size in words:
+        for size in cls.words(shape, num_ranges):
             pieces.append(buffer[start : start + size])
-            start += -(-size // 4) * 4  # kernels are compiled for addresses of 16 bytes
+            start += _aligned(size)
         dtypes = np if isinstance(buffer, np.ndarray) else torch
         pieces[0] = pieces[0].view(dtypes.int64)
         pieces[1] = pieces[1].view(dtypes.float32)
-        pieces[-1] = pieces[-1].reshape(rows, shape.width)
-        return StepInputs(*pieces, buffer[start:].reshape(-1, 2))
+        pieces[-1] = pieces[-1].reshape(shape.rows, shape.width)
+        return cls(*pieces, buffer[start:].reshape(-1, 2))
+
+
+def _aligned(size: int) -> int:
+    """Kernels are compiled for addresses that are multiples of 16 bytes."""
+    return -(-size // 4) * 4
 
 
 class InputBuffers:
@@ -77,18 +86,24 @@ class InputBuffers:
         self.num_ranges = num_ranges
         rows = config.max_num_seqs
         tokens = max(config.max_num_batched_tokens, rows)
-        on_gpu = config.torch_device.type == "cuda"
-        table_words = rows * self.max_width
+        prefill = StepShape(True, rows, tokens, self.max_width, tokens, self.max_model_len)
+        size, decode_size = (
+            sum(map(_aligned, StepInputs.words(shape, num_ranges)))
+            for shape in (prefill, self.decode_shape(rows))
+        )
         if num_ranges:
-            table_words = max(
-                table_words, 2 * max_tiles(rows, config.max_model_len, self.block_size)
-            )
-        size = 7 * rows + 3 * tokens + num_ranges + table_words + 64  # 64: what rounding up costs
-        size += size % 2
+            decode_size += 2 * max_tiles(rows, self.max_model_len, self.block_size)
+        size = max(size, decode_size)
+        on_gpu = config.torch_device.type == "cuda"
         self.device = torch.zeros(size, dtype=torch.int32, device=config.torch_device)
         self.hosts = [torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
         self.turn = 0
         self._tables = np.zeros((rows, self.max_width), dtype=np.int32)
+
+    def decode_shape(self, rows: int) -> StepShape:
+        """A decode step of any contexts: the shape of a CUDA Graph."""
+        width = 0 if self.num_ranges else self.max_width
+        return StepShape(False, rows, rows, width, 1, self.max_model_len)
 
     def send(
         self, batch: Batch, padded_rows: int, launched_rows: dict[int, int], for_graph: bool
@@ -104,19 +119,20 @@ class InputBuffers:
         rows, block_size = len(batch.seqs), self.block_size
         starts, lengths = np.array(batch.starts), np.array(batch.lengths)
         ends = starts + lengths
-        has_plan = self.num_ranges > 0 and not batch.is_prefill
-        width = max(len(seq.block_table) for seq in batch.seqs)
-        if has_plan or for_graph:
-            width = 0 if has_plan else self.max_width
-        shape = StepShape(
-            batch.is_prefill, padded_rows, batch.num_tokens if batch.is_prefill else padded_rows,
-            width, max(batch.lengths), self.max_model_len if for_graph else int(ends.max()),
-        )  # fmt: skip
+        if for_graph:
+            shape = self.decode_shape(padded_rows)
+        else:
+            has_plan = self.num_ranges > 0 and not batch.is_prefill
+            width = 0 if has_plan else max(len(seq.block_table) for seq in batch.seqs)
+            tokens = batch.num_tokens if batch.is_prefill else padded_rows
+            shape = StepShape(
+                batch.is_prefill, padded_rows, tokens, width, max(batch.lengths), int(ends.max())
+            )
         buffer = self.hosts[self.turn].numpy()
         host = StepInputs.carve(buffer, shape, self.num_ranges)
 
         host.seeds[:rows] = [seq.seed for seq in batch.seqs]
-        host.temperatures[:rows] = [_temperature(seq) for seq in batch.seqs]
+        host.temperatures[:rows] = [seq.temperature for seq in batch.seqs]
         host.context_lens[:rows] = ends
         host.cu_seqlens_q[0] = 0
         np.cumsum(lengths, out=host.cu_seqlens_q[1 : rows + 1])
@@ -138,13 +154,13 @@ class InputBuffers:
                 else -1 - launched_rows[seq.seq_id]
                 for seq, start in zip(batch.seqs, batch.starts)
             ]
-        host.block_tables[:rows] = self._tables[:rows, :width]
+        host.block_tables[:rows] = self._tables[:rows, : shape.width]
         if padded_rows > rows:
             host.slot_mapping[rows:] = -1
             for piece in (host.context_lens, host.positions, host.input_ids, host.temperatures):
                 piece[rows:padded_rows] = 0
         used = len(buffer) - host.tiles.size
-        if has_plan:
+        if shape.has_plan:
             plan = plan_decode(ends, self._tables[:rows], block_size, self.num_ranges, padded_rows)
             host.bounds[:] = plan.bounds
             host.chunk_counts[:rows], host.chunk_counts[rows:] = plan.chunk_counts, 0
@@ -156,8 +172,3 @@ class InputBuffers:
     def view(self, shape: StepShape) -> StepInputs:
         """The inputs as they are on the device."""
         return StepInputs.carve(self.device, shape, self.num_ranges)
-
-
-def _temperature(seq: Any) -> float:
-    temperature = seq.sampling_params.temperature
-    return min(temperature, MAX_TEMPERATURE) if temperature >= MIN_TEMPERATURE else 0.0

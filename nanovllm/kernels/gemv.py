@@ -21,15 +21,14 @@ from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.kernels.silu_and_mul import silu_and_mul_torch
 
 MAX_ROWS = 4
-_HEAD = 32768  # with more outputs a library's product is faster from 3 rows on (measured)
-WARPS = 4
+_MANY_OUTPUTS = 32768  # past them a library's product is faster from 3 rows on (measured)
+_WARPS = 4
 
 
-def can_gemv(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
-    """Whether `x` [rows, in] has few enough rows for `weight`, and is where the kernel runs."""
-    if not x.is_cuda or not HAS_TRITON:
-        return False
-    return x.shape[0] <= (2 if weight.shape[0] > _HEAD else MAX_ROWS)
+def can_gemv(x: torch.Tensor, out_features: int) -> bool:
+    """Whether `x` [rows, in] has few enough rows, and is where the kernel runs."""
+    max_rows = MAX_ROWS if out_features <= _MANY_OUTPUTS else 2
+    return x.is_cuda and HAS_TRITON and x.shape[0] <= max_rows
 
 
 def gemv_torch(x, weight, bias=None, norm_weight=None, eps=0.0, gated=False, add_to=None):
@@ -71,12 +70,12 @@ def gemv_triton(
     whole_k = max(256, triton.next_power_of_2(k))
     block_k = min(whole_k, 2048 if rows > 1 or gated else 4096)
     per_warp = max(1, (2048 if gated else 4096) // whole_k)
-    _gemv_kernel[(triton.cdiv(n, WARPS * per_warp),)](
+    _gemv_kernel[(triton.cdiv(n, _WARPS * per_warp),)](
         x, weight, bias, norm_weight, y, eps, n, k, rows,
         GATED=gated, ADD=add_to is not None,
         HAS_BIAS=bias is not None, HAS_NORM=norm_weight is not None,
-        WARPS=WARPS, ROWS=triton.next_power_of_2(rows), PER_WARP=per_warp, BLOCK_K=block_k,
-        num_warps=WARPS, **pdl(x),
+        WARPS=_WARPS, ROWS=triton.next_power_of_2(rows), PER_WARP=per_warp, BLOCK_K=block_k,
+        num_warps=_WARPS, **pdl(x),
     )  # fmt: skip
     return y
 

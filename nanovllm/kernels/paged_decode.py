@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels._triton import launch_next, pdl, tl, triton, wait_for_previous
+from nanovllm.kernels.paged_cache import LOG2_E, gather, tile_tokens
 from nanovllm.kernels.qk_norm_rope_store import (
     norm_rope,
     norm_rope_factors,
@@ -35,7 +36,6 @@ from nanovllm.kernels.qk_norm_rope_store import (
 
 MAX_CHUNKS = 32
 FUSED_ROWS = 4
-LOG2_E = 1.4426950408889634
 _FIRST, _LAST, _NEWEST = 128, 256, 512  # flags of a tile
 
 
@@ -50,11 +50,6 @@ class DecodePlan(NamedTuple):
     bounds: np.ndarray
     chunk_counts: np.ndarray
     tiles: np.ndarray
-
-
-def tile_tokens(block_size: int, limit: int = 64) -> int:
-    """Tokens of a tile: the largest power of two that divides the block size, within limits."""
-    return max(16, min(limit, block_size & -block_size))
 
 
 def max_tiles(rows: int, max_context_len: int, block_size: int) -> int:
@@ -126,16 +121,6 @@ def paged_decode_torch(q, k_cache, v_cache, context_lens, block_tables, scale):
             )
             out[row] = attended.reshape(-1, head_dim)
     return out
-
-
-def gather(cache: torch.Tensor, block_table: list[int], context_len: int) -> torch.Tensor:
-    """One sequence's keys or values: [num_kv_heads, context_len, head_dim]."""
-    num_blocks = -(-context_len // cache.shape[1])
-    if num_blocks == 1:
-        tokens = cache[block_table[0], :context_len]
-    else:
-        tokens = cache[block_table[:num_blocks]].flatten(0, 1)[:context_len]
-    return tokens.transpose(0, 1)
 
 
 def paged_decode_triton(

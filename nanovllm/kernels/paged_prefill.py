@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels._triton import launch_next, pdl, tl, triton, wait_for_previous
-from nanovllm.kernels.paged_decode import LOG2_E, gather, tile_tokens
+from nanovllm.kernels.paged_cache import LOG2_E, gather, tile_tokens
 
 
 def paged_prefill_torch(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, scale):

@@ -19,18 +19,18 @@ MAX_ROWS_IN_PARTS = 128
 _TILE, _BLOCK_K, _PROGRAMS = 64, 128, 128
 
 
-def can_split_k(x: torch.Tensor, weight: torch.Tensor, in_parts: bool) -> bool:
-    """Whether `x` [rows, in] has few enough rows for `weight`, and is where the kernel runs."""
+def can_split_k(x: torch.Tensor, out_features: int, in_parts: bool) -> bool:
+    """Whether `x` [rows, in] has few enough rows, and is where the kernel runs."""
     # The tiles are made for the shared memory of Hopper, and were measured there alone.
     if not x.is_cuda or x.element_size() != 2 or not has_pdl(x.get_device()):
         return False
     max_rows = MAX_ROWS_IN_PARTS if in_parts else MAX_ROWS
-    return x.shape[0] <= max_rows and weight.shape[0] <= MAX_OUTPUTS
+    return x.shape[0] <= max_rows and out_features <= MAX_OUTPUTS
 
 
-def num_splits(weight: torch.Tensor) -> int:
+def num_splits(out_features: int) -> int:
     """Slices of K that give each multiprocessor a program."""
-    return max(1, min(8, _PROGRAMS // -(-weight.shape[0] // _TILE)))
+    return max(1, min(8, _PROGRAMS // -(-out_features // _TILE)))
 
 
 def split_k_torch(x: torch.Tensor, weight: torch.Tensor, splits: int | None = None) -> torch.Tensor:
@@ -64,7 +64,7 @@ def split_k_triton(
     _split_k_kernel[(triton.cdiv(n, _TILE), splits)](
         x, weight, out, rows, n, k, _slice_size(k, splits),
         ROWS=max(16, triton.next_power_of_2(rows)), TILE=_TILE,
-        BLOCK_K=_BLOCK_K if rows <= 64 else _BLOCK_K // 2,
+        BLOCK_K=_BLOCK_K if rows <= MAX_ROWS else _BLOCK_K // 2,
         num_warps=4, num_stages=5, **pdl(x),
     )  # fmt: skip
     return out

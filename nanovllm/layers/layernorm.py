@@ -20,9 +20,11 @@ class Residual:
     partials: torch.Tensor | None = None
 
     def rows(self, index: torch.Tensor) -> "Residual":
-        """Some of the tokens."""
-        partials = None if self.partials is None else self.partials[:, index].contiguous()
-        return Residual(self.x[index], partials)
+        """Some of the tokens, added up: so few may go to a kernel that knows no partial sums."""
+        x = self.x[index]
+        if self.partials is not None:
+            x = (x.float() + self.partials[:, index].sum(dim=0)).to(x.dtype)
+        return Residual(x)
 
 
 class RMSNorm(nn.Module):

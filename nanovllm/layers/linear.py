@@ -26,37 +26,33 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
+        self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._packed_weight: torch.Tensor | None = None
 
     def forward(self, residual: Residual, norm: RMSNorm) -> torch.Tensor:
         """W norm(x) + b: [tokens, out]."""
-        if self._fits_gemv(residual):
+        if can_gemv(residual.x, self.out_features):
             return gemv_triton(residual.x, self.weight, self.bias, norm.weight, norm.eps)
         return self._product(norm(residual))
 
     def add_to(self, residual: Residual, x: torch.Tensor) -> None:
         """W x + b, for x [tokens, in], added to the residual stream."""
-        if can_gemv(x, self.weight):
+        if can_gemv(x, self.out_features):
             gemv_triton(x, self.weight, self.bias, add_to=residual.x)
         elif x.is_cuda and self.bias is None:
-            if can_split_k(x, self.weight, in_parts=True):
-                residual.partials = split_k_triton(x, self.weight, num_splits(self.weight))
+            if can_split_k(x, self.out_features, in_parts=True):
+                residual.partials = split_k_triton(x, self.weight, num_splits(self.out_features))
             else:
                 residual.x.addmm_(x, self.weight.t())  # the add is the product's epilogue
         else:
             residual.x.add_(self._product(x))
 
-    def _fits_gemv(self, residual: Residual) -> bool:
-        """The GEMV's own norm adds up no partial sums, which the few rows that a prefill of more
-        tokens keeps for the head may bring along."""
-        return residual.partials is None and can_gemv(residual.x, self.weight)
-
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed_weight is not None and (self.weight is None or x.shape[0] > 1):
             return packed_linear(x, self._packed_weight, self.bias)
-        if self.bias is None and can_split_k(x, self.weight, in_parts=False):
+        if self.bias is None and can_split_k(x, self.out_features, in_parts=False):
             return split_k_triton(x, self.weight)
         return F.linear(x, self.weight, self.bias)
 
@@ -94,7 +90,7 @@ class GatedLinear(PackedLinear):
     """silu(W_gate x) * (W_up x), the first half of the MLP; its two parts are equally wide."""
 
     def forward(self, residual: Residual, norm: RMSNorm) -> torch.Tensor:
-        if self._fits_gemv(residual):
+        if can_gemv(residual.x, self.out_features):
             return gemv_triton(
                 residual.x, self.weight, norm_weight=norm.weight, eps=norm.eps, gated=True
             )

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-FLOATS = {  # safetensors' names of the dtypes that can be loaded
+_FLOATS = {  # safetensors' names of the dtypes that can be loaded
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 
@@ -17,7 +17,7 @@ def checkpoint_dtype(model_dir: Path) -> torch.dtype | None:
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in file.keys():  # noqa: SIM118
-                    if (dtype := FLOATS.get(file.get_slice(name).get_dtype())) is not None:
+                    if (dtype := _FLOATS.get(file.get_slice(name).get_dtype())) is not None:
                         return torch.float32 if dtype == torch.float64 else dtype
         except (SafetensorError, OSError):
             return None  # `load_weights` says what is wrong with it
@@ -79,9 +79,10 @@ def _plan(
                     f"tensor {name!r} in {path} has shape {list(shape)}, config.json asks for "
                     f"{expected}"
                 )
-            if dtypes[name] not in FLOATS:
+            if dtypes[name] not in _FLOATS:
                 raise ValueError(
-                    f"tensor {name!r} in {path} has dtype {dtypes[name]}; supported are {[*FLOATS]}"
+                    f"tensor {name!r} in {path} has dtype {dtypes[name]}; supported are "
+                    f"{[*_FLOATS]}"
                 )
             source[name] = path
             plan[path].append(name)

@@ -3,6 +3,8 @@
 import operator
 from typing import Any
 
+import numpy as np
+
 
 def as_integer(name: str, value: Any) -> int:
     """`value` as an int; refuses bools, floats and strings, takes NumPy integers."""
@@ -17,7 +19,7 @@ def as_integer(name: str, value: Any) -> int:
 def as_number(name: str, value: Any) -> float:
     """`value` as a float; refuses bools and strings, takes NumPy numbers."""
     try:
-        if isinstance(value, (bool, str, bytes)) or type(value).__name__ in ("bool", "bool_"):
+        if isinstance(value, (bool, np.bool_, str, bytes)):
             raise TypeError
         return float(value)
     except (TypeError, ValueError):

@@ -1,0 +1,85 @@
+"""Linear layers and the residual stream, alone and inside of a bf16 model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checkpoints import Reference, random_tokens
+from test_engine import build
+
+from nanovllm import SamplingParams
+from nanovllm.kernels.gemv import gemv_torch
+from nanovllm.layers import linear as linear_layers
+from nanovllm.layers.layernorm import Residual, RMSNorm
+from nanovllm.layers.linear import GatedLinear, Linear, can_pack
+
+
+def test_head_adds_up_partial_sums_also_for_few_rows(monkeypatch: pytest.MonkeyPatch):
+    """A short prefill ends with partial sums, and its last row has the size of a GEMV."""
+    monkeypatch.setattr(linear_layers, "can_gemv", lambda x, weight: True)
+    monkeypatch.setattr(linear_layers, "gemv_triton", gemv_torch)
+    torch.manual_seed(0)
+    norm = RMSNorm(32, 1e-6).requires_grad_(False)
+    norm.weight.fill_(1.0)
+    for layer in (Linear(32, 50), GatedLinear(32, {"gate": 25, "up": 25})):
+        layer.requires_grad_(False).weight.normal_()
+        x, partials = torch.randn(7, 32), torch.randn(3, 7, 32)
+        last = torch.tensor([6])
+        residual = Residual(x.clone(), partials).rows(last)
+        out = layer(residual, norm)
+        expected = layer(Residual(x + partials.sum(dim=0)).rows(last), norm)
+        assert torch.allclose(out, expected, atol=1e-5)
+        assert residual.partials is None
+
+
+def check_first_logits(path: Path, reference: Reference, device: str, length: int) -> None:
+    """Of a lone prompt in bf16: each kind of matrix product has its range of lengths."""
+    prompt, seen = random_tokens(length, seed=length), []
+    with build(path, device=device, dtype="bfloat16") as llm:
+        compute_logits = llm.model_runner.model.compute_logits
+
+        def spy(residual):
+            seen.append(compute_logits(residual))
+            return seen[-1]
+
+        llm.model_runner.model.compute_logits = spy
+        llm.generate(prompt, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+        (logits,) = (logits.float().cpu() for logits in seen)
+    with torch.inference_mode():
+        expected = reference.model(torch.tensor([prompt])).logits[:, -1]
+    assert ((logits - expected).norm() / expected.norm()).item() < 0.05
+
+
+@pytest.mark.parametrize("length", [1, 5, 129])
+def test_first_logits_in_bfloat16(tiny: Path, tiny_reference: Reference, length: int):
+    check_first_logits(tiny, tiny_reference, "cpu", length)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 33, 64, 65, 128, 129, 300])
+def test_first_logits_in_bfloat16_gpu(tiny: Path, tiny_reference: Reference, length: int):
+    check_first_logits(tiny, tiny_reference, "cuda", length)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_weights_give_the_plain_product(rows: int, bias: bool):
+    torch.manual_seed(0)
+    linear = Linear(96, 40, bias).to(torch.bfloat16).requires_grad_(False)
+    if not can_pack(linear.weight):
+        pytest.skip("oneDNN has no packed matrices here")
+    for parameter in linear.parameters():
+        parameter.normal_()
+    x, norm = torch.randn(rows, 96).bfloat16(), RMSNorm(96, 1e-6).to(torch.bfloat16)
+    norm.weight.data.fill_(1.0)
+    expected = F.linear(norm(Residual(x)).double(), linear.weight.double())
+    if bias:
+        expected += linear.bias.double()
+    linear.pack()
+    out = linear(Residual(x), norm)
+    assert out.dtype == torch.bfloat16
+    assert ((out.double() - expected).norm() / expected.norm()).item() < 1e-2
+    total = Residual(out.clone())
+    linear.add_to(total, x)
+    assert not torch.equal(total.x, out)
