@@ -22,10 +22,10 @@ from nanovllm.kernels import (
 
 INTEGERS = (
     "positions", "slots", "bounds", "tiles", "chunk_counts", "cu_seqlens", "context_lens",
-    "block_tables", "token_ids", "best_token",
+    "block_tables", "token_ids", "best_token", "turn",
 )  # fmt: skip
 FLOATS = ("cos_sin", "partial", "best", "total", "partials", "temperatures")
-LONGS = ("seeds", "sampled", "out_long")
+LONGS = ("seeds", "sampled", "copies")
 SIZES: dict[str, Any] = {"num_kv_heads": 8, "head_dim": 128}
 
 

@@ -285,7 +285,10 @@ def test_sampled_frequencies_are_the_softmax(temperature: float) -> None:
     seeds, positions = torch.tensor(pairs).unbind(1)
     out = torch.zeros(len(pairs), dtype=torch.int64)
     temperatures = torch.full((len(pairs),), temperature)
-    gumbel_sample_torch(logits.expand(len(pairs), -1), temperatures, seeds, positions.int(), out)
+    copies, turn = torch.zeros(1, len(pairs), dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    gumbel_sample_torch(
+        logits.expand(len(pairs), -1), temperatures, seeds, positions.int(), out, copies, turn
+    )
     expected = (logits[0, possible].double() / temperature).softmax(0) * len(pairs)
     counts = (out[:, None] == possible).sum(0)
     assert counts.sum() == len(pairs)
@@ -308,14 +311,18 @@ SEEDS = [0, 1, 2**31, 2**32 + 1, -1, -(2**63), 2**63 - 1, 12345678901234]
 
 
 def sample(function, logits: torch.Tensor, temperatures: list[float], positions: list[int]):
-    """One token a row; row `i` has seed SEEDS[i % 8]."""
+    """One token a row; row `i` has seed SEEDS[i % 8]. Of three copies the second is written."""
     rows, device = len(logits), logits.device
     out = torch.full((rows,), -1, dtype=torch.int64, device=device)
+    copies = torch.full((3, rows + 2), -1, dtype=torch.int64, pin_memory=logits.is_cuda)
     seeds = torch.tensor(SEEDS, device=device).repeat(-(-rows // len(SEEDS)))[:rows]
     function(
         logits, torch.tensor(temperatures, device=device), seeds,
-        torch.tensor(positions, dtype=torch.int32, device=device), out,
+        torch.tensor(positions, dtype=torch.int32, device=device), out, copies,
+        torch.ones(1, dtype=torch.int32, device=device),
     )  # fmt: skip
+    nothing, expected = [-1] * (rows + 2), [*out.tolist(), -1, -1]
+    assert copies.tolist() == [nothing, expected, nothing]
     return out
 
 
@@ -362,9 +369,10 @@ def test_sampled_tokens_are_the_twins(vocab: int, dtype: torch.dtype) -> None:
 def test_a_token_depends_on_its_own_row_only() -> None:
     logits = normal(4, 5000, dtype=FP32)
     together = sample(gumbel_sample_torch, logits, [1.0, 0.0, 0.7, 2.0], [1, 2, 3, 4])
-    out = torch.zeros(1, dtype=torch.int64)
+    out, turn = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    seeds, position = torch.tensor(SEEDS[2:3]), torch.tensor([3])
     gumbel_sample_torch(
-        logits[2:3], torch.tensor([0.7]), torch.tensor(SEEDS[2:3]), torch.tensor([3]), out
+        logits[2:3], torch.tensor([0.7]), seeds, position, out, torch.zeros_like(out[None]), turn
     )
     assert out[0] == together[2]
 

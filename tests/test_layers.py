@@ -9,28 +9,8 @@ from checkpoints import Reference, random_tokens
 from test_engine import build
 
 from nanovllm import SamplingParams
-from nanovllm.kernels.gemv import gemv_torch
-from nanovllm.layers import linear as linear_layers
 from nanovllm.layers.layernorm import Residual, RMSNorm
-from nanovllm.layers.linear import GatedLinear, Linear, can_pack
-
-
-def test_head_adds_up_partial_sums_also_for_few_rows(monkeypatch: pytest.MonkeyPatch):
-    """A short prefill ends with partial sums, and its last row has the size of a GEMV."""
-    monkeypatch.setattr(linear_layers, "can_gemv", lambda x, weight: True)
-    monkeypatch.setattr(linear_layers, "gemv_triton", gemv_torch)
-    torch.manual_seed(0)
-    norm = RMSNorm(32, 1e-6).requires_grad_(False)
-    norm.weight.fill_(1.0)
-    for layer in (Linear(32, 50), GatedLinear(32, {"gate": 25, "up": 25})):
-        layer.requires_grad_(False).weight.normal_()
-        x, partials = torch.randn(7, 32), torch.randn(3, 7, 32)
-        last = torch.tensor([6])
-        residual = Residual(x.clone(), partials).rows(last)
-        out = layer(residual, norm)
-        expected = layer(Residual(x + partials.sum(dim=0)).rows(last), norm)
-        assert torch.allclose(out, expected, atol=1e-5)
-        assert residual.partials is None
+from nanovllm.layers.linear import Linear, can_pack
 
 
 def check_first_logits(path: Path, reference: Reference, device: str, length: int) -> None:

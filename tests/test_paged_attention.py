@@ -26,6 +26,7 @@ from kernel_inputs import (
 from nanovllm.kernels.paged_cache import tile_tokens
 from nanovllm.kernels.paged_decode import (
     FUSED_ROWS,
+    MANY_ROWS,
     MAX_CHUNKS,
     max_tiles,
     paged_decode_torch,
@@ -100,20 +101,20 @@ def test_paged_prefill_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
 # Decode: the plan
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("padded_rows", [FUSED_ROWS, 40, MANY_ROWS + 1])
 @pytest.mark.parametrize("num_ranges", [1, 7, 66])
 @pytest.mark.parametrize("block_size", [16, 48, 64, 256])
 @pytest.mark.parametrize("seed", range(4))
 def test_plan_holds_every_token_once(
-    seed: int, block_size: int, num_ranges: int, fused: bool
+    seed: int, block_size: int, num_ranges: int, padded_rows: int
 ) -> None:
     random = np.random.default_rng(seed)
     edges = [1, 2, 17, 64, 65, 66, 512, 513, 514, 4096, 4097, 4098, 32768, 40960]
     context_lens = random.permutation(edges + random.integers(1, 1500, 20).tolist())
     width = -(-max(context_lens) // block_size)
     tables = random.permutation(len(context_lens) * width).reshape(-1, width).astype(np.int32)
-    padded_rows = FUSED_ROWS if fused else len(context_lens)
-    lengths = context_lens - fused  # a fused kernel has the newest token in registers
+    # A fused kernel has the newest token in registers.
+    lengths = context_lens - (padded_rows <= FUSED_ROWS)
     plan = plan_decode(context_lens, tables, block_size, num_ranges, padded_rows)
     slots, info = plan.tiles.T
     rows, chunks, tokens = info >> 16, (info >> 10) & 63, info & 127
@@ -205,6 +206,7 @@ DECODES = [
     ([600, 0], (16, 17, 1, 32)),
     ([1, 600, 64, 65], (16, 4, 2, 64)),
     ([513, 1, 2, 0, 0, 0], (64, 8, 8, 32)),
+    ([513, 1, 64, 1200] + [20] * MANY_ROWS + [0], (64, 2, 1, 32)),
 ]
 
 
@@ -277,7 +279,7 @@ def test_decode_of_random_ragged_batches_gpu(seed: int) -> None:
         int(random.choice([16, 64, 256])), 8, int(random.choice([1, 2, 4, 8])),
         int(random.choice([64, 128])),
     )  # fmt: skip
-    rows = int(random.choice([1, FUSED_ROWS, 12]))
+    rows = int(random.choice([1, FUSED_ROWS, 12, MANY_ROWS + 20]))
     context_lens = np.exp(random.uniform(0, np.log(32768), rows)).astype(int).tolist()
     check_decode(paged_decode_triton, context_lens, sizes, BF16, "cuda")
 

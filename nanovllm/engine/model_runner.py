@@ -77,9 +77,8 @@ class ModelRunner:
                 f"({config.max_num_batched_tokens}) or max_num_seqs ({config.max_num_seqs})"
             ) from error
         rows = config.max_num_seqs
-        self._host_tokens = [
-            torch.zeros(rows, dtype=torch.int64, pin_memory=self.on_gpu) for _ in range(2)
-        ]
+        # A step's tokens go where its turn says, since the host may not have read the last ones.
+        self.host_tokens = torch.zeros(2, rows, dtype=torch.int64, pin_memory=self.on_gpu)
         self.sampled = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.kv_cache = self._allocate_kv_cache(num_blocks=1)
         if self.on_gpu:
@@ -112,13 +111,10 @@ class ModelRunner:
                 if for_graph:
                     self._capture(shape)
             self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
-            if not self.on_gpu:
-                return Launch(self.sampled[:rows].clone(), None)
-            token_ids = self._host_tokens[self.inputs.turn][:rows]
-            token_ids.copy_(self.sampled[:rows], non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
-            return Launch(token_ids, done)
+            done = torch.cuda.Event() if self.on_gpu else None
+            if done is not None:
+                done.record()
+            return Launch(self.host_tokens[self.inputs.turn, :rows], done)
 
     def collect(self, launch: Launch) -> list[int]:
         """Wait for a step's tokens, one a row. At most one newer step may be under way."""
@@ -136,7 +132,7 @@ class ModelRunner:
         """Give all memory back. The runner is of no use afterwards."""
         self.reset()
         self.graphs.clear()
-        del self.model, self.kv_cache, self.cos_sin, self.sampled, self.inputs, self._host_tokens
+        del self.model, self.kv_cache, self.cos_sin, self.sampled, self.inputs, self.host_tokens
         gc.collect()
         if self.on_gpu:
             with self.on_device():
@@ -240,12 +236,10 @@ class ModelRunner:
         inputs = self.inputs.view(shape)
         context = self._context(inputs, shape)
         residual = self.model(inputs.input_ids, self.sampled, self.kv_cache, context)
-        if shape.is_prefill:
-            residual = residual.rows(inputs.cu_seqlens_q[1:] - 1)
         logits = self.model.compute_logits(residual)
         self.sampler(
             logits, inputs.temperatures, inputs.seeds, inputs.context_lens,
-            self.sampled[: shape.rows],
+            self.sampled[: shape.rows], self.host_tokens, inputs.turn,
         )  # fmt: skip
 
     def _context(self, inputs: StepInputs, shape: StepShape) -> Context:
@@ -254,6 +248,7 @@ class ModelRunner:
             cos_sin=self.cos_sin, is_prefill=shape.is_prefill, positions=inputs.positions,
             slot_mapping=inputs.slot_mapping, context_lens=inputs.context_lens,
             block_tables=inputs.block_tables, cu_seqlens_q=inputs.cu_seqlens_q,
+            logits_indices=inputs.cu_seqlens_q[1:] - 1 if shape.is_prefill else None,
             decode_plan=plan, max_seqlen_q=shape.max_seqlen_q,
             max_context_len=shape.max_context_len,
         )  # fmt: skip

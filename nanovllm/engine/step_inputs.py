@@ -35,6 +35,7 @@ class StepInputs(NamedTuple):
     chunk_counts: Any  # [rows], of the decode plan
     cu_seqlens_q: Any  # [rows + 1]
     bounds: Any  # [ranges + 1], of the decode plan
+    turn: Any  # [1], 0 or 1: where the host wants the tokens
     input_ids: Any  # [tokens]; -1 - i stands for token i of the previous step
     positions: Any  # [tokens]
     slot_mapping: Any  # [tokens]
@@ -46,7 +47,7 @@ class StepInputs(NamedTuple):
         """int32 words of each field but the last."""
         rows, tokens = shape.rows, shape.tokens
         return [
-            2 * rows, rows, rows, rows, rows + 1, num_ranges + 1, tokens, tokens, tokens,
+            2 * rows, rows, rows, rows, rows + 1, num_ranges + 1, 1, tokens, tokens, tokens,
             rows * shape.width,
         ]  # fmt: skip
 
@@ -131,6 +132,7 @@ class InputBuffers:
         buffer = self.hosts[self.turn].numpy()
         host = StepInputs.carve(buffer, shape, self.num_ranges)
 
+        host.turn[0] = self.turn
         host.seeds[:rows] = [seq.seed for seq in batch.seqs]
         host.temperatures[:rows] = [seq.temperature for seq in batch.seqs]
         host.context_lens[:rows] = ends

@@ -25,6 +25,8 @@ def gumbel_sample(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     out: torch.Tensor,
+    copies: torch.Tensor,
+    turn: torch.Tensor,
 ) -> None:
     """Sample one token a row into `out` [rows] int64; ties go to the lowest token id.
 
@@ -33,18 +35,21 @@ def gumbel_sample(
         temperatures: [rows] float32; 0 takes the most likely token.
         seeds: [rows] int64, one per request.
         positions: [rows] int32, the position in its sequence of the token being sampled.
+        copies: [turns, rows or more] int64, written too: pinned host memory, which saves a copy.
+        turn: [1] int32, the row of `copies` that is written.
     """
     if logits.is_cuda and HAS_TRITON:
-        gumbel_sample_triton(logits, temperatures, seeds, positions, out)
+        gumbel_sample_triton(logits, temperatures, seeds, positions, out, copies, turn)
     else:
-        gumbel_sample_torch(logits, temperatures, seeds, positions, out)
+        gumbel_sample_torch(logits, temperatures, seeds, positions, out, copies, turn)
 
 
-def gumbel_sample_torch(logits, temperatures, seeds, positions, out) -> None:
+def gumbel_sample_torch(logits, temperatures, seeds, positions, out, copies, turn) -> None:
     out.copy_(logits.max(dim=-1).indices)  # the first of equals, as argmax; faster on a CPU
     for row in temperatures.nonzero().flatten().tolist():
         noise = gumbel_noise(seeds[row], positions[row], logits.shape[1])
         out[row] = (logits[row].float() / temperatures[row]).add_(noise).argmax()
+    copies[turn.item(), : len(out)] = out
 
 
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -74,7 +79,7 @@ def _philox(seed: torch.Tensor, counter0: torch.Tensor, counter1: torch.Tensor) 
     return torch.stack((c0, c1, c2, c3))
 
 
-def gumbel_sample_triton(logits, temperatures, seeds, positions, out) -> None:
+def gumbel_sample_triton(logits, temperatures, seeds, positions, out, copies, turn) -> None:
     rows, vocab_size = logits.shape
     num_tiles = triton.cdiv(vocab_size, TILE)
     best = torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device)
@@ -84,7 +89,7 @@ def gumbel_sample_triton(logits, temperatures, seeds, positions, out) -> None:
         TILE=TILE, FAST_LOG=logits.is_cuda, num_warps=8, **pdl(logits),
     )  # fmt: skip
     _best_of_row_kernel[(rows,)](
-        best, best_token, out, num_tiles,
+        best, best_token, out, copies, turn, num_tiles, copies.shape[1],
         BLOCK=triton.next_power_of_2(num_tiles), num_warps=1, **pdl(logits),
     )  # fmt: skip
 
@@ -159,8 +164,9 @@ def _gumbel(bits, FAST_LOG: tl.constexpr):
 
 @triton.jit
 def _best_of_row_kernel(
-    best_ptr, best_token_ptr, out_ptr, num_tiles, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+    best_ptr, best_token_ptr, out_ptr, copies_ptr, turn_ptr, num_tiles, copy_stride,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     launch_next(PDL)
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -169,4 +175,6 @@ def _best_of_row_kernel(
     best = tl.load(best_ptr + row * num_tiles + cols, mask=mask, other=float("-inf"))
     token = tl.load(best_token_ptr + row * num_tiles + cols, mask=mask, other=2147483647)
     winner = tl.min(tl.where(best == tl.max(best, axis=0), token, 2147483647), axis=0)
-    tl.store(out_ptr + row, tl.where(winner == 2147483647, 0, winner).to(tl.int64))
+    winner = tl.where(winner == 2147483647, 0, winner).to(tl.int64)
+    tl.store(out_ptr + row, winner)
+    tl.store(copies_ptr + tl.load(turn_ptr) * copy_stride + row, winner)

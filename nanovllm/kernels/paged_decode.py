@@ -20,6 +20,8 @@ Bytes moved: each key and value once, 2 * context * kv heads * head_dim elements
 add 1.5% (chunks of 128) or less. Bound by memory.
 """
 
+from bisect import bisect_left, bisect_right
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +38,7 @@ from nanovllm.kernels.qk_norm_rope_store import (
 
 MAX_CHUNKS = 32
 FUSED_ROWS = 4
+MANY_ROWS = 64
 _FIRST, _LAST, _NEWEST = 128, 256, 512  # flags of a tile
 
 
@@ -79,8 +82,10 @@ def plan_decode(
     # Tokens of a row's chunks: finer ones give more programs, coarser ones fewer partial results.
     finest = 64 if fused else 128
     chunk = np.where(cached <= 512, finest, 2 * finest)
-    long = cached > 2 * finest * MAX_CHUNKS
-    chunk[long] = 1 << np.ceil(np.log2(cached[long] / MAX_CHUNKS)).astype(np.int64)
+    if padded_rows > MANY_ROWS:
+        chunk[:] = 512
+    long = cached > chunk * MAX_CHUNKS
+    chunk[long] = -(-cached[long] // (MAX_CHUNKS * tile)) * tile
     per_chunk = chunk // tile
     ends = np.cumsum(counts)
     row = np.repeat(np.arange(len(counts)), counts)
@@ -94,9 +99,27 @@ def plan_decode(
     tiles[:, 1] = row << 16 | (start // chunk[row]) << 10 | np.minimum(cached[row] - start, tile)
     tiles[:, 1] += first * _FIRST + last * _LAST + newest * _NEWEST
     borders = np.append(np.flatnonzero(first), len(row))
-    even = np.arange(num_ranges + 1) * len(row) / num_ranges
-    bounds = borders[np.searchsorted(borders, even)].astype(np.int32)
+    if fused or padded_rows > MANY_ROWS:
+        bounds = np.array(_shortest_ranges(borders.tolist(), num_ranges), dtype=np.int32)
+    else:
+        even = np.arange(num_ranges + 1) * len(row) / num_ranges
+        bounds = borders[np.searchsorted(borders, even)].astype(np.int32)
     return DecodePlan(bounds, (-(-counts // per_chunk)).astype(np.int32), tiles)
+
+
+def _shortest_ranges(borders: list[int], num_ranges: int) -> list[int]:
+    """Cut at `borders` so that the longest range is as short as can be; empty ones come last."""
+
+    def fill(longest: int) -> list[int]:
+        bounds = [0]
+        for _ in range(num_ranges):
+            bounds.append(borders[bisect_right(borders, bounds[-1] + longest) - 1])
+        return bounds
+
+    tiles, share = borders[-1], -(-borders[-1] // num_ranges)
+    longest_chunk = max(end - start for start, end in pairwise(borders))
+    lengths = range(share, share + longest_chunk)  # the last is enough
+    return fill(lengths[bisect_left(lengths[:-1], tiles, key=lambda length: fill(length)[-1])])
 
 
 def num_decode_ranges(device: torch.device, num_kv_heads: int) -> int:

@@ -16,5 +16,7 @@ class Sampler(nn.Module):
         seeds: torch.Tensor,
         positions: torch.Tensor,
         out: torch.Tensor,
+        copies: torch.Tensor,
+        turn: torch.Tensor,
     ) -> None:
-        gumbel_sample(logits, temperatures, seeds, positions, out)
+        gumbel_sample(logits, temperatures, seeds, positions, out, copies, turn)

@@ -34,11 +34,20 @@ class Qwen3Attention(nn.Module):
         self.scale = head_dim**-0.5
 
     def forward(
-        self, residual: Residual, norm: RMSNorm, kv_cache: LayerCache, context: Context
+        self,
+        residual: Residual,
+        norm: RMSNorm,
+        kv_cache: LayerCache,
+        context: Context,
+        keep: torch.Tensor | None,
     ) -> None:
         qkv = self.qkv_proj(residual, norm)
         norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        self.o_proj.add_to(residual, self.attend(qkv, norms, *kv_cache, context, self.scale))
+        attended = self.attend(qkv, norms, *kv_cache, context, self.scale)
+        if keep is not None:
+            residual.keep(keep)
+            attended = attended[keep]
+        self.o_proj.add_to(residual, attended)
 
 
 class Qwen3MLP(nn.Module):
@@ -55,7 +64,10 @@ class Qwen3MLP(nn.Module):
 
 
 class Qwen3DecoderLayer(nn.Module):
-    """Attention and MLP. Each takes the residual stream through a norm, and adds to it."""
+    """Attention and MLP. Each takes the residual stream through a norm, and adds to it.
+
+    With `keep` only these tokens go on once all have their keys and values.
+    """
 
     def __init__(self, config: PretrainedConfig, attend: Attend) -> None:
         super().__init__()
@@ -64,8 +76,14 @@ class Qwen3DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def forward(self, residual: Residual, kv_cache: LayerCache, context: Context) -> None:
-        self.self_attn(residual, self.input_layernorm, kv_cache, context)
+    def forward(
+        self,
+        residual: Residual,
+        kv_cache: LayerCache,
+        context: Context,
+        keep: torch.Tensor | None = None,
+    ) -> None:
+        self.self_attn(residual, self.input_layernorm, kv_cache, context, keep)
         self.mlp(residual, self.post_attention_layernorm)
 
 
@@ -88,8 +106,11 @@ class Qwen3Model(nn.Module):
         context: Context,
     ) -> Residual:
         residual = Residual(self.embed_tokens(input_ids, sampled))
-        for layer, keys, values in zip(self.layers, *kv_cache, strict=True):
+        *layers, last_layer = zip(self.layers, *kv_cache, strict=True)
+        for layer, keys, values in layers:
             layer(residual, (keys, values), context)
+        layer, keys, values = last_layer
+        layer(residual, (keys, values), context, keep=context.logits_indices)
         return residual
 
 
@@ -115,7 +136,8 @@ class Qwen3ForCausalLM(nn.Module):
         kv_cache: torch.Tensor,
         context: Context,
     ) -> Residual:
-        """The residual stream of one step's tokens, before the final norm.
+        """The residual stream of one step's tokens, of those whose logits are wanted
+        (`context.logits_indices`), before the final norm.
 
         Args:
             input_ids: [tokens] int32; -1 - i stands for `sampled[i]`.
@@ -127,7 +149,7 @@ class Qwen3ForCausalLM(nn.Module):
         return self.model(input_ids, sampled, kv_cache, context)
 
     def compute_logits(self, residual: Residual) -> torch.Tensor:
-        """What `forward` returns, or some rows of it -> [rows, vocab]."""
+        """What `forward` returns -> [rows, vocab]."""
         return self.lm_head(residual, self.model.norm)
 
     def tie_weights(self) -> None:

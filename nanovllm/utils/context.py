@@ -19,6 +19,8 @@ class Context:
         decode_plan: the tiles of the Triton backend's decode steps (`kernels.paged_decode`), in
             place of `block_tables`; None in all other steps.
         cu_seqlens_q: [rows + 1] int32, prefill only: where each row's tokens begin.
+        logits_indices: [rows], prefill only: each row's last token, whose logits are wanted; None
+            wants them of all tokens.
         max_seqlen_q: the longest row's new tokens (1 in decode).
         max_context_len: no row's context is longer.
     """
@@ -31,5 +33,6 @@ class Context:
     block_tables: torch.Tensor
     decode_plan: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     cu_seqlens_q: torch.Tensor
+    logits_indices: torch.Tensor | None
     max_seqlen_q: int
     max_context_len: int
