@@ -18,6 +18,7 @@ from nanovllm.kernels import (
     rms_norm,
     silu_and_mul,
     split_k,
+    tiled_gemm,
 )
 
 INTEGERS = (
@@ -30,14 +31,18 @@ SIZES: dict[str, Any] = {"num_kv_heads": 8, "head_dim": 128}
 
 
 def compile_kernel(
-    kernel: Any, options: dict[str, int], dtype: str = "bf16", out: str = "", **constants: Any
-) -> None:
-    """`constants` are the kernel's compile-time arguments; the types of others go by their name."""
+    kernel: Any, options: dict[str, int], dtype: str = "bf16", out: str = "",
+    boxes: dict[str, list[int]] | None = None, **constants: Any,
+) -> None:  # fmt: skip
+    """`constants` are the kernel's compile-time arguments, `boxes` its tensor descriptors; the
+    types of others go by their name."""
     signature = {}
     for name in kernel.arg_names:
         base = name.removesuffix("_ptr")
         if name in constants:
             signature[name] = "constexpr"
+        elif boxes and name in boxes:
+            signature[name] = f"tensordesc<{dtype}{boxes[name]}>"
         elif not name.endswith("_ptr"):
             signature[name] = "fp32" if name in ("eps", "scale_log2") else "i32"
         elif base == "out" and out:
@@ -98,6 +103,13 @@ def main() -> None:
         split_k._split_k_kernel, {"num_warps": 4, "num_stages": 5}, out="fp32", n=1024, k=3072,
         slice_k=384, ROWS=32, TILE=64, BLOCK_K=128, PDL=True,
     )  # fmt: skip
+    for gated in (False, True):
+        outputs = 32 if gated else 64
+        compile_kernel(
+            tiled_gemm._tiled_gemm_kernel, {"num_warps": 4, "num_stages": 4}, out="fp32", n=1024,
+            k=3072, slice_k=768, ROWS=64, OUTPUTS=outputs, BLOCK_K=64, GATED=gated, LATE=gated,
+            PDL=True, boxes={"x_desc": [64, 64], "weight_desc": [outputs, 64]},
+        )  # fmt: skip
     compile_kernel(silu_and_mul._silu_and_mul_kernel, {"num_warps": 4}, BLOCK=1024, PDL=True)
     compile_kernel(embed._embed_kernel, {"num_warps": 2}, BLOCK=1024, PDL=True)
     compile_kernel(

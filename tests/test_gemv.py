@@ -18,6 +18,7 @@ from kernel_inputs import (
 from nanovllm.kernels.embed import embed_torch, embed_triton
 from nanovllm.kernels.gemv import MAX_ROWS, gemv_torch, gemv_triton
 from nanovllm.kernels.split_k import split_k_torch, split_k_triton
+from nanovllm.kernels.tiled_gemm import tiled_gemm_torch, tiled_gemm_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -122,6 +123,36 @@ def test_split_k(function, rows: int, shape: tuple[int, int], splits: int | None
 )
 def test_split_k_gpu(rows: int, shape: tuple[int, int], splits: int | None, dtype) -> None:
     check_split_k(split_k_triton, rows, shape, splits, dtype, "cuda")
+
+
+def check_gate(function, rows: int, shape: tuple[int, int], dtype, device="cpu") -> None:
+    n, k = shape
+    x = normal(rows, k, dtype=dtype, device=device)
+    weight = normal(2 * n, k, dtype=dtype, device=device, seed=1) / k**0.5
+    gate, up = (x.double() @ part.double().T for part in weight.chunk(2))
+    out = function(x, weight, gated=True)
+    assert out.dtype == dtype
+    assert out.shape == (rows, n)
+    assert relative_error(out, gate.sigmoid() * gate * up) < TOLERANCE[dtype]
+
+
+@interpreted
+@pytest.mark.parametrize("function", [tiled_gemm_triton, tiled_gemm_torch])
+@pytest.mark.parametrize(("rows", "shape"), [(129, (40, 104)), (64, (3, 1000)), (130, (65, 8))])
+def test_tiled_gemm(function, rows: int, shape: tuple[int, int]) -> None:
+    for splits in (None, 1, 4):
+        check_split_k(function, rows, shape, splits, FP16)
+    check_gate(function, rows, shape, FP16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("rows", [129, 160, 200, 256])
+@pytest.mark.parametrize("shape", [(1024, 3072), (4096, 1024), (1000, 904)])
+def test_tiled_gemm_gpu(rows: int, shape: tuple[int, int], dtype) -> None:
+    for splits in (None, 1, 4):
+        check_split_k(tiled_gemm_triton, rows, shape, splits, dtype, "cuda")
+    check_gate(tiled_gemm_triton, rows, shape, dtype, "cuda")
 
 
 def check_embed(function, device: str = "cpu") -> None:

@@ -319,6 +319,7 @@ def test_backends_agree_gpu(head_dim: int, dtype: torch.dtype) -> None:
                 block_tables=tables,
                 decode_plan=tuple(torch.from_numpy(piece).to(device) for piece in plan),
                 cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], device=device).int(),
+                logits_indices=None,
                 max_seqlen_q=max(query_lens),
                 max_context_len=5005,
             )

@@ -19,12 +19,20 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
+    try:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+    except ImportError:  # an older Triton
+        TensorDescriptor: Any = None
 except ImportError:
     HAS_TRITON = False
+    TensorDescriptor = None
     tl: Any = SimpleNamespace(constexpr=object)
     triton: Any = SimpleNamespace(jit=lambda function=None, **_: function or (lambda later: later))
 
-__all__ = ["HAS_TRITON", "has_pdl", "launch_next", "pdl", "tl", "triton", "wait_for_previous"]
+__all__ = [
+    "HAS_TRITON", "TensorDescriptor", "has_pdl", "launch_next", "pdl", "tl", "triton",
+    "wait_for_previous",
+]  # fmt: skip
 
 
 def pdl(tensor: torch.Tensor) -> dict[str, bool]:

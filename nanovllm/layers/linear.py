@@ -1,7 +1,8 @@
 """Linear layers between two states of the residual stream: out of it through a norm, or back in.
 
-On a GPU up to 4 rows are the business of `kernels.gemv`, which does all in one kernel, and up to 64
-(128 on the way back in) that of `kernels.split_k`. Past that the product is a library's.
+On a GPU up to 4 rows are the business of `kernels.gemv`, which does all in one kernel, up to 64
+(128 on the way back in) that of `kernels.split_k`, and 129 to 256 that of `kernels.tiled_gemm` if
+the matrix is small. The rest is a library's.
 """
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from nanovllm.kernels.gemv import can_gemv, gemv_triton
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.kernels.split_k import can_split_k, num_splits, split_k_triton
+from nanovllm.kernels.tiled_gemm import SPLITS, can_tile, tiled_gemm_triton
 from nanovllm.layers.layernorm import Residual, RMSNorm
 
 # oneDNN packs a weight for a number of rows; 32 is within a few per cent of the best for 1 to 256.
@@ -44,6 +46,8 @@ class Linear(nn.Module):
         elif x.is_cuda and self.bias is None:
             if can_split_k(x, self.out_features, in_parts=True):
                 residual.partials = split_k_triton(x, self.weight, num_splits(self.out_features))
+            elif can_tile(x, self.out_features):
+                residual.partials = tiled_gemm_triton(x, self.weight, SPLITS)
             else:
                 residual.x.addmm_(x, self.weight.t())  # the add is the product's epilogue
         else:
@@ -54,6 +58,8 @@ class Linear(nn.Module):
             return packed_linear(x, self._packed_weight, self.bias)
         if self.bias is None and can_split_k(x, self.out_features, in_parts=False):
             return split_k_triton(x, self.weight)
+        if self.bias is None and can_tile(x, self.out_features):
+            return tiled_gemm_triton(x, self.weight)
         return F.linear(x, self.weight, self.bias)
 
     def pack(self) -> None:
@@ -94,7 +100,10 @@ class GatedLinear(PackedLinear):
             return gemv_triton(
                 residual.x, self.weight, norm_weight=norm.weight, eps=norm.eps, gated=True
             )
-        return silu_and_mul(super().forward(residual, norm))
+        x = norm(residual)
+        if can_tile(x, self.out_features):
+            return tiled_gemm_triton(x, self.weight, gated=True)
+        return silu_and_mul(self._product(x))
 
 
 def can_pack(weight: torch.Tensor) -> bool:
