@@ -2,7 +2,8 @@
 
     python -m benchmarks.plot FILE [docs/scaling.png]
 
-Two panels: the mean decode step by batch and by context, each beside its floor.
+Two panels: the mean decode step by batch and by context, each beside its floor: by the fixed rates
+of an H200 if it ran on one, as in the README's tables, else by the rates measured.
 """
 
 import argparse
@@ -33,23 +34,26 @@ def draw(report: dict[str, Any], path: Path) -> None:
     if not by_batch or not by_context:
         raise ValueError("the report has no scaling figures: run benchmarks.gpu with --all")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    _panel(left, by_batch, "batch")
-    left.set(title=f"by batch, {by_batch[0]['input_len']} tokens in", xlabel="requests at a time")
-    left.set_ylabel("one decode step, ms")
-    _panel(right, by_context, "input_len")
-    right.set(title=f"by context, batch {by_context[0]['batch']}", xlabel="tokens of context")
-    left.legend(loc="upper left", frameon=False)
-    figure.suptitle(f"Qwen3-0.6B's shape in bf16 on one {report['device']}", fontsize=11)
+    floor = "h200_floor" if "H200" in report["device"] else "floor"
+    _panel(left, by_batch, "batch", floor)
+    left.set_title(f"by batch, {by_batch[0]['input_len']} tokens in", fontsize=10)
+    left.set(xlabel="requests at a time", ylabel="one decode step, ms")
+    _panel(right, by_context, "input_len", floor)
+    right.set_title(f"by context, batch {by_context[0]['batch']}", fontsize=10)
+    right.set(xlabel="tokens of context")
+    left.legend(loc="upper left", frameon=False, fontsize=9)
+    figure.suptitle(f"Qwen3-0.6B's shape in bf16 on one {report['device']}", fontsize=12)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
 
-def _panel(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
+def _panel(axes: Axes, rows: list[dict[str, Any]], key: str, floor_key: str) -> None:
     x = [row[key] for row in rows]
     measured = [1e3 * row["seconds"] for row in rows]
-    floor = [1e3 * row["floor"] for row in rows]
+    floor = [1e3 * row[floor_key] for row in rows]
     axes.fill_between(x, floor, measured, color=MEASURED, alpha=0.08, linewidth=0)
-    axes.plot(x, measured, "o-", color=MEASURED, label="nanovllm", markersize=4.5)
+    label = "nanovllm, in % of the floor's speed"
+    axes.plot(x, measured, "o-", color=MEASURED, label=label, markersize=4.5)
     axes.plot(x, floor, "--", color=FLOOR, label="floor: bytes over bandwidth")
     for at, time, least in zip(x, measured, floor):
         axes.annotate(

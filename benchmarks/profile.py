@@ -3,10 +3,11 @@
     python -m benchmarks.profile [--batch 1 32 256] [--json profile.json]
 
 Decode: 20 steady steps of requests with about 530 tokens of context. Prefill: 16 x 1024 tokens.
-Random bf16 weights in the shape of Qwen3-0.6B, temperature 0.6. "busy" is the sum of the kernels'
-times; it may exceed the step's, measured without the profiler, where kernels overlap. Rates are
-those of what a group of kernels must do at least (see `work`), beside those that the machine was
-measured to reach: bytes per second, and for prefill's matrix products and attention operations.
+Random bf16 weights in the shape of Qwen3-0.6B, temperature 0.6. Under programmatic dependent launch
+a kernel that waits for the one before it counts as running; so a kernel's time is that by which it
+moves the end of all before it, and the sum, "busy", is how long the GPU ran any. Rates are those of
+what a group of kernels must do at least (see `work`), beside those that the machine was measured to
+reach: bytes per second, and for prefill's matrix products and attention operations.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import random
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -117,6 +118,19 @@ def group_of(name: str) -> str:
     return next((group for part, group in GROUPS.items() if part in lowered), "other")
 
 
+def advances(spans: Sequence[tuple[float, float]]) -> list[float]:
+    """By how much each (start, end) moves the latest end, gaps left out.
+
+    The sum is the time covered, if spans end in the order in which they start, as a stream's do.
+    """
+    times, latest = [0.0] * len(spans), float("-inf")
+    for index in sorted(range(len(spans)), key=lambda index: spans[index][::-1]):
+        start, end = spans[index]
+        times[index] = end - max(start, latest)
+        latest = end
+    return times
+
+
 def profiled(function: Callable[[], None], steps: int, on_gpu: bool) -> list[Kernel]:
     """Run `function`, which does `steps` steps, and return its kernels, the slowest first.
 
@@ -131,14 +145,19 @@ def profiled(function: Callable[[], None], steps: int, on_gpu: bool) -> list[Ker
             torch.cuda.synchronize()
     calls: dict[str, int] = defaultdict(int)
     microseconds: dict[str, float] = defaultdict(float)
-    for event in profiler.events():
-        on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if on_device == on_gpu:
-            name = short_name(event.name)
-            calls[name] += 1
-            microseconds[name] += (
-                event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
-            )
+    events = [
+        event
+        for event in profiler.events()
+        if (event.device_type == torch.autograd.DeviceType.CUDA) == on_gpu
+    ]
+    if on_gpu:
+        times = advances([(event.time_range.start, event.time_range.end) for event in events])
+    else:
+        times = [event.self_cpu_time_total for event in events]
+    for event, time_of_event in zip(events, times, strict=True):
+        name = short_name(event.name)
+        calls[name] += 1
+        microseconds[name] += time_of_event
     kernels = [
         Kernel(name, group_of(name), calls[name] / steps, microseconds[name] / steps)
         for name in calls

@@ -15,16 +15,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bench import write_shape
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("import", "LLM(...)", "first request")
+STAGES = ("import torch and transformers", "import nanovllm", "LLM(...)", "first request")
 SCRIPT = """
 import json, sys, time
-start = time.perf_counter()
+times = [time.perf_counter()]
+import torch, transformers
+transformers.AutoTokenizer  # transformers imports what is asked for
+times.append(time.perf_counter())
 from nanovllm import LLM, SamplingParams
-imported = time.perf_counter()
+times.append(time.perf_counter())
 llm = LLM(sys.argv[1], **json.loads(sys.argv[2]))
-built = time.perf_counter()
+times.append(time.perf_counter())
 llm.generate([[1] * 128], SamplingParams(max_tokens=16, ignore_eos=True), use_tqdm=False)
-print(json.dumps([imported - start, built - imported, time.perf_counter() - built]))
+times.append(time.perf_counter())
+print(json.dumps([end - start for start, end in zip(times, times[1:])]))
 """
 
 

@@ -191,6 +191,23 @@ def test_profile_accounts_for_the_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("spans", "times"),
+    [
+        ([], []),
+        ([(0, 2), (5, 6)], [2, 1]),  # a gap belongs to nobody
+        ([(0, 10), (1, 12), (9, 20), (11, 21)], [10, 2, 8, 1]),  # waiting is not work
+        ([(11, 21), (0, 10), (9, 20), (1, 12)], [1, 10, 8, 2]),  # whatever their order
+        ([(5, 10), (0, 10)], [0, 10]),
+        ([(0, 4), (2, 2)], [2, 0]),
+    ],
+)  # fmt: skip
+def test_profile_counts_overlapping_time_once(
+    spans: list[tuple[float, float]], times: list[float]
+) -> None:
+    assert profile.advances(spans) == times
+
+
+@pytest.mark.parametrize(
     ("kernel", "name", "group"),
     [
         ("_rms_norm_kernel", "_rms_norm_kernel", "norm"),
