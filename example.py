@@ -1,6 +1,7 @@
 """Chat with a model, to see that it talks:
 
 python example.py
+python example.py --stream
 python example.py --model Qwen/Qwen3-0.6B --prompt "Why is the sky blue?"
 """
 
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument("--prompt", action="append", help="a question; may be given several times")
     parser.add_argument("--temperature", type=float, help="default: 0.6; 0 for the tiny demo")
     parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--stream", action="store_true", help="print each answer as it comes")
     args = parser.parse_args()
     if args.model is None:
         print(
@@ -28,17 +30,18 @@ def main() -> None:
     temperature = args.temperature if args.temperature is not None else 0.6 if args.model else 0.0
     prompts = args.prompt or PROMPTS
 
+    params = SamplingParams(temperature=temperature, max_tokens=args.max_tokens)
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+
     with LLM(args.model or DEMO_MODEL) as llm:
-        if llm.tokenizer is None or llm.tokenizer.chat_template is None:
-            parser.error(f"{args.model} has no tokenizer with a chat template")
-        chats = [
-            llm.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-            for prompt in prompts
-        ]
-        params = SamplingParams(temperature=temperature, max_tokens=args.max_tokens)
-        outputs = llm.generate(chats, params)
+        if args.stream:
+            for prompt, chat in zip(prompts, chats):
+                print(f"\n> {prompt}")
+                for piece in llm.stream(llm.chat_prompt(chat), params):
+                    print(piece["text"], end="", flush=True)
+                print(" [cut at --max-tokens]" if piece["finish_reason"] == "length" else "")
+            return
+        outputs = llm.chat(chats, params)
 
     for prompt, output in zip(prompts, outputs):
         cut = " [cut at --max-tokens]" if output["finish_reason"] == "length" else ""

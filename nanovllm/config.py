@@ -68,6 +68,7 @@ class Config:
     hf_config: PretrainedConfig = field(init=False)
     torch_device: torch.device = field(init=False)
     torch_dtype: torch.dtype = field(init=False)
+    generation_config: dict[str, Any] = field(init=False)
     eos_token_ids: set[int] = field(init=False)
 
     @classmethod
@@ -91,7 +92,8 @@ class Config:
         self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
         if self.max_model_len < 2:
             raise ValueError("config.json has max_position_embeddings=1, and 2 is the least of use")
-        self.eos_token_ids = _eos_token_ids(self.model_dir, self.hf_config)
+        self.generation_config = _load_generation_config(self.model_dir)
+        self.eos_token_ids = _eos_token_ids(self.generation_config, self.hf_config)
         if self.async_scheduling is None:
             self.async_scheduling = self.torch_device.type == "cuda"
 
@@ -234,18 +236,26 @@ def _resolve_dtype(name: str, hf_config: PretrainedConfig, model_dir: Path) -> t
     return dtype
 
 
-def _eos_token_ids(model_dir: Path, hf_config: PretrainedConfig) -> set[int]:
-    """The end-of-sequence ids of generation_config.json, or of config.json without one.
+def _load_generation_config(model_dir: Path) -> dict[str, Any]:
+    """The contents of generation_config.json; empty without one."""
+    path = model_dir / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a valid JSON object: {error}") from error
+    return content
+
+
+def _eos_token_ids(generation_config: dict[str, Any], hf_config: PretrainedConfig) -> set[int]:
+    """The end-of-sequence ids of generation_config.json, or of config.json if it has none.
 
     The tokenizer's own is added by the engine, which has the tokenizer.
     """
-    path = model_dir / "generation_config.json"
-    eos = None
-    if path.is_file():
-        try:
-            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is not a valid JSON object: {error}") from error
+    eos = generation_config.get("eos_token_id")
     if eos is None:
         eos = hf_config.eos_token_id
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]

@@ -1,6 +1,19 @@
-"""The public face of the engine."""
+"""The public face of the engine: whole lists of prompts, chats, streams."""
 
+import reprlib
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+
+from nanovllm.engine.input_processor import Prompt, Request
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.outputs import RequestOutput, StreamOutput
+from nanovllm.engine.stats import StepStats
+from nanovllm.sampling_params import SamplingParams
+
+Message = dict[str, Any]  # of a chat: "role" and "content", and whatever else the template knows
 
 
 class LLM(LLMEngine):
@@ -9,3 +22,197 @@ class LLM(LLMEngine):
     Every engine option (see :class:`nanovllm.config.Config`) is a keyword argument. Use it as a
     context manager, or call :meth:`close`, to give the memory back.
     """
+
+    def generate(
+        self,
+        prompts: Prompt | Collection[Prompt],
+        sampling_params: SamplingParams | Collection[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many; returns one dict a prompt, in their order.
+
+        Args:
+            prompts: a string, a list of token ids, or a list of either.
+            sampling_params: one for all, or one a prompt; None means `SamplingParams()`.
+            use_tqdm: show progress, with tokens per second of prefill and decode.
+
+        Raises:
+            TypeError, ValueError: for a request that cannot work; nothing is queued then.
+            RuntimeError: if the engine is closed, or still has requests from elsewhere.
+        """
+        self._check_idle("generate")
+        requests = self.input_processor.process(_as_list(prompts), sampling_params)
+        outputs: dict[int, RequestOutput] = {}
+        before = replace(self.stats)
+        try:
+            for request in requests:
+                self._queue(request)
+            with tqdm(total=len(requests), desc="Generating", disable=not use_tqdm) as progress:
+                while not self.is_finished():
+                    finished = self.step()
+                    outputs.update((output["request_id"], output) for output in finished)
+                    _show_rates(progress, self.stats.since(before))
+                    progress.update(len(finished))
+        except BaseException:  # Ctrl-C too
+            self.abort_all()
+            raise
+        return [outputs[request.request_id] for request in requests]
+
+    def stream(
+        self,
+        prompts: Prompt | Collection[Prompt],
+        sampling_params: SamplingParams | Collection[SamplingParams] | None = None,
+    ) -> Iterator[StreamOutput]:
+        """Complete one prompt or many, and yield what is new as it comes.
+
+        The pieces of a prompt, put together, are what `generate` returns: text in whole characters,
+        and nothing that a stop string may yet take back. Closing the iterator aborts what is left.
+
+        Args and errors are those of `generate`. `n` must be 1. Nothing runs before the first piece
+        is asked for.
+        """
+        self._check_idle("stream")
+        requests = self.input_processor.process(_as_list(prompts), sampling_params)
+        if any(len(request.sequences) > 1 for request in requests):
+            raise ValueError("n must be 1 to stream: give the prompt n times")
+        return self._pieces(requests)
+
+    def chat(
+        self,
+        messages: list[Message] | list[list[Message]],
+        sampling_params: SamplingParams | Collection[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or a list of them, by the tokenizer's chat template.
+
+        Args:
+            messages: dicts with "role" and "content"; or a list of such lists.
+            sampling_params, use_tqdm: as in `generate`.
+            **template: see `chat_prompt`.
+        """
+        is_one = isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], dict)
+        conversations = [messages] if is_one else messages
+        prompts = [self.chat_prompt(conversation, **template) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def chat_prompt(
+        self,
+        messages: list[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[Any] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """The token ids of a conversation.
+
+        Args:
+            messages: dicts with "role" and "content".
+            add_generation_prompt: end where the answer is to begin.
+            continue_final_message: end inside of the last message, to have it completed.
+            tools: functions, or their JSON schemas, that the model may call.
+            chat_template: in place of the tokenizer's.
+            chat_template_kwargs: whatever else the template knows, such as `enable_thinking`.
+
+        Raises:
+            ValueError: if there is no chat template, or it does not take these messages.
+        """
+        self._check_open()
+        has_own = self.tokenizer is not None and self.tokenizer.chat_template is not None
+        if self.tokenizer is None or not (has_own or chat_template):
+            what = "chat template" if self.tokenizer is not None else "tokenizer"
+            raise ValueError(
+                f"{self.config.model_dir} has no {what}: pass chat_template, or write the prompt "
+                "yourself and use generate"
+            )
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError(f"messages must be a list of dicts, got {reprlib.repr(messages)}")
+        if continue_final_message:
+            add_generation_prompt = False
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tools=tools, chat_template=chat_template, tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message, **(chat_template_kwargs or {}),
+            )  # fmt: skip
+        except Exception as error:  # of jinja, and whatever a template raises
+            raise ValueError(f"the chat template does not take these messages: {error}") from error
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Those that the checkpoint's generation_config.json recommends.
+
+        Raises:
+            TypeError, ValueError: if it has values that cannot work.
+        """
+        names = {"max_new_tokens": "max_tokens"} | {
+            name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        }
+        found = self.config.generation_config
+        return SamplingParams(
+            **{ours: found[name] for name, ours in names.items() if found.get(name) is not None}
+        )
+
+    def _pieces(self, requests: list[Request]) -> Iterator[StreamOutput]:
+        self._check_idle("stream")
+        live = {index: request.sequences[0] for index, request in enumerate(requests)}
+        shown = {index: (0, 0) for index in live}  # characters and tokens
+        try:
+            for request, seq in zip(requests, live.values()):
+                if seq.detokenizer is None and self.tokenizer is not None:
+                    seq.detokenizer = self.input_processor.detokenizer(seq.sampling_params)
+                self._queue(request)
+            while live:
+                self.step()
+                for index, seq in list(live.items()):
+                    text, end = "", 0
+                    if seq.detokenizer is not None:
+                        text = seq.detokenizer.text
+                        end = len(text) if seq.is_finished else seq.detokenizer.num_safe
+                    characters, tokens = shown[index]
+                    new_text, new_tokens = text[characters:end], seq.output_token_ids[tokens:]
+                    shown[index] = characters + len(new_text), tokens + len(new_tokens)
+                    if seq.is_finished:
+                        del live[index]
+                    if new_text or new_tokens or seq.is_finished:
+                        yield StreamOutput(
+                            index=index, text=new_text, token_ids=new_tokens,
+                            finish_reason=seq.finish_reason,
+                        )  # fmt: skip
+        finally:
+            if self.model_runner is not None:
+                for seq in live.values():
+                    self.abort(seq.seq_id)
+
+    def _check_idle(self, method: str) -> None:
+        self._check_open()
+        if self.scheduler.num_unfinished:
+            raise RuntimeError(
+                f"{self.scheduler.num_unfinished} requests from add_request or stream are "
+                f"unfinished: step() until is_finished(), or close the stream, before {method}()"
+            )
+
+
+def _as_list(prompts: Prompt | Collection[Prompt]) -> list[Prompt]:
+    """One prompt or many -> a list of prompts. A list that begins with an integer is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise TypeError(
+            "prompts must be a string, a list of token ids, or a list of these, got "
+            f"{reprlib.repr(prompts)}"
+        )
+    if not prompts:
+        raise ValueError("prompts is empty: give at least one prompt")
+    if isinstance(prompts[0], (str, list, tuple)):
+        return list(prompts)
+    return [list(prompts)]
+
+
+def _show_rates(progress: tqdm, stats: StepStats) -> None:
+    progress.set_postfix_str(
+        f"prefill {stats.prefill_rate:,.0f} tok/s, decode {stats.decode_rate:,.0f} tok/s",
+        refresh=False,
+    )

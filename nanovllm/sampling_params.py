@@ -1,7 +1,9 @@
 """What a single request may ask of the sampler."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from nanovllm.utils.validation import as_integer, as_number
 
@@ -12,44 +14,166 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e30
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one request are chosen, and when it ends.
+    """How the tokens of one request are chosen, when it ends, and what comes back.
+
+    Names, defaults and meanings are vLLM's, except that `max_tokens` is 64. The order of things:
+    `allowed_token_ids`, `min_tokens` and `logit_bias`, then the penalties, `temperature`, `min_p`,
+    `top_k`, `top_p`.
 
     Attributes:
         temperature: logits are divided by it before sampling; 0 picks the most likely token
             (greedy), and so does anything below 1e-5.
-        max_tokens: the most tokens to generate, at least 1.
+        top_k: sample from the `top_k` most likely tokens; 0 or -1 from all.
+        top_p: sample from the fewest most likely tokens whose probabilities add up to `top_p`.
+        min_p: sample from tokens at least `min_p` times as likely as the most likely one.
+        max_tokens: the most tokens to generate, at least 1; None: up to the engine's max_model_len.
+        min_tokens: no end-of-sequence or stop token, and no stop string, before so many tokens.
         ignore_eos: go on to `max_tokens` even when the model says that it is done.
+        stop: a string, or several, that end the request; cut from the text.
+        include_stop_str_in_output: leave it in the text.
+        stop_token_ids: tokens that end the request.
         seed: makes the request's random choices repeatable, whatever else runs beside it; any
             integer of 64 bits. None draws one from the engine's own seed.
+        logprobs: return the log probability of each token and of so many most likely ones.
+        prompt_logprobs: the same for the tokens of the prompt.
+        n: how many completions of the prompt to sample.
+        presence_penalty: taken off the logit of each token generated before, -2 to 2.
+        frequency_penalty: the same, times how often it was generated, -2 to 2.
+        repetition_penalty: divides the positive logit, and multiplies the negative one, of each
+            token of the prompt or generated before; above 0, 1 does nothing.
+        logit_bias: added to the logits of these tokens, limited to -100 to 100.
+        allowed_token_ids: no other token is sampled.
+        skip_special_tokens: leave special tokens out of the text.
 
     Raises:
         TypeError, ValueError: for a value that cannot work, naming the parameter.
     """
 
     temperature: float = 1.0
-    max_tokens: int = 64
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_tokens: int | None = 64
+    min_tokens: int = 0
     ignore_eos: bool = False
+    stop: str | list[str] | tuple[str, ...] | None = None
+    include_stop_str_in_output: bool = False
+    stop_token_ids: list[int] | tuple[int, ...] | None = None
     seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: list[int] | tuple[int, ...] | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        temperature = as_number("temperature", self.temperature)
-        if not math.isfinite(temperature) or temperature < 0:
+        self._number("temperature", 0, what="0 (greedy) or above")
+        self._number("top_p", 0, 1, what="above 0 and at most 1")
+        if self.top_p == 0:
+            raise ValueError("top_p must be above 0 and at most 1, got 0; temperature=0 is greedy")
+        self._number("min_p", 0, 1, what="0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._number(name, -2, 2, what="-2 to 2")
+        self._number("repetition_penalty", 0, what="above 0")
+        if self.repetition_penalty == 0:
+            raise ValueError("repetition_penalty must be above 0, got 0; 1 does nothing")
+        self._integer("top_k", at_least=-1)
+        self._set("top_k", max(self.top_k, 0))
+        self._integer("max_tokens", at_least=1, optional=True)
+        self._integer("min_tokens", at_least=0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
-                f"temperature must be a finite number, 0 (greedy) or above, got {temperature}"
+                f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
             )
-        object.__setattr__(self, "temperature", temperature)
-        object.__setattr__(self, "max_tokens", as_integer("max_tokens", self.max_tokens))
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if not isinstance(self.ignore_eos, bool):
-            raise TypeError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
-        if self.seed is not None:
-            object.__setattr__(self, "seed", as_integer("seed", self.seed))
-            if not -(2**63) <= self.seed < 2**64:
-                raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
+        self._integer("logprobs", at_least=0, optional=True)
+        self._integer("prompt_logprobs", at_least=0, optional=True)
+        self._integer("n", at_least=1)
+        self._integer("seed", at_least=-(2**63), optional=True)
+        if self.seed is not None and self.seed >= 2**64:
+            raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._set("stop", self._strings("stop"))
+        self._set("stop_token_ids", self._token_ids("stop_token_ids"))
+        if self.allowed_token_ids is not None:
+            self._set("allowed_token_ids", self._token_ids("allowed_token_ids"))
+            if not self.allowed_token_ids:
+                raise ValueError("allowed_token_ids is empty: no token could be sampled")
+        if self.logit_bias is not None:
+            self._set("logit_bias", self._bias())
 
     @property
     def usable_temperature(self) -> float:
         """The temperature, such that float32 logits can be divided by it; 0 for greedy."""
         too_small = self.temperature < MIN_TEMPERATURE
         return 0.0 if too_small else min(self.temperature, MAX_TEMPERATURE)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether `top_k`, `top_p` or `min_p` may cut tokens off."""
+        is_on = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return is_on and self.usable_temperature > 0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the tokens so far change the logits of the next."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+        return penalties != (0, 0, 1)
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether logits are changed one by one before sampling."""
+        rules = (self.min_tokens, self.logit_bias, self.allowed_token_ids)
+        return self.penalizes or any(rules)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _number(self, name: str, low: float, high: float = math.inf, *, what: str) -> None:
+        value = as_number(name, getattr(self, name))
+        if not (math.isfinite(value) and low <= value <= high):
+            raise ValueError(f"{name} must be a finite number, {what}, got {value}")
+        self._set(name, value)
+
+    def _integer(self, name: str, at_least: int, optional: bool = False) -> None:
+        if optional and getattr(self, name) is None:
+            return
+        value = as_integer(name, getattr(self, name))
+        if value < at_least:
+            raise ValueError(f"{name} must be at least {at_least}, got {value}")
+        self._set(name, value)
+
+    def _strings(self, name: str) -> tuple[str, ...]:
+        value = getattr(self, name)
+        strings = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(strings, (list, tuple)) or not all(isinstance(s, str) for s in strings):
+            raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
+        if "" in strings:
+            raise ValueError(f"{name} has an empty string, which is everywhere")
+        return tuple(strings)
+
+    def _token_ids(self, name: str) -> tuple[int, ...]:
+        value = getattr(self, name)
+        if value is None:
+            return ()
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name} must be a list of token ids, got {value!r}")
+        return tuple(
+            dict.fromkeys(as_integer(f"{name}, entry {i}", t) for i, t in enumerate(value))
+        )
+
+    def _bias(self) -> dict[int, float]:
+        if not isinstance(self.logit_bias, Mapping):
+            raise TypeError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+        biases = {}
+        for token_id, value in self.logit_bias.items():
+            number = as_number(f"logit_bias of token {token_id}", value)
+            if not math.isfinite(number):
+                raise ValueError(f"logit_bias of token {token_id} must be finite, got {number}")
+            biases[as_integer("logit_bias, key", token_id)] = max(-100.0, min(100.0, number))
+        return biases

@@ -25,7 +25,7 @@ INTEGERS = (
     "positions", "slots", "bounds", "tiles", "chunk_counts", "cu_seqlens", "context_lens",
     "block_tables", "token_ids", "best_token", "turn",
 )  # fmt: skip
-FLOATS = ("cos_sin", "partial", "best", "total", "partials", "temperatures")
+FLOATS = ("cos_sin", "partial", "best", "total", "partials", "temperatures", "thresholds")
 LONGS = ("seeds", "sampled", "copies")
 SIZES: dict[str, Any] = {"num_kv_heads": 8, "head_dim": 128}
 
@@ -113,7 +113,8 @@ def main() -> None:
     compile_kernel(silu_and_mul._silu_and_mul_kernel, {"num_warps": 4}, BLOCK=1024, PDL=True)
     compile_kernel(embed._embed_kernel, {"num_warps": 2}, BLOCK=1024, PDL=True)
     compile_kernel(
-        gumbel_sample._best_of_tile_kernel, {"num_warps": 8}, TILE=4096, PDL=True, FAST_LOG=True
+        gumbel_sample._best_of_tile_kernel, {"num_warps": 8}, TILE=4096, PDL=True, FAST_LOG=True,
+        TRUNCATED=True,
     )
     compile_kernel(
         gumbel_sample._best_of_row_kernel, {"num_warps": 1}, out="i64", BLOCK=64, PDL=True

@@ -123,7 +123,6 @@ BAD_PARAMS = [
     ({"max_tokens": 0}, ValueError), ({"max_tokens": -3}, ValueError),
     ({"max_tokens": 1.5}, TypeError), ({"max_tokens": math.inf}, TypeError),
     ({"max_tokens": "8"}, TypeError), ({"max_tokens": True}, TypeError),
-    ({"max_tokens": None}, TypeError),
     ({"ignore_eos": 1}, TypeError), ({"ignore_eos": None}, TypeError),
     ({"seed": 1.0}, TypeError), ({"seed": "1"}, TypeError), ({"seed": True}, TypeError),
     ({"seed": 2**64}, ValueError), ({"seed": -(2**63) - 1}, ValueError),
@@ -138,8 +137,8 @@ def test_impossible_sampling_params_are_refused_by_name(options: dict, error: ty
 
 
 def test_unknown_sampling_param_is_refused():
-    with pytest.raises(TypeError, match="top_p"):
-        SamplingParams(top_p=0.9)
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams(best_of=2)
 
 
 def test_extreme_but_possible_params_work(llm: LLM):

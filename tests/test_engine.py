@@ -54,9 +54,12 @@ def test_outputs_come_in_the_order_of_the_prompts(llm: LLM, tiny_reference: Refe
 def test_output_has_these_keys_and_types(llm: LLM):
     (output,) = llm.generate("t1 t2 t3", GREEDY, use_tqdm=False)
     assert {key: type(value) for key, value in output.items()} == {
-        "request_id": int, "text": str, "token_ids": list, "finish_reason": str,
-        "num_prompt_tokens": int, "num_cached_tokens": int,
+        "request_id": int, "prompt": str, "prompt_token_ids": list, "prompt_logprobs": type(None),
+        "num_prompt_tokens": int, "num_cached_tokens": int, "outputs": list, "metrics": dict,
+        "index": int, "text": str, "token_ids": list, "finish_reason": str,
+        "stop_reason": type(None), "logprobs": type(None), "cumulative_logprob": type(None),
     }  # fmt: skip
+    assert output["outputs"] == [{key: output[key] for key in output["outputs"][0]}]
     assert {type(token) for token in output["token_ids"]} == {int}
     assert output["num_prompt_tokens"] == 3
     assert output["finish_reason"] == "length"
@@ -166,7 +169,7 @@ def test_a_request_is_given_back_as_soon_as_it_ends(tiny: Path, async_scheduling
 def test_generate_is_refused_while_requests_are_outstanding(llm: LLM, tiny_reference: Reference):
     request_id = llm.add_request(PROMPTS[0], GREEDY)
     llm.step()
-    with pytest.raises(RuntimeError, match="1 requests from add_request are unfinished"):
+    with pytest.raises(RuntimeError, match="1 requests .* are unfinished"):
         llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
     outputs = []
     while not llm.is_finished():

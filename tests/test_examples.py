@@ -53,11 +53,18 @@ def test_bench_reports_rates_and_floor(tmp_path: Path) -> None:
     assert all(seconds > 0 for seconds in report["floor_seconds"].values())
 
 
-def test_readme_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
+def test_readme_code_runs(code: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(code.replace("Qwen/Qwen3-0.6B", str(DEMO)), {})
-    assert capsys.readouterr().out
+    assert capsys.readouterr().out.strip()
+
+
+def test_example_streams() -> None:
+    out = run("example.py", "--stream", "--prompt", "20+22=")
+    assert "> 20+22=\n20 + 22 = 42\n" in out
 
 
 def test_readme_lists_every_option() -> None:
@@ -66,7 +73,8 @@ def test_readme_lists_every_option() -> None:
     from nanovllm import SamplingParams
     from nanovllm.config import Config
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for field in (*fields(Config), *fields(SamplingParams)):
+    for field in fields(Config):
         if field.init and field.name != "model":
-            assert f"| `{field.name}` | " in readme, field.name
+            assert f"| `{field.name}` | " in README, field.name
+    for field in fields(SamplingParams):
+        assert f"`{field.name}`" in README, field.name

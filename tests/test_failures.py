@@ -48,7 +48,7 @@ class Fault:
         ("model_runner.model.compute_logits", False), ("model_runner.sampler.forward", False),
         ("scheduler.schedule", False), ("scheduler.schedule", True),
         ("scheduler.postprocess", False), ("scheduler.postprocess", True),
-        ("scheduler.add", True), ("_output", False), ("step", True),
+        ("scheduler.add", True), ("output_processor.output", False), ("step", True),
         ("scheduler.block_manager.allocate", True), ("scheduler.block_manager.append", True),
         ("scheduler.block_manager.free", False), ("scheduler.block_manager.register", True),
     ],
@@ -103,7 +103,7 @@ def test_tokenizer_that_fails_on_a_prompt_queues_nothing(llm: LLM, monkeypatch):
         def encode(self, text: str) -> list[int]:
             raise KeyError(text)
 
-    monkeypatch.setattr(llm, "tokenizer", Broken())
+    monkeypatch.setattr(llm.input_processor, "tokenizer", Broken())
     with pytest.raises(KeyError):
         llm.generate([[1], "t1"], GREEDY, use_tqdm=False)
     assert_empty(llm)

@@ -47,7 +47,11 @@ def hash_block(prefix_hash: int, token_ids: list[int]) -> int:
 
 
 class BlockManager:
-    """Hands out the blocks of a KV cache of `num_blocks` blocks of `block_size` tokens."""
+    """Hands out the blocks of a KV cache of `num_blocks` blocks of `block_size` tokens.
+
+    Attributes:
+        fewest_free: the least number of free blocks that there ever was.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
@@ -55,6 +59,7 @@ class BlockManager:
         self.block_of_hash: dict[int, Block] = {}
         # Free blocks, the next one to be given out first.
         self.free_blocks: OrderedDict[int, Block] = OrderedDict(enumerate(self.blocks))
+        self.fewest_free = num_blocks
         self._content_ids = count(ROOT + 1)
 
     @property
@@ -72,7 +77,7 @@ class BlockManager:
         assert not seq.block_table and not seq.num_pending_tokens
         if headroom >= self.num_free_blocks:
             return False
-        cached = self._cached_prefix(seq.token_ids)
+        cached = [] if seq.misses_prompt_logprobs else self._cached_prefix(seq.token_ids)
         num_blocks = -(-len(seq.token_ids) // self.block_size)
         num_taken = num_blocks - sum(block.ref_count > 0 for block in cached)
         if num_taken + headroom > self.num_free_blocks:
@@ -84,6 +89,7 @@ class BlockManager:
             seq.block_table.append(block.block_id)
         for _ in range(num_blocks - len(cached)):
             self._append_new_block(seq)
+        self.fewest_free = min(self.fewest_free, self.num_free_blocks)
         seq.num_computed_tokens = len(cached) * self.block_size
         return True
 
@@ -97,6 +103,7 @@ class BlockManager:
         if not self.free_blocks:
             return False
         self._append_new_block(seq)
+        self.fewest_free = min(self.fewest_free, self.num_free_blocks)
         return True
 
     def register(self, seq: Sequence, num_tokens: int) -> None:
@@ -138,7 +145,9 @@ class BlockManager:
 
     def reset(self) -> None:
         """Free all blocks and forget what they hold: after a failed step nobody knows."""
+        fewest_free = self.fewest_free
         self.__init__(len(self.blocks), self.block_size)
+        self.fewest_free = fewest_free
 
     def _cached_prefix(self, token_ids: list[int]) -> list[Block]:
         """The longest run of known full blocks that `token_ids` starts with, last token apart."""

@@ -1,76 +1,24 @@
-"""The loop: add_request -> schedule -> launch -> collect -> postprocess -> decode text."""
+"""The loop: add_request -> schedule -> launch -> collect -> postprocess -> output."""
 
 import os
-import random
-import reprlib
+import time
 import warnings
 from collections import deque
-from collections.abc import Collection
-from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from time import perf_counter
-from typing import Any, TypedDict
+from typing import Any
 
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.input_processor import InputProcessor, Prompt, Request
 from nanovllm.engine.model_runner import Launch, ModelRunner
+from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.outputs import RequestOutput
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.stats import StepStats
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.validation import as_integer
-
-Prompt = str | Collection[int]  # text, or a list or tuple of token ids
-
-
-class RequestOutput(TypedDict):
-    """What a finished request gives back.
-
-    `text` leaves out special tokens, and is empty if the checkpoint has no tokenizer; `token_ids`
-    has all that was generated, the end-of-sequence token included. `finish_reason` is "stop" (an
-    end-of-sequence token) or "length" (`max_tokens` or `max_model_len`).
-    """
-
-    request_id: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    num_prompt_tokens: int
-    num_cached_tokens: int
-
-
-@dataclass
-class StepStats:
-    """Tokens run and seconds spent since the engine began, by kind of step."""
-
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-
-    def add(self, batch: Batch, seconds: float) -> None:
-        if batch.is_prefill:
-            self.prefill_tokens += batch.num_tokens
-            self.prefill_seconds += seconds
-        else:
-            self.decode_tokens += batch.num_tokens
-            self.decode_seconds += seconds
-
-    def since(self, before: "StepStats") -> "StepStats":
-        """What was added after the copy `before` was taken."""
-        return StepStats(*(now - then for now, then in zip(astuple(self), astuple(before))))
-
-    @property
-    def prefill_rate(self) -> float:
-        """Prompt tokens per second of prefill."""
-        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_rate(self) -> float:
-        """Generated tokens per second of decode."""
-        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
 class LLMEngine:
@@ -96,17 +44,20 @@ class LLMEngine:
         self.tokenizer = _load_tokenizer(self.config.model_dir)
         self.model_runner = ModelRunner(self.config)
         self._fit_to_cache(self.model_runner.num_kvcache_blocks)
+        eos_token_ids = self._eos_token_ids()
         self.scheduler = Scheduler(
             BlockManager(self.model_runner.num_kvcache_blocks, self.config.kvcache_block_size),
             self.config.max_num_seqs,
             self.config.max_num_batched_tokens,
-            self._eos_token_ids(),
+            eos_token_ids,
         )
+        self.input_processor = InputProcessor(self.config, self.tokenizer, eos_token_ids)
+        self.output_processor = OutputProcessor(self.tokenizer)
         self.stats = StepStats()
+        self._requests: dict[int, Request] = {}  # unfinished ones, by the ids of their sequences
         self._in_flight: deque[tuple[Batch, Launch]] = deque()
         self._last_collect = 0.0
-        self._next_id = 0
-        self._seeds = random.Random(self.config.seed)
+        self._num_finished = self._num_aborted = self._num_generated = 0
 
     def __enter__(self) -> "LLMEngine":
         return self
@@ -123,55 +74,16 @@ class LLMEngine:
                 self.model_runner.close()
                 self.model_runner = None
 
-    def generate(
-        self,
-        prompts: Prompt | Collection[Prompt],
-        sampling_params: SamplingParams | Collection[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-    ) -> list[RequestOutput]:
-        """Complete one prompt or many; returns one dict a prompt, in their order.
-
-        Args:
-            prompts: a string, a list of token ids, or a list of either.
-            sampling_params: one for all, or one a prompt; None means `SamplingParams()`.
-            use_tqdm: show progress, with tokens per second of prefill and decode.
-
-        Raises:
-            TypeError, ValueError: for a request that cannot work; nothing is queued then.
-            RuntimeError: if the engine is closed, or still has requests from `add_request`.
-        """
-        self._check_open()
-        if self.scheduler.num_unfinished:
-            raise RuntimeError(
-                f"{self.scheduler.num_unfinished} requests from add_request are unfinished: "
-                "step() until is_finished() before generate()"
-            )
-        sequences = self._build_sequences(_as_list(prompts), sampling_params)
-        outputs: dict[int, RequestOutput] = {}
-        before = replace(self.stats)
-        try:
-            for seq in sequences:
-                self.scheduler.add(seq)
-            with tqdm(total=len(sequences), desc="Generating", disable=not use_tqdm) as progress:
-                while not self.is_finished():
-                    finished = self.step()
-                    outputs.update((output["request_id"], output) for output in finished)
-                    self._show_rates(progress, self.stats.since(before))
-                    progress.update(len(finished))
-        except BaseException:  # Ctrl-C too
-            self.abort_all()
-            raise
-        return [outputs[seq.seq_id] for seq in sequences]
-
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue one request and return its id; `step` until `is_finished` to run it.
 
         Raises:
             TypeError, ValueError: for a request that cannot work; it is not queued.
         """
-        (seq,) = self._build_sequences([prompt], sampling_params)
-        self.scheduler.add(seq)
-        return seq.seq_id
+        self._check_open()
+        (request,) = self.input_processor.process([prompt], sampling_params)
+        self._queue(request)
+        return request.request_id
 
     def step(self) -> list[RequestOutput]:
         """Run one step; returns the requests that ended with it.
@@ -182,20 +94,18 @@ class LLMEngine:
         """
         self._check_open()
         try:
+            outputs = []
+            if self._in_flight and self._needs_tokens():
+                outputs += self._collect()
             batch = self.scheduler.schedule()
             if batch is not None:
                 if not self._in_flight:
-                    self._last_collect = perf_counter()
+                    self._last_collect = time.perf_counter()
                 self._in_flight.append((batch, self.model_runner.launch(batch)))
             may_stay = 1 if batch is not None and self.config.async_scheduling else 0
-            if len(self._in_flight) <= may_stay:
-                return []
-            batch, launch = self._in_flight.popleft()
-            token_ids = self.model_runner.collect(launch)
-            now = perf_counter()
-            self.stats.add(batch, now - self._last_collect)
-            self._last_collect = now
-            return [self._output(seq) for seq in self.scheduler.postprocess(batch, token_ids)]
+            if len(self._in_flight) > may_stay:
+                outputs += self._collect()
+            return outputs
         except BaseException:
             self.abort_all()
             raise
@@ -208,79 +118,86 @@ class LLMEngine:
     def abort(self, request_id: int) -> None:
         """Drop one request, wherever it is; no output comes of it. Unknown ids are ignored."""
         self._check_open()
-        self.scheduler.abort(request_id)
+        request = self._requests.get(request_id)
+        if request is not None and request.request_id == request_id:
+            self._num_aborted += 1
+            for seq in request.sequences:
+                self._requests.pop(seq.seq_id, None)
+                self.scheduler.abort(seq.seq_id)
 
     def abort_all(self) -> None:
         """Drop every request; all KV blocks are free afterwards."""
         self._check_open()
+        self._num_aborted += len({id(request) for request in self._requests.values()})
+        self._requests.clear()
         self._in_flight.clear()
         self.scheduler.abort_all()
         self.model_runner.reset()
 
-    def _build_sequences(
-        self, prompts: list[Prompt], params: SamplingParams | Collection[SamplingParams] | None
-    ) -> list[Sequence]:
-        """Check every prompt with its parameters before any is queued."""
+    def metrics(self) -> dict[str, int | float]:
+        """What the engine is doing, and has done since it began.
+
+        Requests: `requests_running` and `requests_waiting` (counted by completion), and
+        `requests_finished` and `requests_aborted`. `prompt_tokens` counts those of admitted
+        requests, `cached_prompt_tokens` those of them that the prefix cache held, of which
+        `prefix_cache_hit_rate` is the share. `generated_tokens` are those of finished requests.
+        `kv_blocks_peak` is the most blocks ever in use. Rates are tokens per second of such steps.
+        """
         self._check_open()
-        if not isinstance(params, (list, tuple)):
-            params = [params] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts need as many sampling_params (or a single one for all), "
-                f"got {len(params)}"
-            )
-        checked = []
-        for index, (prompt, param) in enumerate(zip(prompts, params)):
-            param = SamplingParams() if param is None else param
-            if not isinstance(param, SamplingParams):
-                raise TypeError(f"sampling_params must be SamplingParams, got {param!r}")
-            checked.append((self._token_ids(prompt, f"prompt {index}"), param))
-        return [self._new_sequence(token_ids, param) for token_ids, param in checked]
+        scheduler, blocks = self.scheduler, self.scheduler.block_manager
+        return {
+            "requests_running": len(scheduler.running),
+            "requests_waiting": len(scheduler.waiting),
+            "requests_finished": self._num_finished,
+            "requests_aborted": self._num_aborted,
+            "prompt_tokens": scheduler.num_prompt_tokens,
+            "cached_prompt_tokens": scheduler.num_cached_tokens,
+            "prefix_cache_hit_rate": (
+                scheduler.num_cached_tokens / max(1, scheduler.num_prompt_tokens)
+            ),
+            "generated_tokens": self._num_generated,
+            "kv_blocks": len(blocks.blocks),
+            "kv_blocks_in_use": len(blocks.blocks) - blocks.num_free_blocks,
+            "kv_blocks_peak": len(blocks.blocks) - blocks.fewest_free,
+            "preemptions": scheduler.num_preemptions,
+            "prefill_tokens_per_second": self.stats.prefill_rate,
+            "decode_tokens_per_second": self.stats.decode_rate,
+        }
 
-    def _new_sequence(self, token_ids: list[int], params: SamplingParams) -> Sequence:
-        drawn = self._seeds.getrandbits(63)
-        seed = drawn if params.seed is None else params.seed
-        max_len = min(len(token_ids) + params.max_tokens, self.config.max_model_len)
-        seq = Sequence(self._next_id, token_ids, params, max_len, _as_signed(seed))
-        self._next_id += 1
-        return seq
+    def _queue(self, request: Request) -> None:
+        for seq in request.sequences:
+            self._requests[seq.seq_id] = request
+            self.scheduler.add(seq)
 
-    def _token_ids(self, prompt: Prompt, name: str) -> list[int]:
-        """The tokens of a prompt, checked against the model."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    f"{name} is a string, and {self.config.model_dir} has no tokenizer: pass token "
-                    "ids, or add the checkpoint's tokenizer files"
-                )
-            try:
-                token_ids = self.tokenizer.encode(prompt)
-            except (TypeError, UnicodeError) as error:
-                raise ValueError(f"{name} is not valid Unicode text: {error}") from error
-        elif isinstance(prompt, (list, tuple)):
-            token_ids = list(prompt)
-            if set(map(type, token_ids)) != {int}:  # one by one takes 0.5 us a token
-                token_ids = [as_integer(f"{name}, token {i}", t) for i, t in enumerate(prompt)]
-        else:
-            raise TypeError(
-                f"{name} must be a string or a list of token ids, got {reprlib.repr(prompt)}"
-            )
-        if not token_ids:
-            raise ValueError(f"{name} is empty: it needs at least one token")
-        vocab_size = self.config.hf_config.vocab_size
-        for token_id in (min(token_ids), max(token_ids)):
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(
-                    f"{name} has token id {token_id}, outside the vocabulary of {vocab_size}"
-                )
-        if len(token_ids) >= self.config.max_model_len:
-            raise ValueError(
-                f"{name} has {len(token_ids)} tokens, and at most {self.config.max_model_len - 1} "
-                f"fit (max_model_len={self.config.max_model_len}, the model's positions and the KV "
-                "cache considered, must hold it and one token more): shorten it, or raise "
-                "max_model_len or num_kvcache_blocks if the model allows"
-            )
-        return token_ids
+    def _needs_tokens(self) -> bool:
+        """Whether the next step cannot be launched before the last one's tokens are known."""
+        return any(seq.sampling_params.penalizes for seq in self.scheduler.running)
+
+    def _collect(self) -> list[RequestOutput]:
+        """Wait for the oldest step under way, and take its tokens in."""
+        batch, launch = self._in_flight.popleft()
+        token_ids = self.model_runner.collect(launch)
+        now = time.perf_counter()
+        self.stats.add(batch, now - self._last_collect)
+        self._last_collect = now
+        self.output_processor.take_logprobs(batch, launch, token_ids)
+        ended = self.scheduler.postprocess(batch, token_ids)
+        if batch.is_prefill:
+            for seq, samples in zip(batch.seqs, batch.samples):
+                seq.first_token_time = seq.first_token_time or (time.time() if samples else 0.0)
+        return [output for seq in ended if (output := self._end(seq)) is not None]
+
+    def _end(self, seq: Sequence) -> RequestOutput | None:
+        """Of a sequence that has ended, its request's output if it was the last."""
+        seq.finished_time = time.time()
+        self._num_generated += len(seq.token_ids) - seq.num_prompt_tokens
+        request = self._requests.pop(seq.seq_id)
+        if not all(other.is_finished for other in request.sequences):
+            self._requests.setdefault(request.request_id, request)  # for `abort`
+            return None
+        self._requests.pop(request.request_id, None)
+        self._num_finished += 1
+        return self.output_processor.output(request)
 
     def _fit_to_cache(self, num_blocks: int) -> None:
         capacity = num_blocks * self.config.kvcache_block_size
@@ -298,51 +215,9 @@ class LLMEngine:
             eos.add(self.tokenizer.eos_token_id)
         return eos
 
-    def _output(self, seq: Sequence) -> RequestOutput:
-        token_ids = seq.output_token_ids
-        text = ""
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return RequestOutput(
-            request_id=seq.seq_id,
-            text=text,
-            token_ids=token_ids,
-            finish_reason=seq.finish_reason or "",
-            num_prompt_tokens=seq.num_prompt_tokens,
-            num_cached_tokens=seq.num_cached_tokens or 0,
-        )
-
-    @staticmethod
-    def _show_rates(progress: tqdm, stats: StepStats) -> None:
-        progress.set_postfix_str(
-            f"prefill {stats.prefill_rate:,.0f} tok/s, decode {stats.decode_rate:,.0f} tok/s",
-            refresh=False,
-        )
-
     def _check_open(self) -> None:
         if self.model_runner is None:
             raise RuntimeError("this LLM is closed: build a new one")
-
-
-def _as_list(prompts: Prompt | Collection[Prompt]) -> list[Prompt]:
-    """One prompt or many -> a list of prompts. A list that begins with an integer is one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, (list, tuple)):
-        raise TypeError(
-            "prompts must be a string, a list of token ids, or a list of these, got "
-            f"{reprlib.repr(prompts)}"
-        )
-    if not prompts:
-        raise ValueError("prompts is empty: give at least one prompt")
-    if isinstance(prompts[0], (str, list, tuple)):
-        return list(prompts)
-    return [list(prompts)]
-
-
-def _as_signed(seed: int) -> int:
-    """The same 64 bits as an int64."""
-    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:

@@ -2,7 +2,7 @@
 
 import gc
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,7 +13,7 @@ from nanovllm.kernels.paged_decode import num_decode_ranges
 from nanovllm.layers.attention import BACKENDS, select_backend
 from nanovllm.layers.linear import Linear, can_pack
 from nanovllm.layers.rotary_embedding import rope_cos_sin
-from nanovllm.layers.sampler import Sampler
+from nanovllm.layers.sampler import Logprobs, Sampler, compute_logprobs, edit_logits_
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.context import Context
 from nanovllm.utils.loader import fill_with_noise, load_weights
@@ -22,10 +22,16 @@ from nanovllm.utils.memory import GPU_RESERVE, available_host_memory, gpu_memory
 
 @dataclass
 class Launch:
-    """A step under way: its tokens, and the event after which the host may read them."""
+    """A step under way: its tokens, and the event after which the host may read them.
+
+    Log probabilities are by row, on the device, where they were asked for: of the row's new token,
+    and of tokens of its prompt, the first of which is at the position given.
+    """
 
     token_ids: torch.Tensor  # [rows] int64, on the host
     done: torch.cuda.Event | None
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[int, Logprobs]] = field(default_factory=dict)
 
 
 class ModelRunner:
@@ -85,7 +91,8 @@ class ModelRunner:
             self._warm_up()
         self.num_kvcache_blocks = config.num_kvcache_blocks or self._fitting_blocks(in_use_before)
         self.kv_cache = self._allocate_kv_cache(self.num_kvcache_blocks)
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # Each with its logits, if it ends there.
+        self.graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
         if self.use_graphs:  # one of each: every new stream would bring a cuBLAS workspace
             self._graph_pool = torch.cuda.graph_pool_handle()
             self._capture_stream = torch.cuda.Stream(self.device)
@@ -103,18 +110,26 @@ class ModelRunner:
         for_graph = self.use_graphs and not batch.is_prefill
         padded_rows = self._graph_size(rows) if for_graph else rows
         with self.on_device():
-            shape = self.inputs.send(batch, padded_rows, self._launched_rows, for_graph)
-            if for_graph and padded_rows in self.graphs:
-                self.graphs[padded_rows].replay()
+            shape = self.inputs.send(
+                batch, padded_rows, self._launched_rows, for_graph, not batch.needs_logits
+            )
+            logits, launch = None, Launch(self.host_tokens[self.inputs.turn, :rows], None)
+            if batch.is_prefill and any(seq.misses_prompt_logprobs for seq in batch.seqs):
+                logits = self._run_for_prompt_logprobs(shape, batch, launch)
+            elif for_graph and shape in self.graphs:
+                graph, logits = self.graphs[shape]
+                graph.replay()
             else:
-                self._run(shape)
+                logits = self._run(shape)
                 if for_graph:
                     self._capture(shape)
+            if not shape.samples:
+                self._sample_edited(logits[:rows], shape, batch, launch)
             self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
-            done = torch.cuda.Event() if self.on_gpu else None
-            if done is not None:
-                done.record()
-            return Launch(self.host_tokens[self.inputs.turn, :rows], done)
+            if self.on_gpu:
+                launch.done = torch.cuda.Event()
+                launch.done.record()
+            return launch
 
     def collect(self, launch: Launch) -> list[int]:
         """Wait for a step's tokens, one a row. At most one newer step may be under way."""
@@ -231,16 +246,82 @@ class ModelRunner:
             raise RuntimeError(f"no memory left for the KV cache: {way_out}")
         return num_blocks
 
-    def _run(self, shape: StepShape) -> None:
-        """The step itself, on the device from its inputs to `sampled`: what a graph captures."""
+    def _run(self, shape: StepShape) -> torch.Tensor | None:
+        """The step itself, on the device from its inputs to `sampled`: what a graph captures.
+
+        Returns the logits if the shape says that they are not sampled from here.
+        """
         inputs = self.inputs.view(shape)
         context = self._context(inputs, shape)
         residual = self.model(inputs.input_ids, self.sampled, self.kv_cache, context)
         logits = self.model.compute_logits(residual)
+        if not shape.samples:
+            return logits
+        self._sample(logits, inputs, shape.truncates)
+        return None
+
+    def _sample(self, logits: torch.Tensor, inputs: StepInputs, truncates: bool) -> None:
+        rows = len(logits)
+        per_row = (inputs.temperatures, inputs.seeds, inputs.context_lens, self.sampled)
+        truncation = (inputs.top_k[:rows], inputs.top_p[:rows], inputs.min_p[:rows])
         self.sampler(
-            logits, inputs.temperatures, inputs.seeds, inputs.context_lens,
-            self.sampled[: shape.rows], self.host_tokens, inputs.turn,
+            logits, *(piece[:rows] for piece in per_row), self.host_tokens, inputs.turn,
+            truncation if truncates else None,
         )  # fmt: skip
+
+    def _sample_edited(
+        self, logits: torch.Tensor, shape: StepShape, batch: Batch, launch: Launch
+    ) -> None:
+        """Sample from logits [rows, vocab] that some rows want changed, or to know of."""
+        edited = logits.float()
+        edited = edited.clone() if edited is logits else edited
+        for row, seq in enumerate(batch.seqs):
+            length, params = batch.starts[row] + batch.lengths[row], seq.sampling_params
+            if batch.samples[row] and params.edits_logits:
+                edit_logits_(
+                    edited[row], params, seq.stop_token_ids, seq.prompt_token_ids,
+                    seq.token_ids[seq.num_prompt_tokens : length], length - seq.num_prompt_tokens,
+                )  # fmt: skip
+        self._sample(edited, self.inputs.view(shape), batch.truncates)
+        for row, seq in enumerate(batch.seqs):
+            k = seq.sampling_params.logprobs
+            if batch.samples[row] and k is not None:
+                of_row = slice(row, row + 1)
+                launch.logprobs[row] = compute_logprobs(logits[of_row], self.sampled[of_row], k)
+
+    def _run_for_prompt_logprobs(
+        self, shape: StepShape, batch: Batch, launch: Launch
+    ) -> torch.Tensor:
+        """A prefill step in which some rows want to know of all their tokens; returns logits."""
+        inputs = self.inputs.view(shape)
+        keep: list[int] = []  # of the step's tokens, those whose logits are needed
+        last: list[int] = []  # where each row's last token is among them
+        spans = []
+        first = 0  # of a row among the step's tokens
+        for row, seq in enumerate(batch.seqs):
+            start, length = batch.starts[row], batch.lengths[row]
+            wanted = min(length, seq.num_prompt_tokens - 1 - start)
+            if seq.misses_prompt_logprobs and wanted > 0:
+                spans.append((row, len(keep), start + 1, wanted))
+                keep.extend(range(first, first + wanted))
+            first += length
+            keep.append(first - 1)
+            last.append(len(keep) - 1)
+        context = self._context(inputs, shape)
+        context.logits_indices = torch.tensor(keep, device=self.device)
+        residual = self.model(inputs.input_ids, self.sampled, self.kv_cache, context)
+        for row, at, position, wanted in spans:
+            seq = batch.seqs[row]
+            token_ids = seq.token_ids[position : position + wanted]
+            pieces = []
+            for piece in range(0, wanted, 128):  # logits of a whole prompt could be too large
+                end = min(piece + 128, wanted)
+                logits = self.model.compute_logits(residual.rows(slice(at + piece, at + end)))
+                own = torch.tensor(token_ids[piece:end], device=self.device)
+                k = seq.sampling_params.prompt_logprobs
+                pieces.append(compute_logprobs(logits, own, k))
+            launch.prompt_logprobs[row] = position, Logprobs(*map(torch.cat, zip(*pieces)))
+        return self.model.compute_logits(residual.rows(torch.tensor(last)))
 
     def _context(self, inputs: StepInputs, shape: StepShape) -> Context:
         plan = (inputs.bounds, inputs.chunk_counts, inputs.tiles) if shape.has_plan else None
@@ -259,15 +340,15 @@ class ModelRunner:
         return min(size, self.config.max_num_seqs)
 
     def _capture(self, shape: StepShape) -> None:
-        """Record the decode step of one size, for the next time. All graphs share one pool."""
+        """Record the decode step of one shape, for the next time. All graphs share one pool."""
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph would collect garbage and empty the allocator's cache each time.
         torch.cuda.synchronize(self.device)
         with torch.cuda.stream(self._capture_stream):
             graph.capture_begin(self._graph_pool)
             try:
-                self._run(shape)
+                logits = self._run(shape)
             finally:  # a stream left capturing would refuse everything after
                 graph.capture_end()
         torch.cuda.synchronize(self.device)
-        self.graphs[shape.rows] = graph
+        self.graphs[shape] = graph, logits

@@ -31,6 +31,16 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def truncates(self) -> bool:
+        """Whether any row samples by top_k, top_p or min_p."""
+        return any(seq.truncates for seq in self.seqs)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether more has to be done with the logits of any row than to sample from them."""
+        return any(seq.needs_logits for seq in self.seqs)
+
 
 class Scheduler:
     """The waiting and running queues, and the rules by which sequences move between them.
@@ -56,6 +66,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission, the newest last
         self.num_preemptions = 0
+        self.num_prompt_tokens = self.num_cached_tokens = 0  # of all admitted so far
 
     @property
     def num_unfinished(self) -> int:
@@ -63,6 +74,9 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence that fits the cache on its own (the engine has checked that)."""
+        params = seq.sampling_params
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        seq.stop_token_ids = eos.union(params.stop_token_ids)
         self.waiting.append(seq)
 
     def schedule(self) -> Batch | None:
@@ -83,8 +97,16 @@ class Scheduler:
                 continue
             seq.token_ids.append(token_id)
             self._register_generated(seq)
-            if not seq.sampling_params.ignore_eos and token_id in self.eos_token_ids:
-                self._finish(seq, "stop")
+            if seq.detokenizer is not None:
+                num_generated = len(seq.token_ids) - seq.num_prompt_tokens
+                seq.detokenizer.append(
+                    token_id, may_stop=num_generated >= seq.sampling_params.min_tokens
+                )
+            if token_id in seq.stop_token_ids:
+                is_eos = not seq.sampling_params.ignore_eos and token_id in self.eos_token_ids
+                self._finish(seq, "stop", None if is_eos else token_id)
+            elif seq.detokenizer is not None and seq.detokenizer.stopped_by is not None:
+                self._finish(seq, "stop", seq.detokenizer.stopped_by)
             elif len(seq.token_ids) >= seq.max_len:
                 self._finish(seq, "length")
             else:
@@ -120,6 +142,8 @@ class Scheduler:
                 break
             if seq.num_cached_tokens is None:
                 seq.num_cached_tokens = seq.num_computed_tokens
+                self.num_prompt_tokens += seq.num_prompt_tokens
+                self.num_cached_tokens += seq.num_cached_tokens
             self.waiting.popleft()
             self.running.append(seq)
             seq.status = SequenceStatus.RUNNING
@@ -169,8 +193,9 @@ class Scheduler:
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
 
-    def _finish(self, seq: Sequence, reason: str) -> None:
+    def _finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         queue = self.running if seq.status is SequenceStatus.RUNNING else self.waiting
         queue.remove(seq)
         self.block_manager.free(seq)
-        seq.status, seq.finish_reason = SequenceStatus.FINISHED, reason
+        seq.status = SequenceStatus.FINISHED
+        seq.finish_reason, seq.stop_reason = reason, stop_reason

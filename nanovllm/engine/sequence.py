@@ -2,6 +2,8 @@
 
 from enum import Enum, auto
 
+from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.outputs import PositionLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -22,12 +24,20 @@ class Sequence:
     Attributes:
         token_ids: prompt and generated tokens known so far.
         temperature: what logits are divided by; 0 is greedy.
+        truncates: whether it samples by top_k, top_p or min_p.
+        needs_logits: whether more has to be done with its logits than to sample from them.
         num_pending_tokens: sampled by a launched step, not yet collected.
         num_computed_tokens: leading tokens whose keys and values a launched step has written or
             the prefix cache held.
         num_cached_tokens: how many prompt tokens the prefix cache held at first admission.
         max_len: prompt and generated tokens together never exceed this.
         block_table: KV blocks in token order.
+        stop_token_ids: tokens that end it, those of the model included; set when it is queued.
+        finish_reason, stop_reason: see `outputs.CompletionOutput`.
+        detokenizer: where the text is needed as it grows.
+        logprobs: of the tokens generated so far, if asked for.
+        prompt_logprobs: of the prompt's tokens, if asked for; None where not yet known.
+        first_token_time, finished_time: in seconds, by `time.time`.
     """
 
     def __init__(
@@ -44,13 +54,25 @@ class Sequence:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.sampling_params = sampling_params
         self.temperature = sampling_params.usable_temperature
+        self.truncates = sampling_params.truncates
+        wants_logprobs = {sampling_params.logprobs, sampling_params.prompt_logprobs} != {None}
+        self.needs_logits = wants_logprobs or sampling_params.edits_logits
         self.max_len = max_len
+        self.seed = seed
         self.seed = seed
         self.num_pending_tokens = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         self.block_table: list[int] = []
+        self.stop_token_ids: frozenset[int] = frozenset()
         self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.detokenizer: Detokenizer | None = None
+        self.logprobs: list[PositionLogprobs] = []
+        self.prompt_logprobs: list[PositionLogprobs | None] = []
+        if sampling_params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * self.num_prompt_tokens
+        self.first_token_time = self.finished_time = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -58,8 +80,17 @@ class Sequence:
         return len(self.token_ids) + self.num_pending_tokens
 
     @property
+    def misses_prompt_logprobs(self) -> bool:
+        """Whether its whole prompt has to be run, whatever the cache holds of it."""
+        return bool(self.prompt_logprobs) and None in self.prompt_logprobs[1:]
+
+    @property
     def is_finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.token_ids[: self.num_prompt_tokens]
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -20,6 +20,8 @@ class StepShape(NamedTuple):
     width: int  # columns of the block tables; 0 in a step with a decode plan
     max_seqlen_q: int
     max_context_len: int
+    truncates: bool = False  # sampling by top_k, top_p or min_p
+    samples: bool = True  # False: ends with the logits
 
     @property
     def has_plan(self) -> bool:
@@ -31,6 +33,9 @@ class StepInputs(NamedTuple):
 
     seeds: Any  # [rows] int64
     temperatures: Any  # [rows] float32
+    top_k: Any  # [rows], this and the next two for steps that truncate
+    top_p: Any  # [rows] float32
+    min_p: Any  # [rows] float32
     context_lens: Any  # [rows]
     chunk_counts: Any  # [rows], of the decode plan
     cu_seqlens_q: Any  # [rows + 1]
@@ -47,8 +52,7 @@ class StepInputs(NamedTuple):
         """int32 words of each field but the last."""
         rows, tokens = shape.rows, shape.tokens
         return [
-            2 * rows, rows, rows, rows, rows + 1, num_ranges + 1, 1, tokens, tokens, tokens,
-            rows * shape.width,
+            2 * rows, *[rows] * 6, rows + 1, num_ranges + 1, 1, *[tokens] * 3, rows * shape.width,
         ]  # fmt: skip
 
     @classmethod
@@ -59,7 +63,8 @@ class StepInputs(NamedTuple):
             start += _aligned(size)
         dtypes = np if isinstance(buffer, np.ndarray) else torch
         pieces[0] = pieces[0].view(dtypes.int64)
-        pieces[1] = pieces[1].view(dtypes.float32)
+        for index in (1, 3, 4):
+            pieces[index] = pieces[index].view(dtypes.float32)
         pieces[-1] = pieces[-1].reshape(shape.rows, shape.width)
         return cls(*pieces, buffer[start:].reshape(-1, 2))
 
@@ -107,34 +112,48 @@ class InputBuffers:
         return StepShape(False, rows, rows, width, 1, self.max_model_len)
 
     def send(
-        self, batch: Batch, padded_rows: int, launched_rows: dict[int, int], for_graph: bool
+        self,
+        batch: Batch,
+        padded_rows: int,
+        launched_rows: dict[int, int],
+        for_graph: bool,
+        samples: bool = True,
     ) -> StepShape:
         """Fill this turn's host buffer with a batch, and copy it to the device.
 
         Args:
             padded_rows: rows to run; those past the batch write nowhere and attend to nothing.
             launched_rows: where each sequence was in the step before, whose tokens are not known.
-            for_graph: the shape is to depend on `padded_rows` alone.
+            for_graph: the shape is to depend on `padded_rows` and the sampler's business alone.
+            samples: whether the step ends with tokens, not logits.
         """
         self.turn = 1 - self.turn
         rows, block_size = len(batch.seqs), self.block_size
         starts, lengths = np.array(batch.starts), np.array(batch.lengths)
         ends = starts + lengths
+        truncates = samples and batch.truncates
         if for_graph:
-            shape = self.decode_shape(padded_rows)
+            shape = self.decode_shape(padded_rows)._replace(truncates=truncates, samples=samples)
         else:
             has_plan = self.num_ranges > 0 and not batch.is_prefill
             width = 0 if has_plan else max(len(seq.block_table) for seq in batch.seqs)
             tokens = batch.num_tokens if batch.is_prefill else padded_rows
             shape = StepShape(
-                batch.is_prefill, padded_rows, tokens, width, max(batch.lengths), int(ends.max())
-            )
+                batch.is_prefill, padded_rows, tokens, width, max(batch.lengths), int(ends.max()),
+                truncates, samples,
+            )  # fmt: skip
         buffer = self.hosts[self.turn].numpy()
         host = StepInputs.carve(buffer, shape, self.num_ranges)
 
         host.turn[0] = self.turn
         host.seeds[:rows] = [seq.seed for seq in batch.seqs]
         host.temperatures[:rows] = [seq.temperature for seq in batch.seqs]
+        if batch.truncates:
+            params = [seq.sampling_params for seq in batch.seqs]
+            host.top_k[:rows] = [min(param.top_k, 2**31 - 1) for param in params]
+            host.top_p[:rows] = [param.top_p for param in params]
+            host.min_p[:rows] = [param.min_p for param in params]
+            host.top_k[rows:], host.top_p[rows:], host.min_p[rows:] = 0, 1, 0
         host.context_lens[:rows] = ends
         host.cu_seqlens_q[0] = 0
         np.cumsum(lengths, out=host.cu_seqlens_q[1 : rows + 1])

@@ -27,6 +27,7 @@ def gumbel_sample(
     out: torch.Tensor,
     copies: torch.Tensor,
     turn: torch.Tensor,
+    thresholds: torch.Tensor | None = None,
 ) -> None:
     """Sample one token a row into `out` [rows] int64; ties go to the lowest token id.
 
@@ -37,18 +38,26 @@ def gumbel_sample(
         positions: [rows] int32, the position in its sequence of the token being sampled.
         copies: [turns, rows or more] int64, written too: pinned host memory, which saves a copy.
         turn: [1] int32, the row of `copies` that is written.
+        thresholds: [rows] float32, no token with a lower logit is sampled (see
+            `kernels.truncate`).
     """
+    args = (logits, temperatures, seeds, positions, out, copies, turn, thresholds)
     if logits.is_cuda and HAS_TRITON:
-        gumbel_sample_triton(logits, temperatures, seeds, positions, out, copies, turn)
+        gumbel_sample_triton(*args)
     else:
-        gumbel_sample_torch(logits, temperatures, seeds, positions, out, copies, turn)
+        gumbel_sample_torch(*args)
 
 
-def gumbel_sample_torch(logits, temperatures, seeds, positions, out, copies, turn) -> None:
+def gumbel_sample_torch(
+    logits, temperatures, seeds, positions, out, copies, turn, thresholds=None
+) -> None:
     out.copy_(logits.max(dim=-1).indices)  # the first of equals, as argmax; faster on a CPU
     for row in temperatures.nonzero().flatten().tolist():
         noise = gumbel_noise(seeds[row], positions[row], logits.shape[1])
-        out[row] = (logits[row].float() / temperatures[row]).add_(noise).argmax()
+        scores = (logits[row].float() / temperatures[row]).add_(noise)
+        if thresholds is not None:
+            scores[logits[row].float() < thresholds[row]] = float("-inf")
+        out[row] = scores.argmax()
     copies[turn.item(), : len(out)] = out
 
 
@@ -79,14 +88,17 @@ def _philox(seed: torch.Tensor, counter0: torch.Tensor, counter1: torch.Tensor) 
     return torch.stack((c0, c1, c2, c3))
 
 
-def gumbel_sample_triton(logits, temperatures, seeds, positions, out, copies, turn) -> None:
+def gumbel_sample_triton(
+    logits, temperatures, seeds, positions, out, copies, turn, thresholds=None
+) -> None:
     rows, vocab_size = logits.shape
     num_tiles = triton.cdiv(vocab_size, TILE)
     best = torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device)
     best_token = torch.empty(rows, num_tiles, dtype=torch.int32, device=logits.device)
     _best_of_tile_kernel[(rows, num_tiles)](
-        logits, temperatures, seeds, positions, best, best_token, vocab_size, num_tiles,
-        TILE=TILE, FAST_LOG=logits.is_cuda, num_warps=8, **pdl(logits),
+        logits, temperatures, seeds, positions, thresholds, best, best_token, vocab_size,
+        num_tiles, TILE=TILE, TRUNCATED=thresholds is not None, FAST_LOG=logits.is_cuda,
+        num_warps=8, **pdl(logits),
     )  # fmt: skip
     _best_of_row_kernel[(rows,)](
         best, best_token, out, copies, turn, num_tiles, copies.shape[1],
@@ -96,8 +108,9 @@ def gumbel_sample_triton(logits, temperatures, seeds, positions, out, copies, tu
 
 @triton.jit
 def _best_of_tile_kernel(
-    logits_ptr, temperatures_ptr, seeds_ptr, positions_ptr, best_ptr, best_token_ptr,
-    vocab_size, num_tiles, TILE: tl.constexpr, PDL: tl.constexpr, FAST_LOG: tl.constexpr,
+    logits_ptr, temperatures_ptr, seeds_ptr, positions_ptr, thresholds_ptr, best_ptr,
+    best_token_ptr, vocab_size, num_tiles, TILE: tl.constexpr, TRUNCATED: tl.constexpr,
+    FAST_LOG: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
     wait_for_previous(PDL)
@@ -116,6 +129,10 @@ def _best_of_tile_kernel(
         logits_ptr + tokens + 3 * QUARTER, mask=tokens + 3 * QUARTER < vocab_size, other=floor
     )
     s0, s1, s2, s3 = s0.to(tl.float32), s1.to(tl.float32), s2.to(tl.float32), s3.to(tl.float32)
+    if TRUNCATED:
+        threshold = tl.load(thresholds_ptr + row)
+        s0, s1 = tl.where(s0 < threshold, floor, s0), tl.where(s1 < threshold, floor, s1)
+        s2, s3 = tl.where(s2 < threshold, floor, s2), tl.where(s3 < threshold, floor, s3)
     temperature = tl.load(temperatures_ptr + row)
     if temperature > 0:
         counter = (tile * QUARTER + lane).to(tl.uint32)

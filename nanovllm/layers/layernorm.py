@@ -19,6 +19,13 @@ class Residual:
     x: torch.Tensor
     partials: torch.Tensor | None = None
 
+    def rows(self, index: torch.Tensor | slice) -> "Residual":
+        """Some of the tokens, added up."""
+        x = self.x[index]
+        if self.partials is not None:
+            x = (x.float() + self.partials[:, index].sum(dim=0)).to(x.dtype)
+        return Residual(x)
+
     def keep(self, tokens: torch.Tensor) -> None:
         """Go on with some of the tokens. To be called after a norm, when nothing is left to add: so
         few may go to a kernel that knows no partial sums."""

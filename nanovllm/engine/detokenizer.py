@@ -1,0 +1,85 @@
+"""Text as it grows, token by token: whole characters only, and stop strings found on the way."""
+
+from transformers import PreTrainedTokenizerBase
+
+UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character
+
+
+class Detokenizer:
+    """Turns the generated tokens of one request into text.
+
+    A character may take several tokens, and then shows in `text` with the last of them only. A stop
+    string, once complete, ends the text.
+
+    Args:
+        tokenizer: transformers' tokenizer.
+        skip_special_tokens: leave special tokens out of the text.
+        stop: strings that end the text.
+        include_stop: whether the one found stays in it.
+
+    Attributes:
+        text: the text so far; after `finish`, of all tokens.
+        stopped_by: the stop string found, if one was.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        skip_special_tokens: bool = True,
+        stop: tuple[str, ...] = (),
+        include_stop: bool = False,
+    ) -> None:
+        self.text = ""
+        self.stopped_by: str | None = None
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._stop = stop
+        self._include_stop = include_stop
+        # Tokens that `text` shows, but for which the next ones may need as their left neighbours,
+        # and tokens that it does not show yet.
+        self._shown: list[int] = []
+        self._hidden: list[int] = []
+
+    def append(self, token_id: int, may_stop: bool = True) -> None:
+        """Take in the next token. With `may_stop` false no stop string may end with it."""
+        self._hidden.append(token_id)
+        before = self._decode(self._shown)
+        now = self._decode(self._shown + self._hidden)
+        if now.endswith(UNFINISHED):
+            return
+        self._show(now[len(before) :], may_stop)
+        self._shown, self._hidden = self._hidden, []
+
+    def finish(self) -> None:
+        """Show what is left, as a broken character if need be."""
+        if self._hidden and self.stopped_by is None:
+            before = self._decode(self._shown)
+            self._show(self._decode(self._shown + self._hidden)[len(before) :], may_stop=True)
+            self._hidden = []
+
+    @property
+    def num_safe(self) -> int:
+        """How much of `text` no stop string can take back: it does not end inside of one."""
+        if self.stopped_by is not None:
+            return len(self.text)
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-length:]) for stop in self._stop):
+                return len(self.text) - length
+        return len(self.text)
+
+    def _show(self, new: str, may_stop: bool) -> None:
+        old, self.text = len(self.text), self.text + new
+        if not may_stop:
+            return
+        found = []
+        for stop in self._stop:
+            start = self.text.find(stop, max(0, old - len(stop) + 1))
+            if start >= 0:
+                found.append((start, start + len(stop), stop))
+        if found:
+            start, end, self.stopped_by = min(found)
+            self.text = self.text[: end if self._include_stop else start]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)

@@ -1,0 +1,85 @@
+"""What a request gives back: plain dicts, typed."""
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+
+@dataclass(slots=True)
+class Logprob:
+    """A token at one position.
+
+    Attributes:
+        logprob: natural logarithm of its probability, before temperature and all other changes.
+        rank: 1 for the most likely token; equally likely ones share a rank.
+        decoded_token: its text; None if the checkpoint has no tokenizer.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+# At one position: the token that is there, then the most likely ones. None where nothing comes
+# before.
+PositionLogprobs = dict[int, Logprob]
+
+
+class RequestMetrics(TypedDict):
+    """Points in time, by `time.time`, and spans of it, in seconds.
+
+    `time_per_output_token` is the mean over the tokens after the first; None if there are none.
+    """
+
+    arrival_time: float
+    first_token_time: float
+    finished_time: float
+    time_to_first_token: float
+    time_per_output_token: float | None
+
+
+class CompletionOutput(TypedDict):
+    """One completion of a prompt.
+
+    `text` leaves out special tokens unless asked not to, and is empty if the checkpoint has no
+    tokenizer; `token_ids` has all that was generated, an end-of-sequence token included.
+    `finish_reason` is "stop" (an end-of-sequence token, a stop token or a stop string) or "length"
+    (`max_tokens` or `max_model_len`); `stop_reason` is the stop token or string, None for the rest.
+    `logprobs` has a dict a token, and `cumulative_logprob` their sum, if they were asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stop_reason: int | str | None
+    logprobs: list[PositionLogprobs] | None
+    cumulative_logprob: float | None
+
+
+class RequestOutput(CompletionOutput):
+    """A finished request: its first completion, and what is said of all.
+
+    `outputs` lists all `n` completions. `prompt` is None for one given as token ids. The first
+    entry of `prompt_logprobs` is None. The cache held `num_cached_tokens` of the prompt.
+    """
+
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[PositionLogprobs | None] | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    outputs: list[CompletionOutput]
+    metrics: RequestMetrics
+
+
+class StreamOutput(TypedDict):
+    """What is new of one prompt of `LLM.stream`: whole characters, and tokens.
+
+    `index` is the prompt's place in the list. `finish_reason` is None until the last piece.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None

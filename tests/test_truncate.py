@@ -1,0 +1,332 @@
+"""The threshold of top-k, top-p and min-p against float64 over sorted logits, written out here.
+
+With few lanes a small vocabulary makes the kernel search below its floor, as a large one would.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_inputs import BF16, FP16, FP32, interpreted, normal, on_cpu, on_gpu
+
+from nanovllm.kernels import truncate
+from nanovllm.kernels.truncate import (
+    truncation_thresholds,
+    truncation_thresholds_torch,
+    truncation_thresholds_triton,
+)
+
+pytestmark = pytest.mark.usefixtures("poison")
+both = pytest.mark.parametrize(
+    "function", [truncation_thresholds_triton, truncation_thresholds_torch]
+)
+INF = float("inf")
+
+
+class Options(NamedTuple):
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+OFF = Options()
+
+
+@pytest.fixture(params=[4, 64], ids="{} lanes".format)
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(truncate, "LANES", request.param)
+    return request.param
+
+
+def run(function: Callable, logits: torch.Tensor, rows: list[Options]) -> torch.Tensor:
+    columns = zip(*rows, strict=True)
+    dtypes = (FP32, torch.int32, FP32, FP32)
+    thresholds = function(
+        logits, *(torch.tensor(c, dtype=d, device=logits.device) for c, d in zip(columns, dtypes))
+    )
+    assert thresholds.dtype == FP32 and thresholds.shape == (len(rows),)
+    return thresholds
+
+
+def run_one(function: Callable, logits: list[float], *options: float) -> float:
+    return run(function, torch.tensor([logits]), [Options(*options)]).item()
+
+
+def number_kept(ordered: torch.Tensor, options: Options, slack: float) -> int:
+    """Of logits in descending order, float64; a slack above 0 widens the options, below narrows."""
+    temperature, top_k, top_p, min_p = options
+    if temperature == 0:
+        return len(ordered)
+    kept = ordered
+    weights = ((ordered - ordered[0]) / temperature).exp()
+    if min_p > 0:
+        # The bound, a float32 near the peak, is a step of it off at worst.
+        widened = min_p * (1 - slack) - math.copysign(2e-7 * abs(ordered[0]) / temperature, slack)
+        kept = kept[: max(1, int((weights >= widened).sum()))]
+        kept = ordered[ordered >= kept[-1]]
+    if 0 < top_k < len(kept):
+        kept = ordered[ordered >= kept[top_k - 1]]
+    if top_p < 1:
+        sums = weights[: len(kept)].cumsum(0)
+        enough = (sums >= min(1.0, top_p * (1 + slack)) * sums[-1]).nonzero()
+        kept = ordered[ordered >= kept[enough[0, 0]]]
+    return len(kept)
+
+
+def check(thresholds: torch.Tensor, logits: torch.Tensor, rows: list[Options]) -> int:
+    """The number of rows of which float64 leaves no doubt how many tokens they keep."""
+    certain = 0
+    for threshold, row, options in zip(thresholds.tolist(), logits, rows, strict=True):
+        top_p = torch.tensor(options.top_p).item()  # as float32 has it
+        min_p = torch.tensor(options.min_p).item()
+        options = options._replace(top_p=top_p, min_p=min_p)
+        ordered = row.double().sort(descending=True).values
+        kept = int((row.float() >= threshold).sum())
+        least, most = (number_kept(ordered, options, slack) for slack in (-1e-5, 1e-5))
+        assert max(1, least) <= kept <= most, (options, threshold)
+        certain += least == most
+        is_on = options.top_p < 1 or options.min_p > 0 or 0 < options.top_k < len(row)
+        if options.temperature == 0 or not is_on:
+            assert threshold == -INF
+        elif min_p == 0:
+            assert (row == threshold).any(), (options, threshold)
+    return certain
+
+
+def grid(vocab: int, temperatures: list[float]) -> list[Options]:
+    ks = [0, 1, 2, 7, 50, vocab // 2, vocab - 1, vocab, vocab + 5]
+    ps = [1.0, 1e-6, 0.3, 0.9, 0.999]
+    ms = [0.0, 0.02, 0.4, 1.0]
+    alone = [Options(1.0, k) for k in ks] + [Options(0.8, 0, p) for p in ps]
+    alone += [Options(0.8, 0, 1.0, m) for m in ms]
+    together = [Options(*x) for x in product(temperatures, ks, ps, ms)]
+    return alone + together[:: max(1, len(together) // 60)]
+
+
+@interpreted
+@both
+@on_cpu
+@pytest.mark.parametrize("vocab", [1, 3, 64, 65, 300])
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_options_alone_and_together(function, vocab: int, scale: float, dtype, lanes: int) -> None:
+    rows = grid(vocab, [0.3, 1.0, 2.0])
+    logits = (normal(len(rows), vocab, dtype=FP32, seed=vocab) * scale).to(dtype)
+    certain = check(run(function, logits, rows), logits, rows)
+    assert certain > 0.9 * len(rows)
+
+
+@interpreted
+@both
+@on_cpu
+def test_extreme_temperatures(function, dtype, lanes: int) -> None:
+    rows = grid(100, [1e-5, 1e30, 3e38, 1e-38])
+    logits = normal(len(rows), 100, dtype=dtype) * 3
+    check(run(function, logits, rows), logits, rows)
+
+
+@interpreted
+@both
+@on_cpu
+def test_many_ties(function, dtype, lanes: int) -> None:
+    rows = grid(200, [0.5, 1.0])
+    logits = (normal(len(rows), 200, dtype=FP32) * 2).round().to(dtype)
+    logits[logits == 0] *= -1  # both zeros
+    logits[::2] = logits[::2].abs() * -1
+    check(run(function, logits, rows), logits, rows)
+
+
+@interpreted
+@both
+@on_cpu
+@pytest.mark.parametrize("finite", [1, 3, 70])
+def test_minus_infinity(function, finite: int, dtype, lanes: int) -> None:
+    rows = [row for row in grid(200, [0.5, 1.0, 1e38]) if not finite <= row.top_k < 200]
+    logits = torch.full((len(rows), 200), -INF, dtype=dtype)
+    logits[:, 100 : 100 + finite] = normal(len(rows), finite, dtype=dtype)
+    thresholds = run(function, logits, rows)
+    check(thresholds, logits, rows)
+    for threshold, row in zip(thresholds.tolist(), rows):
+        assert threshold > -INF or (row.top_p == 1 and row.min_p == 0)
+    assert run(function, logits[:1], [Options(top_k=finite + 1)]).item() == -INF
+    nothing = torch.full((1, 200), -INF, dtype=dtype)
+    assert run(function, nothing, [Options(0.5, 3, 0.9, 0.1)]).item() == -INF
+
+
+@interpreted
+@both
+@on_cpu
+@pytest.mark.parametrize("value", [0.0, -0.0, -7.5, 12.0])
+def test_equal_logits_are_all_kept(function, value: float, dtype, lanes: int) -> None:
+    rows = [Options(*x) for x in product([0.7], [0, 1, 17, 299], [1.0, 1e-6, 0.9], [0.0, 0.5, 1.0])]
+    rows = rows[1:]  # the first has nothing on
+    logits = torch.full((len(rows), 300), value, dtype=dtype)
+    thresholds = run(function, logits, rows)
+    assert (logits.float() >= thresholds[:, None]).all()
+    certain = [row.min_p in (0.0, 1.0) or row.top_k > 0 or row.top_p < 1 for row in rows]
+    assert (thresholds[torch.tensor(certain)] == value).all()
+
+
+@interpreted
+@both
+def test_ties_at_the_boundary(function, lanes: int) -> None:
+    logits = [1.0, 3.0, 0.0, 2.0, 2.0, 2.0]
+    assert run_one(function, logits, 1.0, 1) == 3.0
+    for k in (2, 3, 4):
+        assert run_one(function, logits, 1.0, k) == 2.0
+    assert run_one(function, logits, 1.0, 5) == 1.0
+    # Weights 4, 2, 2, 1, 1 of 10: the token that reaches the sum stays, with its equal.
+    logits = [math.log(w) for w in (2, 1, 4, 1, 2)]
+    fours, twos, ones = sorted({*torch.tensor(logits).tolist()}, reverse=True)
+    for top_p, expected in [(0.01, fours), (0.39, fours), (0.41, twos), (0.59, twos), (0.79, twos),
+                            (0.81, ones), (0.99, ones)]:  # fmt: skip
+        assert run_one(function, logits, 1.0, 0, top_p) == expected
+
+
+@interpreted
+@both
+def test_options_apply_one_after_the_other(function, lanes: int) -> None:
+    logits = [math.log(w) for w in (1, 4, 2, 3)]
+    ones, twos, threes, fours = sorted(torch.tensor(logits).tolist())
+    assert run_one(function, logits, 1.0, 0, 0.5) == threes
+    assert run_one(function, logits, 1.0, 2, 0.5) == fours  # 4 of 7 are left
+    assert run_one(function, logits, 1.0, 0, 0.75) == twos
+    assert run_one(function, logits, 1.0, 0, 0.75, 0.6) == threes  # min_p leaves 4 and 3
+    assert run_one(function, logits, 1.0, 3, 1.0, 0.6) == pytest.approx(math.log(4 * 0.6))
+    assert run_one(function, logits, 1.0, 1, 1.0, 0.6) == fours
+    # Probabilities are those at the temperature: at 0.5 the squares, 16 of 30 and 9.
+    assert run_one(function, logits, 0.5, 0, 0.5) == fours
+    assert run_one(function, logits, 0.5, 0, 1.0, 0.5) == pytest.approx(math.log(4 / 2**0.5))
+
+
+@interpreted
+@both
+def test_nothing_is_cut_where_nothing_is_on(function, lanes: int) -> None:
+    off = [OFF, Options(top_k=100), Options(top_k=2**31 - 1), Options(0.0, 5, 0.5, 0.5)]
+    rows = [row for greedy_or_off in off for row in (greedy_or_off, Options(1.0, 3, 0.9, 0.1))]
+    logits = normal(len(rows), 100, dtype=FP32)
+    thresholds = run(function, logits, rows)
+    assert (thresholds[::2] == -INF).all() and (thresholds[1::2] > -INF).all()
+    check(thresholds, logits, rows)
+
+
+@interpreted
+@both
+def test_a_row_depends_on_no_other(function, lanes: int) -> None:
+    rows = grid(150, [0.0, 0.7, 1.3])
+    logits = normal(len(rows), 150, dtype=FP32) * 3
+    together = run(function, logits, rows)
+    alone = [run(function, logits[i : i + 1], rows[i : i + 1]) for i in range(0, len(rows), 5)]
+    assert torch.equal(together[::5], torch.cat(alone))
+
+
+@interpreted
+@pytest.mark.parametrize("vocab", [truncate.LANES, 6 * truncate.LANES + 77])
+def test_all_of_the_likely_tokens_in_one_lane(vocab: int) -> None:
+    options = [
+        (1.0, 5),
+        (1.0, 0, 0.9),
+        (1.0, 6, 0.95),
+        (1.0, 20),
+        (1.0, 5000, 0.9, 0.001),
+        (5.0, 0, 0.7),
+    ]
+    rows = [Options(*row) for row in options]
+    logits = normal(len(rows), vocab, dtype=FP32)
+    logits[:, 5 :: truncate.LANES] += 10
+    certain = check(run(truncation_thresholds_triton, logits, rows), logits, rows)
+    assert certain == len(rows)
+
+
+logit_lists = st.one_of(
+    st.lists(st.sampled_from([-INF, -2.0, -0.0, 0.0, 1.0, 1.5, 30.0]), min_size=1, max_size=50),
+    st.lists(st.floats(-40, 40, width=16), min_size=1, max_size=50),
+).filter(lambda logits: max(logits) > -INF)
+option_lists = st.lists(
+    st.builds(
+        Options,
+        st.sampled_from([0.0, 1e-5, 0.1, 0.7, 1.0, 5.0, 1e30]),
+        st.integers(0, 52),
+        st.one_of(st.just(1.0), st.floats(1e-6, 0.9999, width=32)),
+        st.one_of(st.sampled_from([0.0, 1.0]), st.floats(1e-6, 1, width=32)),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@interpreted
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(logit_lists, option_lists, st.sampled_from([1, 4, 16]), st.sampled_from([FP32, FP16]))
+def test_any_row(logits: list[float], rows: list[Options], lanes: int, dtype) -> None:
+    batch = torch.tensor(logits, dtype=dtype).repeat(len(rows), 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(truncate, "LANES", lanes)
+        for function in (truncation_thresholds_triton, truncation_thresholds_torch):
+            check(run(function, batch, rows), batch, rows)
+
+
+def test_dispatch_takes_the_twin_on_a_cpu() -> None:
+    rows = [OFF, Options(0.7, 20, 0.9, 0.01)]
+    logits = normal(2, 100, dtype=BF16)
+    thresholds = run(truncation_thresholds, logits, rows)
+    assert torch.equal(thresholds, run(truncation_thresholds_torch, logits, rows))
+    check(thresholds, logits, rows)
+
+
+# On a GPU, at the size of a real vocabulary
+
+VOCAB = 151936
+RAGGED = [
+    Options(*row)
+    for row in [
+        (0.6, 20, 0.95), (0.0, 20, 0.95), (1.0, 0, 0.9), (1.0,), (0.7, 1), (1.0, 1000),
+        (1.0, 50000, 0.8), (2.0, 0, 0.999), (1.0, 0, 1.0, 0.05), (1.0, 100, 0.9, 0.01),
+        (10.0, 0, 0.5), (1e-5, 3, 0.5), (1e30, 0, 0.3), (1.0, 0, 1e-6), (1.0, 0, 1.0, 1.0),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_ragged_rows_gpu(scale: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(2000, VOCAB, generator=generator, device="cuda", dtype=dtype).mul_(scale)
+    rows = [RAGGED[i % len(RAGGED)] for i in range(len(logits))]
+    thresholds = run(truncation_thresholds, logits, rows)
+    certain = check(thresholds, logits, rows)
+    assert certain > 0.8 * len(rows)
+    assert torch.equal(thresholds, run(truncation_thresholds, logits, rows))
+    twins = run(truncation_thresholds_torch, logits, rows)
+    kept, kept_by_twin = ((logits.float() >= t[:, None]).sum(1) for t in (thresholds, twins))
+    assert (kept != kept_by_twin).sum() < 0.1 * len(rows)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_ties_and_minus_infinity_gpu(dtype: torch.dtype) -> None:
+    rows = RAGGED * 4
+    logits = (normal(len(rows), VOCAB, dtype=FP32, device="cuda") * 2).round().to(dtype)
+    logits[:15] = 1.5
+    logits[15:30, 3:] = -INF
+    logits[30:45, ::3] = -INF
+    thresholds = run(truncation_thresholds, logits, rows)
+    finite = torch.tensor([not (15 <= i < 30 and row.top_k > 3) for i, row in enumerate(rows)])
+    check(thresholds[finite], logits[finite], [row for row, yes in zip(rows, finite) if yes])
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits_gpu() -> None:
+    logits = torch.zeros(2**31 // VOCAB + 2, VOCAB, dtype=BF16, device="cuda")
+    logits[-1, :3] = torch.tensor([3.0, 2.0, 1.0])
+    rows = [OFF] * (len(logits) - 1) + [Options(1.0, 2)]
+    thresholds = run(truncation_thresholds, logits, rows)
+    assert thresholds[-1] == 2.0 and (thresholds[:-1] == -INF).all()
