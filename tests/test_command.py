@@ -1,0 +1,561 @@
+"""`python -m nanovllm`: a chat in a terminal, and files of prompts."""
+
+import builtins
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from nanovllm import __main__ as command
+from nanovllm.commands import common
+
+ROOT = Path(__file__).parent.parent
+DEMO = str(ROOT / "demo" / "tiny-qwen3")
+WHO = "I am a tiny demo model of nanovllm, with about one million parameters."
+ENGINE = ("--device", "cpu", "--dtype", "float32")
+MODULE = (sys.executable, "-m", "nanovllm")
+
+
+class RecordingLLM(LLM):
+    """An engine with small blocks that remembers what it was asked for."""
+
+    options: ClassVar[dict[str, Any]] = {}
+    engines: ClassVar[list["RecordingLLM"]] = []  # all that were built
+
+    def __init__(self, model: str, **options: Any) -> None:
+        small = {"kvcache_block_size": 16, "num_kvcache_blocks": 256}
+        super().__init__(model, **small | self.options | options)
+        self.conversations: list[list[tuple[str, str]]] = []
+        self.template_kwargs: list[dict[str, Any]] = []
+        self.streamed: list[tuple[list[int], SamplingParams]] = []
+        self.most_queued = 0
+        self.engines.append(self)
+
+    def chat_prompt(self, messages: Any, **options: Any) -> list[int]:
+        self.template_kwargs.append(options["chat_template_kwargs"])
+        token_ids = super().chat_prompt(messages, **options)
+        self.conversations.append([(m["role"], m["content"]) for m in messages])
+        return token_ids
+
+    def stream(self, prompts: Any, params: Any = None) -> Iterator[Any]:
+        self.streamed.append((prompts[0], params))
+        return super().stream(prompts, params)
+
+    def step(self) -> list[Any]:
+        self.most_queued = max(self.most_queued, self.scheduler.num_unfinished)
+        return super().step()
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[RecordingLLM]:
+    """The engines that the command builds, once it has."""
+    monkeypatch.setattr(RecordingLLM, "engines", [])
+    monkeypatch.setattr(common, "LLM", RecordingLLM)
+    return RecordingLLM.engines
+
+
+# Chat
+
+
+@pytest.fixture
+def talk(
+    engines: list[RecordingLLM],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Runs a greedy chat over lines of input; gives the lines of output, and what else was said."""
+
+    def run(*lines: str, options: tuple[str, ...] = ("--temperature", "0")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        assert command.main(["chat", DEMO, *ENGINE, *options]) == 0
+        captured = capsys.readouterr()
+        return captured.out.splitlines(), captured.err
+
+    return run
+
+
+def test_chat_of_several_turns(talk, engines: list[RecordingLLM]):
+    out, err = talk("Who are you?", "", "47+38=", "  /reset ", "20+22=", "/exit", "1+1=")
+    assert len(out) == 3
+    assert out[0].startswith(WHO)
+    assert out[1:] == ["47 + 38 = 85", "20 + 22 = 42"]
+    assert "/reset" in err and "/exit" in err
+    (llm,) = engines
+    check, first, second, third = llm.conversations
+    assert [role for role, _ in check] == ["user"]  # whether there is a template at all
+    assert first == [("user", "Who are you?")]
+    assert second == [*first, ("assistant", out[0]), ("user", "47+38=")]
+    assert third == [("user", "20+22=")]
+    assert llm.template_kwargs[-1] == {}
+
+
+def test_chat_ends_with_its_input(talk):
+    assert talk("47+38=")[0] == ["47 + 38 = 85"]
+    assert talk()[0] == []
+
+
+def test_second_turn_finds_the_first_in_the_prefix_cache(talk, engines: list[RecordingLLM]):
+    talk("Who are you?", "47+38=")
+    (llm,) = engines
+    (first, _), (second, _) = llm.streamed
+    assert len(first) + 32 < len(second)
+    # All whole blocks of the first turn, its answer included, were there: less than two are new.
+    assert llm.stats.prefill_tokens < len(first) + len(second) - len(first) - 16
+
+
+def test_chat_options_reach_template_and_sampling(talk, engines: list[RecordingLLM]):
+    options = ("--system", "Be brief.", "--no-thinking", "--top-p", "0.9", "--top-k", "5")
+    options += ("--min-p", "0.1", "--temperature", "0.5", "--seed", "3", "--max-tokens", "2")
+    out, err = talk("Who are you?", "/reset", "Who are you?", options=options)
+    (llm,) = engines
+    assert llm.conversations[1:] == [[("system", "Be brief."), ("user", "Who are you?")]] * 2
+    assert llm.template_kwargs[-1] == {"enable_thinking": False}
+    params = SamplingParams(temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, seed=3, max_tokens=2)
+    assert [given for _, given in llm.streamed] == [params] * 2
+    assert out[0] == out[1]  # the seed's
+    assert err.count("[cut at --max-tokens]") == 2
+
+
+def test_unset_chat_options_are_the_checkpoints(
+    talk, engines: list[RecordingLLM], monkeypatch: pytest.MonkeyPatch
+):
+    recommended = SamplingParams(temperature=0.25, top_k=7, repetition_penalty=1.5)
+    monkeypatch.setattr(LLM, "get_default_sampling_params", lambda self: recommended)
+    talk("Who are you?", options=("--top-k", "3"))
+    ((_, params),) = engines[0].streamed
+    assert (params.temperature, params.top_k, params.repetition_penalty) == (0.25, 3, 1.5)
+    assert params.max_tokens is None
+
+
+@pytest.mark.parametrize("how", ["raised", "signalled"])
+def test_ctrl_c_stops_the_answer_and_not_the_chat(
+    talk, engines: list[RecordingLLM], monkeypatch: pytest.MonkeyPatch, how: str
+):
+    stream = LLM.stream
+
+    def interrupted(self: LLM, prompts: Any, params: Any = None) -> Iterator[Any]:
+        first_turn = len(engines[0].streamed) == 1
+        for number, piece in enumerate(stream(self, prompts, params)):
+            if first_turn and number == 4:
+                if how == "raised":
+                    raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
+            yield piece
+
+    monkeypatch.setattr(LLM, "stream", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    out, err = talk("Who are you?", "47+38=")
+    said = "I am a tiny" if how == "raised" else "I am a tiny demo"
+    assert out == [said, "47 + 38 = 85"]
+    assert "[stopped" in err
+    assert engines[0].conversations[-1][:2] == [("user", "Who are you?"), ("assistant", said)]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_second_ctrl_c_does_not_wait_for_the_engine(talk, monkeypatch: pytest.MonkeyPatch):
+    def stuck(self: LLM, prompts: Any, params: Any = None) -> Iterator[Any]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        yield {"text": "too late", "token_ids": [1], "finish_reason": None}
+
+    monkeypatch.setattr(LLM, "stream", stuck)
+    out, err = talk("Who are you?", "/reset")
+    assert out == [""]
+    assert err.index("[stopped") < err.index("forgotten")
+
+
+def test_ctrl_c_at_the_prompt_ends_the_chat(talk, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(builtins, "input", interrupt)
+    assert talk()[0] == []
+
+
+def test_conversation_that_does_not_fit(talk, engines: list[RecordingLLM]):
+    options = ("--temperature", "0", "--max-model-len", "64")
+    out, err = talk("47+38=", "Who are you? " * 20, "20+22=", options=options)
+    assert out == ["47 + 38 = 85", "20 + 22 = 42"]
+    assert "at most 63 fit" in err and "/reset" in err.partition("at most 63 fit")[2]
+    said = [content for _, content in engines[0].conversations[-1]]
+    assert said == ["47+38=", out[0], "20+22="]  # what did not fit was left out
+
+
+def test_answer_that_fills_the_conversation(talk):
+    options = ("--temperature", "0", "--max-model-len", "32")
+    out, err = talk("Who are you?", "/reset", "20+22=", options=options)
+    assert out[0].startswith("I am a tiny demo model")
+    assert out[1] == "20 + 22 = 42"
+    assert "[the conversation is full: /reset forgets it]" in err
+
+
+def test_message_that_is_no_text_is_left_out(talk, engines: list[RecordingLLM]):
+    out, err = talk("\ud800", "20+22=")
+    assert out == ["20 + 22 = 42"]
+    assert "cannot be answered" in err
+    assert engines[0].conversations[-1] == [("user", "20+22=")]
+
+
+def test_chat_in_a_process() -> None:
+    process = subprocess.run(
+        [*MODULE, "chat", DEMO, *ENGINE, "--temperature", "0"], cwd=ROOT, capture_output=True,
+        input="Who are you?\n你好，请从1数到10。\n".encode() + b"\xff\n",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    first, second, _ = process.stdout.decode().splitlines()
+    assert first.startswith(WHO)
+    assert second == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"
+
+
+# Both
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "-1"], "temperature must be a finite number, 0 (greedy) or above"),
+        (["--top-p", "0"], "top_p must be above 0"),
+        (["--max-tokens", "0"], "max_tokens must be at least 1"),
+        (["--top-k", "x"], "--top-k: invalid int value"),
+    ],
+)
+def test_bad_sampling_option(options: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_:
+        command.main(["chat", "no/such/model", *options])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("./nowhere", [], "model directory './nowhere' does not exist"),
+        (DEMO, ["--dtype", "int8"], "dtype must be one of"),
+        (DEMO, ["--max-model-len", "1"], "max_model_len must be at least 2"),
+        (DEMO, ["--device", "abacus"], "device must be"),
+    ],
+)
+def test_engine_that_cannot_be_built(
+    model: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert command.main(["chat", model, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_checkpoint_that_recommends_the_impossible(
+    tiny_copy: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tiny_copy / "generation_config.json").write_text('{"top_p": 2}')
+    assert command.main(["chat", str(tiny_copy), "--device", "cpu"]) == 2
+    assert "cannot be used: top_p must be" in capsys.readouterr().err
+
+
+def test_chat_needs_a_template(tiny: Path, capsys: pytest.CaptureFixture[str]):
+    assert command.main(["chat", str(tiny), "--device", "cpu"]) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["chat", "generate"])
+def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_:
+        command.main([name, "--help"])
+    assert exit_.value.code == 0
+    assert f"python -m nanovllm {name} Qwen/Qwen3-0.6B" in capsys.readouterr().out
+
+
+# Generate
+
+
+class Files:
+    """An input and an output file, and the command that leads from one to the other."""
+
+    def __init__(self, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.input = directory / "prompts.jsonl"
+        self.output = directory / "answers.jsonl"
+        self.capsys = capsys
+
+    def command(self, *options: str) -> list[str]:
+        files = ["--input", str(self.input), "--output", str(self.output)]
+        return ["generate", DEMO, *files, *ENGINE, *options]
+
+    def put(self, *lines: Any) -> None:
+        """Write the input: objects as JSON, strings as they are."""
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        content = "".join(text + "\n" for text in texts)
+        self.input.write_bytes(content.encode("utf-8", "surrogateescape"))
+
+    def run(self, *options: str) -> tuple[int, str, list[str]]:
+        """The exit status, the summary, and the other lines on stderr but the progress."""
+        status = command.main(self.command(*options))
+        captured = self.capsys.readouterr()
+        assert captured.out == ""
+        lines = captured.err.replace("\r", "\n").splitlines()
+        return status, lines[-1], [line for line in lines[:-1] if line.startswith("line ")]
+
+    def answers(self) -> dict[int, dict[str, Any]]:
+        """What the output has, by number of line."""
+        lines = self.output.read_text(encoding="utf-8").split("\n")
+        assert lines.pop() == ""
+        records = [json.loads(line) for line in lines]
+        assert len({record["line"] for record in records}) == len(records)
+        return {record["line"]: record for record in records}
+
+
+@pytest.fixture
+def files(tmp_path: Path, capsys: pytest.CaptureFixture[str], engines: object) -> Files:
+    return Files(tmp_path, capsys)
+
+
+def long_lines(count: int) -> list[dict[str, Any]]:
+    """Lines whose answers end one after another, over some hundred steps."""
+    return [
+        {"prompt": "1, 2, 3", "sampling_params": {"max_tokens": 12 * i, "ignore_eos": True}}
+        for i in range(1, count + 1)
+    ]
+
+
+def test_every_kind_of_line(files: Files):
+    messages = [{"role": "user", "content": "47+38="}]
+    with LLM(DEMO, device="cpu", dtype="float32") as llm:
+        token_ids = llm.chat_prompt([{"role": "user", "content": "Who are you?"}])
+        prompt = llm.tokenizer.decode(token_ids)
+        params = SamplingParams(temperature=0, max_tokens=9)
+        (expected,) = llm.generate(token_ids, params, use_tqdm=False)
+    files.put(
+        {"prompt": prompt, "sampling_params": None, "note": "other keys do not matter"},
+        {"prompt_token_ids": token_ids, "prompt": None, "id": {"any": ["JSON", 1.5, "é\ud800"]}},
+        "",
+        {"messages": messages, "id": None, "sampling_params": {"max_tokens": 30}},
+        {"prompt": prompt, "id": "s", "sampling_params": {"stop": " tiny", "max_tokens": None}},
+        {"prompt": prompt, "sampling_params": {"logit_bias": {str(token_ids[0]): -1}, "seed": 5}},
+    )
+    status, summary, complaints = files.run("--temperature", "0", "--max-tokens", "9")
+    assert (status, summary, complaints) == (0, "Done: 5 answered, 0 skipped, 0 bad.", [])
+    answers = files.answers()
+    assert {number: record["id"] for number, record in answers.items()} == {
+        1: 1, 2: {"any": ["JSON", 1.5, "é\ud800"]}, 4: None, 5: "s", 6: 6,
+    }  # fmt: skip
+    keys = ["id", "line", "digest", "text", "token_ids", "finish_reason"]
+    assert all(list(record) == keys for record in answers.values())
+    for number in (1, 2):
+        record = answers[number]
+        assert (record["text"], record["token_ids"], record["finish_reason"]) == (
+            expected["text"], expected["token_ids"], "length",
+        )  # fmt: skip
+    assert (answers[4]["text"], answers[4]["finish_reason"]) == ("47 + 38 = 85", "stop")
+    assert (answers[5]["text"], answers[5]["finish_reason"]) == ("I am a", "stop")
+
+
+BAD_LINES = {
+    "not JSON": ('{"prompt": "torn', "not JSON: "),
+    "nested too deep": ("[" * 100_000, "not JSON"),
+    "not UTF-8": ('{"prompt": "\udcff"}', "not JSON: 'utf-8' codec"),
+    "no object": ([1, 2], "not a JSON object"),
+    "no prompt": ({"text": "Hello"}, "needs one of prompt, prompt_token_ids, messages, and has no"),
+    "two prompts": ({"prompt": "a", "messages": []}, "and has prompt and messages"),
+    "prompt of another type": ({"prompt": 5}, "prompt must be a string, got 5"),
+    "long value": ({"prompt": ["x" * 500]}, "prompt must be a string, got"),
+    "empty prompt": ({"prompt": ""}, "the prompt is empty"),
+    "half a character": ({"prompt": "\ud800"}, "the prompt is not valid Unicode"),
+    "no list of tokens": ({"prompt_token_ids": "1 2"}, "prompt_token_ids must be a list"),
+    "no token": ({"prompt_token_ids": [1, 10**9]}, "the prompt has token id 1000000000, outside"),
+    "token of another type": ({"prompt_token_ids": [1, "2"]}, "the prompt, token 1 must be an"),
+    "no messages": ({"messages": []}, "messages must be a list of dicts"),
+    "odd message": ({"messages": ["Hello"]}, "the chat template does not take these messages"),
+    "too long": ({"prompt_token_ids": [5] * 64}, "the prompt has 64 tokens, and at most 63 fit"),
+    "no object of parameters": ({"prompt": "a", "sampling_params": [1]}, "must be an object"),
+    "unknown parameter": ({"prompt": "a", "sampling_params": {"temp": 1}}, "has 'temp'; it takes"),
+    "bad parameter": ({"prompt": "a", "sampling_params": {"top_p": 2}}, "top_p must be a finite"),
+    "null": ({"prompt": "a", "sampling_params": {"temperature": None}}, "must be a number"),
+    "bad bias": ({"prompt": "a", "sampling_params": {"logit_bias": {"x": 1}}}, "got 'x'"),
+    "several answers": ({"prompt": "a", "sampling_params": {"n": 2}}, "no place in the output"),
+    "infinite id": ('{"prompt": "a", "id": 1e999}', "id must be a JSON value"),
+}
+
+
+def test_bad_lines_are_reported_and_the_rest_goes_on(files: Files):
+    good = {"prompt": "1, 2, 3"}
+    files.put(good, *[line for line, _ in BAD_LINES.values()], good)
+    status, summary, complaints = files.run("--max-tokens", "4", "--max-model-len", "64")
+    assert status == 1
+    assert summary == f"Done: 2 answered, 0 skipped, {len(BAD_LINES)} bad."
+    assert len(complaints) == len(BAD_LINES)
+    for number, (complaint, (_, reason)) in enumerate(zip(complaints, BAD_LINES.values()), start=2):
+        assert complaint.startswith(f"line {number}: ")
+        assert reason in complaint
+        assert len(complaint) < 600
+    assert set(files.answers()) == {1, len(BAD_LINES) + 2}
+    before = files.output.read_bytes()
+    status, summary, _ = files.run("--max-tokens", "4", "--max-model-len", "64")
+    assert (status, summary) == (1, f"Done: 0 answered, 2 skipped, {len(BAD_LINES)} bad.")
+    assert files.output.read_bytes() == before
+
+
+def test_each_line_has_a_seed_of_its_own(files: Files, tmp_path: Path):
+    line = {"prompt": "1, 2, 3", "sampling_params": {"ignore_eos": True}}
+    files.put(line, line, line | {"sampling_params": {"ignore_eos": True, "seed": 7}})
+    options = ("--max-tokens", "16", "--temperature", "3")
+    results = {}
+    for seed in ("0", None, "1"):
+        files.output = tmp_path / f"{seed}.jsonl"
+        assert files.run(*options, *(["--seed", seed] if seed else []))[0] == 0
+        results[seed] = {n: record["token_ids"] for n, record in files.answers().items()}
+    assert results["0"] == results[None]
+    first, second = results["0"], results["1"]
+    assert first[1] != first[2]
+    assert first[1] != second[1]
+    assert first[3] == second[3]  # the line's own seed goes before
+
+
+def test_a_large_file_is_not_queued_at_once(
+    files: Files, engines: list[RecordingLLM], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(RecordingLLM, "options", {"max_num_seqs": 2})
+    files.put(*[{"prompt": "1, 2, 3"}] * 30)
+    assert files.run("--max-tokens", "3")[:2] == (0, "Done: 30 answered, 0 skipped, 0 bad.")
+    assert engines[0].most_queued == 8
+
+
+def test_resume_after_a_kill_gives_the_same_lines(files: Files):
+    files.put("not JSON", *long_lines(16))
+    whole = files.output
+    assert files.run()[:2] == (1, "Done: 16 answered, 0 skipped, 1 bad.")
+    expected = files.answers()
+
+    files.output = whole.with_name("killed.jsonl")
+    process = subprocess.Popen([*MODULE, *files.command()], cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for_lines(process, files.output, 3)
+    process.kill()
+    process.wait()
+    left = files.output.read_bytes()
+    assert 3 <= left.count(b"\n") < 16
+    status, summary, _ = files.run()
+    skipped = left.count(b"\n")
+    assert (status, summary) == (1, f"Done: {16 - skipped} answered, {skipped} skipped, 1 bad.")
+    assert files.output.read_bytes().startswith(left[: left.rfind(b"\n") + 1])
+    assert files.answers() == expected
+
+
+def test_ctrl_c_leaves_what_is_finished(files: Files):
+    files.put(*long_lines(30))
+    process = subprocess.Popen(
+        [*MODULE, *files.command()], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_lines(process, files.output, 2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    answered = len(files.answers())
+    assert 2 <= answered < 30
+    assert err.splitlines()[-1] == (
+        f"Interrupted: {answered} answered, 0 skipped, 0 bad. To go on from here, give the same "
+        "command again."
+    )
+
+
+def wait_for_lines(process: subprocess.Popen, path: Path, number: int) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < number:
+        assert process.poll() is None, "it ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_ctrl_c_while_the_model_is_loaded(files: Files, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "LLM", interrupt)
+    files.put({"prompt": "a"})
+    assert files.run()[:2] == (
+        130,
+        "Interrupted: 0 answered, 0 skipped, 0 bad. To go on from here, give the same command "
+        "again.",
+    )
+
+
+@pytest.mark.parametrize("kept", [1, 6, 7, 30, -1])
+def test_torn_last_line_is_dropped(files: Files, kept: int):
+    files.put({"prompt": "1, 2, 3"}, {"prompt": "2, 3, 4"})
+    assert files.run("--max-tokens", "4")[0] == 0
+    whole, expected = files.output.read_bytes(), files.answers()
+    first, last = whole.splitlines(keepends=True)
+    files.output.write_bytes(first + last[:kept])
+    status, summary, _ = files.run("--max-tokens", "4")
+    assert (status, summary) == (0, "Done: 1 answered, 1 skipped, 0 bad.")
+    assert files.answers() == expected
+
+
+def test_changed_input_is_an_error_of_that_line(files: Files):
+    lines = [{"prompt": f"{i}, {i + 1}"} for i in range(4)]
+    files.put(*lines)
+    assert files.run("--max-tokens", "4")[0] == 0
+    before = files.output.read_bytes()
+    files.put(lines[0], {"prompt": "7, 8"}, lines[2])
+    status, summary, complaints = files.run("--max-tokens", "4")
+    assert (status, summary) == (1, "Done: 0 answered, 2 skipped, 2 bad.")
+    second, fourth = complaints
+    assert second.startswith("line 2: the output has an answer to another line of this number")
+    assert fourth.startswith("line 4: the output has an answer to it, and the input has no such")
+    assert files.output.read_bytes() == before
+
+
+def test_input_may_grow(files: Files):
+    files.put({"prompt": "1, 2, 3"})
+    assert files.run("--max-tokens", "4")[0] == 0
+    files.put({"prompt": "1, 2, 3"}, {"prompt": "2, 3, 4"})
+    status, summary, _ = files.run("--max-tokens", "4")
+    assert (status, summary) == (0, "Done: 1 answered, 1 skipped, 0 bad.")
+
+
+def test_other_options_are_an_error_of_each_line(files: Files):
+    files.put({"prompt": "1, 2, 3"})
+    assert files.run("--max-tokens", "4")[0] == 0
+    status, summary, (complaint,) = files.run("--max-tokens", "5")
+    assert (status, summary) == (1, "Done: 0 answered, 0 skipped, 1 bad.")
+    assert "with other options" in complaint
+
+
+@pytest.mark.parametrize(
+    "content", ["notes\n", "notes", '{"id": 1, "prompt": "a"}\n', "\n", "[" * 100_000 + "\n"]
+)
+def test_output_of_something_else_is_refused(files: Files, content: str):
+    files.put({"prompt": "1, 2, 3"})
+    files.output.write_text(content)
+    status, message, _ = files.run()
+    assert status == 2
+    assert "answers.jsonl is not what this command writes" in message
+    assert files.output.read_text() == content
+
+
+def test_files_that_cannot_be_used(files: Files, tmp_path: Path):
+    status, message, _ = files.run()
+    assert status == 2 and "prompts.jsonl" in message
+    files.put({"prompt": "1, 2, 3"})
+    files.output = tmp_path / "nowhere" / "answers.jsonl"
+    status, message, _ = files.run()
+    assert status == 2 and "nowhere" in message
+    files.output = files.input
+    status, message, _ = files.run()
+    assert status == 2 and "--output is the input" in message
+    assert files.input.read_text() == '{"prompt": "1, 2, 3"}\n'
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_input_may_be_a_pipe(files: Files, tmp_path: Path):
+    files.input = tmp_path / "pipe"
+    os.mkfifo(files.input)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", f"open({str(files.input)!r}, 'w').write('{{\"prompt\": \"a\"}}')"]
+    )
+    assert files.run("--max-tokens", "2")[:2] == (0, "Done: 1 answered, 0 skipped, 0 bad.")
+    assert writer.wait() == 0
