@@ -23,6 +23,14 @@ class LLM(LLMEngine):
     context manager, or call :meth:`close`, to give the memory back.
     """
 
+    _is_streaming = False
+
+    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
+        """See `LLMEngine.add_request`. Refused while a stream is open: its steps would take it."""
+        if self._is_streaming:
+            raise RuntimeError("a stream is open: close it, or go through it, before add_request()")
+        return super().add_request(prompt, sampling_params)
+
     def generate(
         self,
         prompts: Prompt | Collection[Prompt],
@@ -91,8 +99,8 @@ class LLM(LLMEngine):
             sampling_params, use_tqdm: as in `generate`.
             **template: see `chat_prompt`.
         """
-        is_one = isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], dict)
-        conversations = [messages] if is_one else messages
+        is_list = isinstance(messages, (list, tuple)) and len(messages) > 0
+        conversations = messages if is_list and not isinstance(messages[0], dict) else [messages]
         prompts = [self.chat_prompt(conversation, **template) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -127,7 +135,8 @@ class LLM(LLMEngine):
                 f"{self.config.model_dir} has no {what}: pass chat_template, or write the prompt "
                 "yourself and use generate"
             )
-        if not isinstance(messages, (list, tuple)) or not messages:
+        is_list = isinstance(messages, (list, tuple)) and len(messages) > 0
+        if not is_list or not all(isinstance(message, dict) for message in messages):
             raise ValueError(f"messages must be a list of dicts, got {reprlib.repr(messages)}")
         if continue_final_message:
             add_generation_prompt = False
@@ -139,7 +148,10 @@ class LLM(LLMEngine):
             )  # fmt: skip
         except Exception as error:  # of jinja, and whatever a template raises
             raise ValueError(f"the chat template does not take these messages: {error}") from error
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeError) as error:
+            raise ValueError(f"a message is not valid Unicode text: {error}") from error
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Those that the checkpoint's generation_config.json recommends.
@@ -157,6 +169,7 @@ class LLM(LLMEngine):
 
     def _pieces(self, requests: list[Request]) -> Iterator[StreamOutput]:
         self._check_idle("stream")
+        self._is_streaming = True
         live = {index: request.sequences[0] for index, request in enumerate(requests)}
         shown = {index: (0, 0) for index in live}  # characters and tokens
         try:
@@ -164,8 +177,9 @@ class LLM(LLMEngine):
                 if seq.detokenizer is None and self.tokenizer is not None:
                     seq.detokenizer = self.input_processor.detokenizer(seq.sampling_params)
                 self._queue(request)
-            while live:
+            while not self.is_finished():
                 self.step()
+                pieces = []
                 for index, seq in list(live.items()):
                     text, end = "", 0
                     if seq.detokenizer is not None:
@@ -177,14 +191,20 @@ class LLM(LLMEngine):
                     if seq.is_finished:
                         del live[index]
                     if new_text or new_tokens or seq.is_finished:
-                        yield StreamOutput(
-                            index=index, text=new_text, token_ids=new_tokens,
-                            finish_reason=seq.finish_reason,
+                        pieces.append(
+                            StreamOutput(
+                                index=index, text=new_text, token_ids=new_tokens,
+                                finish_reason=seq.finish_reason,
+                            )
                         )  # fmt: skip
+                yield from pieces
         finally:
+            self._is_streaming = False
             if self.model_runner is not None:
                 for seq in live.values():
                     self.abort(seq.seq_id)
+                while not self.is_finished():  # what was under way
+                    self.step()
 
     def _check_idle(self, method: str) -> None:
         self._check_open()

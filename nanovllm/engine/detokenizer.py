@@ -47,14 +47,16 @@ class Detokenizer:
         now = self._decode(self._shown + self._hidden)
         if now.endswith(UNFINISHED):
             return
-        self._show(now[len(before) :], may_stop)
-        self._shown, self._hidden = self._hidden, []
+        if len(now) > len(before):  # a token without text is nobody's left neighbour
+            self._show(now[len(before) :], may_stop)
+            self._shown = self._hidden
+        self._hidden = []
 
     def finish(self) -> None:
         """Show what is left, as a broken character if need be."""
         if self._hidden and self.stopped_by is None:
             before = self._decode(self._shown)
-            self._show(self._decode(self._shown + self._hidden)[len(before) :], may_stop=True)
+            self._show(self._decode(self._shown + self._hidden)[len(before) :], may_stop=False)
             self._hidden = []
 
     @property

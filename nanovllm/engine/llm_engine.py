@@ -118,10 +118,10 @@ class LLMEngine:
     def abort(self, request_id: int) -> None:
         """Drop one request, wherever it is; no output comes of it. Unknown ids are ignored."""
         self._check_open()
-        request = self._requests.get(request_id)
-        if request is not None and request.request_id == request_id:
+        found = {r.request_id: r for r in self._requests.values()}.get(request_id)
+        if found is not None:
             self._num_aborted += 1
-            for seq in request.sequences:
+            for seq in found.sequences:
                 self._requests.pop(seq.seq_id, None)
                 self.scheduler.abort(seq.seq_id)
 
@@ -190,14 +190,13 @@ class LLMEngine:
     def _end(self, seq: Sequence) -> RequestOutput | None:
         """Of a sequence that has ended, its request's output if it was the last."""
         seq.finished_time = time.time()
-        self._num_generated += len(seq.token_ids) - seq.num_prompt_tokens
         request = self._requests.pop(seq.seq_id)
-        if not all(other.is_finished for other in request.sequences):
-            self._requests.setdefault(request.request_id, request)  # for `abort`
+        if any(other.seq_id in self._requests for other in request.sequences):
             return None
-        self._requests.pop(request.request_id, None)
         self._num_finished += 1
-        return self.output_processor.output(request)
+        output = self.output_processor.output(request)
+        self._num_generated += sum(len(one["token_ids"]) for one in output["outputs"])
+        return output
 
     def _fit_to_cache(self, num_blocks: int) -> None:
         capacity = num_blocks * self.config.kvcache_block_size
