@@ -19,13 +19,17 @@ from nanovllm.kernels import (
     silu_and_mul,
     split_k,
     tiled_gemm,
+    truncate,
 )
 
 INTEGERS = (
     "positions", "slots", "bounds", "tiles", "chunk_counts", "cu_seqlens", "context_lens",
-    "block_tables", "token_ids", "best_token", "turn",
+    "block_tables", "token_ids", "best_token", "turn", "top_k",
 )  # fmt: skip
-FLOATS = ("cos_sin", "partial", "best", "total", "partials", "temperatures", "thresholds")
+FLOATS = (
+    "cos_sin", "partial", "best", "total", "partials", "temperatures", "top_p", "min_p",
+    "thresholds",
+)  # fmt: skip
 LONGS = ("seeds", "sampled", "copies")
 SIZES: dict[str, Any] = {"num_kv_heads": 8, "head_dim": 128}
 
@@ -81,6 +85,7 @@ def main() -> None:
             dtype, **SIZES, block_size=256, num_heads=16, BLOCK_D=128, BLOCK_M=64,
             BLOCK_N=64 if wide else 16, PRECISION=precision, PDL=True,
         )  # fmt: skip
+        compile_kernel(truncate._thresholds_kernel, {"num_warps": 16}, dtype, LANES=4096, PDL=True)
     compile_kernel(
         paged_decode._combine_kernel, {"num_warps": 2}, MAX_CHUNKS=32, BLOCK_C=16, BLOCK_D=128,
         PDL=True,
@@ -113,7 +118,11 @@ def main() -> None:
     compile_kernel(silu_and_mul._silu_and_mul_kernel, {"num_warps": 4}, BLOCK=1024, PDL=True)
     compile_kernel(embed._embed_kernel, {"num_warps": 2}, BLOCK=1024, PDL=True)
     compile_kernel(
-        gumbel_sample._best_of_tile_kernel, {"num_warps": 8}, TILE=4096, PDL=True, FAST_LOG=True,
+        gumbel_sample._best_of_tile_kernel,
+        {"num_warps": 8},
+        TILE=4096,
+        PDL=True,
+        FAST_LOG=True,
         TRUNCATED=True,
     )
     compile_kernel(

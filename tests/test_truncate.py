@@ -38,10 +38,10 @@ class Options(NamedTuple):
 OFF = Options()
 
 
-@pytest.fixture(params=[4, 64], ids="{} lanes".format)
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(truncate, "LANES", request.param)
-    return request.param
+@pytest.fixture(autouse=True)
+def few_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(truncate, "LANES", 8)
 
 
 def run(function: Callable, logits: torch.Tensor, rows: list[Options]) -> torch.Tensor:
@@ -52,10 +52,6 @@ def run(function: Callable, logits: torch.Tensor, rows: list[Options]) -> torch.
     )
     assert thresholds.dtype == FP32 and thresholds.shape == (len(rows),)
     return thresholds
-
-
-def run_one(function: Callable, logits: list[float], *options: float) -> float:
-    return run(function, torch.tensor([logits]), [Options(*options)]).item()
 
 
 def number_kept(ordered: torch.Tensor, options: Options, slack: float) -> int:
@@ -99,23 +95,24 @@ def check(thresholds: torch.Tensor, logits: torch.Tensor, rows: list[Options]) -
     return certain
 
 
-def grid(vocab: int, temperatures: list[float]) -> list[Options]:
-    ks = [0, 1, 2, 7, 50, vocab // 2, vocab - 1, vocab, vocab + 5]
+def mixed(function: Callable, vocab: int, temperatures: list[float]) -> list[Options]:
+    """Options alone and together: all for the twin, some for the interpreter, ten a second."""
+    ks = [0, 1, 2, 7, vocab // 2, vocab - 1, vocab, vocab + 5]
     ps = [1.0, 1e-6, 0.3, 0.9, 0.999]
     ms = [0.0, 0.02, 0.4, 1.0]
-    alone = [Options(1.0, k) for k in ks] + [Options(0.8, 0, p) for p in ps]
-    alone += [Options(0.8, 0, 1.0, m) for m in ms]
-    together = [Options(*x) for x in product(temperatures, ks, ps, ms)]
-    return alone + together[:: max(1, len(together) // 60)]
+    rows = [Options(top_k=k) for k in ks] + [Options(0.8, top_p=p) for p in ps]
+    rows += [Options(0.8, min_p=m) for m in ms]
+    rows += [Options(*row) for row in product(temperatures, ks, ps, ms)]
+    # 53 has no divisor in common with a side of the grid: every value takes its turn.
+    return rows if function is truncation_thresholds_torch else rows[2:17:2] + rows[17::53]
 
 
 @interpreted
 @both
 @on_cpu
-@pytest.mark.parametrize("vocab", [1, 3, 64, 65, 300])
-@pytest.mark.parametrize("scale", [0.1, 3.0])
-def test_options_alone_and_together(function, vocab: int, scale: float, dtype, lanes: int) -> None:
-    rows = grid(vocab, [0.3, 1.0, 2.0])
+@pytest.mark.parametrize(("vocab", "scale"), [(1, 3.0), (31, 3.0), (60, 0.1), (60, 3.0)])
+def test_options_alone_and_together(function, vocab: int, scale: float, dtype) -> None:
+    rows = mixed(function, vocab, [0.3, 1.0, 2.0])
     logits = (normal(len(rows), vocab, dtype=FP32, seed=vocab) * scale).to(dtype)
     certain = check(run(function, logits, rows), logits, rows)
     assert certain > 0.9 * len(rows)
@@ -123,93 +120,94 @@ def test_options_alone_and_together(function, vocab: int, scale: float, dtype, l
 
 @interpreted
 @both
-@on_cpu
-def test_extreme_temperatures(function, dtype, lanes: int) -> None:
-    rows = grid(100, [1e-5, 1e30, 3e38, 1e-38])
-    logits = normal(len(rows), 100, dtype=dtype) * 3
+def test_extreme_temperatures(function) -> None:
+    rows = mixed(function, 40, [1e-5, 1e30, 3e38, 1e-38])
+    logits = normal(len(rows), 40, dtype=FP16) * 3
     check(run(function, logits, rows), logits, rows)
 
 
 @interpreted
 @both
 @on_cpu
-def test_many_ties(function, dtype, lanes: int) -> None:
-    rows = grid(200, [0.5, 1.0])
-    logits = (normal(len(rows), 200, dtype=FP32) * 2).round().to(dtype)
-    logits[logits == 0] *= -1  # both zeros
-    logits[::2] = logits[::2].abs() * -1
+def test_many_ties(function, dtype) -> None:
+    rows = mixed(function, 50, [0.5, 1.0])
+    logits = (normal(len(rows), 50, dtype=FP32) * 2).round().to(dtype)
+    logits[::2] = -logits[::2].abs()  # the largest is -0.0
     check(run(function, logits, rows), logits, rows)
 
 
 @interpreted
 @both
 @on_cpu
-@pytest.mark.parametrize("finite", [1, 3, 70])
-def test_minus_infinity(function, finite: int, dtype, lanes: int) -> None:
-    rows = [row for row in grid(200, [0.5, 1.0, 1e38]) if not finite <= row.top_k < 200]
-    logits = torch.full((len(rows), 200), -INF, dtype=dtype)
-    logits[:, 100 : 100 + finite] = normal(len(rows), finite, dtype=dtype)
-    thresholds = run(function, logits, rows)
-    check(thresholds, logits, rows)
-    for threshold, row in zip(thresholds.tolist(), rows):
-        assert threshold > -INF or (row.top_p == 1 and row.min_p == 0)
-    assert run(function, logits[:1], [Options(top_k=finite + 1)]).item() == -INF
-    nothing = torch.full((1, 200), -INF, dtype=dtype)
+@pytest.mark.parametrize("finite", [1, 3, 30])
+def test_minus_infinity(function, finite: int, dtype) -> None:
+    rows = [row for row in mixed(function, 60, [0.5, 1e30]) if not finite <= row.top_k < 60]
+    logits = torch.full((len(rows), 60), -INF, dtype=dtype)
+    logits[:, 20 : 20 + finite] = normal(len(rows), finite, dtype=dtype)
+    check(run(function, logits, rows), logits, rows)
+    rows = [Options(top_k=finite + 1), Options(0.7, finite + 1, 0.999), Options(0.7, 0, 1.0, 1e-3)]
+    thresholds = run(function, logits[:3], rows).tolist()
+    assert thresholds[0] == -INF and min(thresholds[1:]) > -INF
+    nothing = torch.full((1, 60), -INF, dtype=dtype)
     assert run(function, nothing, [Options(0.5, 3, 0.9, 0.1)]).item() == -INF
 
 
 @interpreted
 @both
 @on_cpu
-@pytest.mark.parametrize("value", [0.0, -0.0, -7.5, 12.0])
-def test_equal_logits_are_all_kept(function, value: float, dtype, lanes: int) -> None:
-    rows = [Options(*x) for x in product([0.7], [0, 1, 17, 299], [1.0, 1e-6, 0.9], [0.0, 0.5, 1.0])]
-    rows = rows[1:]  # the first has nothing on
-    logits = torch.full((len(rows), 300), value, dtype=dtype)
-    thresholds = run(function, logits, rows)
-    assert (logits.float() >= thresholds[:, None]).all()
-    certain = [row.min_p in (0.0, 1.0) or row.top_k > 0 or row.top_p < 1 for row in rows]
-    assert (thresholds[torch.tensor(certain)] == value).all()
+@pytest.mark.parametrize("value", [-0.0, -7.5, 12.0])
+def test_equal_logits_are_all_kept(function, value: float, dtype) -> None:
+    rows = [
+        (1.0, 1),
+        (1.0, 39),
+        (0.5, 0, 1e-6),
+        (0.5, 0, 0.999),
+        (1e30, 17, 0.9, 0.5),
+        (1.0, 0, 1.0, 1.0),
+    ]
+    logits = torch.full((len(rows), 40), value, dtype=dtype)
+    assert (run(function, logits, [Options(*row) for row in rows]) == value).all()
 
 
 @interpreted
 @both
-def test_ties_at_the_boundary(function, lanes: int) -> None:
-    logits = [1.0, 3.0, 0.0, 2.0, 2.0, 2.0]
-    assert run_one(function, logits, 1.0, 1) == 3.0
-    for k in (2, 3, 4):
-        assert run_one(function, logits, 1.0, k) == 2.0
-    assert run_one(function, logits, 1.0, 5) == 1.0
-    # Weights 4, 2, 2, 1, 1 of 10: the token that reaches the sum stays, with its equal.
-    logits = [math.log(w) for w in (2, 1, 4, 1, 2)]
-    fours, twos, ones = sorted({*torch.tensor(logits).tolist()}, reverse=True)
-    for top_p, expected in [(0.01, fours), (0.39, fours), (0.41, twos), (0.59, twos), (0.79, twos),
-                            (0.81, ones), (0.99, ones)]:  # fmt: skip
-        assert run_one(function, logits, 1.0, 0, top_p) == expected
+def test_ties_at_the_boundary(function) -> None:
+    logits = torch.tensor([[1.0, 3.0, 0.0, 2.0, 2.0, 2.0]]).repeat(5, 1)
+    rows = [Options(top_k=k) for k in (1, 2, 3, 4, 5)]
+    assert run(function, logits, rows).tolist() == [3.0, 2.0, 2.0, 2.0, 1.0]
+    # Of 10 the weights: the token that reaches the sum stays, and with it its equal.
+    weights = torch.tensor([2.0, 1.0, 4.0, 1.0, 2.0])
+    top_p = {0.01: 4, 0.39: 4, 0.41: 2, 0.59: 2, 0.79: 2, 0.81: 1, 0.99: 1}
+    rows = [Options(top_p=p) for p in top_p]
+    thresholds = run(function, weights.log().repeat(len(rows), 1), rows)
+    assert thresholds.exp().round().tolist() == list(top_p.values())
 
 
 @interpreted
 @both
-def test_options_apply_one_after_the_other(function, lanes: int) -> None:
-    logits = [math.log(w) for w in (1, 4, 2, 3)]
-    ones, twos, threes, fours = sorted(torch.tensor(logits).tolist())
-    assert run_one(function, logits, 1.0, 0, 0.5) == threes
-    assert run_one(function, logits, 1.0, 2, 0.5) == fours  # 4 of 7 are left
-    assert run_one(function, logits, 1.0, 0, 0.75) == twos
-    assert run_one(function, logits, 1.0, 0, 0.75, 0.6) == threes  # min_p leaves 4 and 3
-    assert run_one(function, logits, 1.0, 3, 1.0, 0.6) == pytest.approx(math.log(4 * 0.6))
-    assert run_one(function, logits, 1.0, 1, 1.0, 0.6) == fours
-    # Probabilities are those at the temperature: at 0.5 the squares, 16 of 30 and 9.
-    assert run_one(function, logits, 0.5, 0, 0.5) == fours
-    assert run_one(function, logits, 0.5, 0, 1.0, 0.5) == pytest.approx(math.log(4 / 2**0.5))
+def test_options_apply_one_after_the_other(function) -> None:
+    weight_of_last_kept = {
+        Options(1.0, 0, 0.5): 3,
+        Options(1.0, 2, 0.5): 4,  # of 7, as many as are left
+        Options(1.0, 0, 0.75): 2,
+        Options(1.0, 0, 0.75, 0.6): 3,  # min_p leaves 4 and 3
+        Options(1.0, 3, 1.0, 0.6): 2.4,  # the bound
+        Options(1.0, 1, 1.0, 0.6): 4,
+        # At a temperature of 0.5 probabilities are as the squares: 16 of 30, 9, 4, 1.
+        Options(0.5, 0, 0.5): 4,
+        Options(0.5, 0, 1.0, 0.5): 4 / 2**0.5,
+    }
+    logits = torch.tensor([1.0, 4.0, 2.0, 3.0]).log().repeat(len(weight_of_last_kept), 1)
+    thresholds = run(function, logits, list(weight_of_last_kept))
+    assert thresholds.exp().tolist() == pytest.approx(list(weight_of_last_kept.values()))
 
 
 @interpreted
 @both
-def test_nothing_is_cut_where_nothing_is_on(function, lanes: int) -> None:
-    off = [OFF, Options(top_k=100), Options(top_k=2**31 - 1), Options(0.0, 5, 0.5, 0.5)]
+def test_nothing_is_cut_where_nothing_is_on(function) -> None:
+    off = [OFF, Options(top_k=60), Options(top_k=2**31 - 1), Options(0.0, 5, 0.5, 0.5)]
     rows = [row for greedy_or_off in off for row in (greedy_or_off, Options(1.0, 3, 0.9, 0.1))]
-    logits = normal(len(rows), 100, dtype=FP32)
+    logits = normal(len(rows), 60, dtype=FP32)
     thresholds = run(function, logits, rows)
     assert (thresholds[::2] == -INF).all() and (thresholds[1::2] > -INF).all()
     check(thresholds, logits, rows)
@@ -217,28 +215,21 @@ def test_nothing_is_cut_where_nothing_is_on(function, lanes: int) -> None:
 
 @interpreted
 @both
-def test_a_row_depends_on_no_other(function, lanes: int) -> None:
-    rows = grid(150, [0.0, 0.7, 1.3])
-    logits = normal(len(rows), 150, dtype=FP32) * 3
+def test_a_row_depends_on_no_other(function) -> None:
+    rows = mixed(function, 50, [0.0, 0.7])
+    logits = normal(len(rows), 50, dtype=FP16) * 3
     together = run(function, logits, rows)
     alone = [run(function, logits[i : i + 1], rows[i : i + 1]) for i in range(0, len(rows), 5)]
     assert torch.equal(together[::5], torch.cat(alone))
 
 
 @interpreted
-@pytest.mark.parametrize("vocab", [truncate.LANES, 6 * truncate.LANES + 77])
-def test_all_of_the_likely_tokens_in_one_lane(vocab: int) -> None:
-    options = [
-        (1.0, 5),
-        (1.0, 0, 0.9),
-        (1.0, 6, 0.95),
-        (1.0, 20),
-        (1.0, 5000, 0.9, 0.001),
-        (5.0, 0, 0.7),
-    ]
-    rows = [Options(*row) for row in options]
-    logits = normal(len(rows), vocab, dtype=FP32)
-    logits[:, 5 :: truncate.LANES] += 10
+def test_all_of_the_likely_tokens_in_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(truncate, "LANES", 4096)
+    rows = [(1.0, 4), (1.0, 5), (1.0, 0, 0.9), (1.0, 6, 0.95), (1.0, 20), (1.0, 5000, 0.9, 1e-3)]
+    rows = [Options(*row) for row in [*rows, (5.0, 0, 0.7)]]
+    logits = normal(len(rows), 6 * 4096 + 77, dtype=FP16)
+    logits[:, 5::4096] += 10
     certain = check(run(truncation_thresholds_triton, logits, rows), logits, rows)
     assert certain == len(rows)
 
@@ -252,19 +243,19 @@ option_lists = st.lists(
         Options,
         st.sampled_from([0.0, 1e-5, 0.1, 0.7, 1.0, 5.0, 1e30]),
         st.integers(0, 52),
-        st.one_of(st.just(1.0), st.floats(1e-6, 0.9999, width=32)),
-        st.one_of(st.sampled_from([0.0, 1.0]), st.floats(1e-6, 1, width=32)),
+        st.one_of(st.just(1.0), st.floats(2**-20, 1 - 2**-14, width=32)),
+        st.one_of(st.sampled_from([0.0, 1.0]), st.floats(2**-20, 1, width=32)),
     ),
     min_size=1,
-    max_size=4,
+    max_size=3,
 )
 
 
 @interpreted
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(logit_lists, option_lists, st.sampled_from([1, 4, 16]), st.sampled_from([FP32, FP16]))
+@given(logit_lists, option_lists, st.sampled_from([4, 16]), st.sampled_from([FP32, FP16]))
 def test_any_row(logits: list[float], rows: list[Options], lanes: int, dtype) -> None:
     batch = torch.tensor(logits, dtype=dtype).repeat(len(rows), 1)
     with pytest.MonkeyPatch.context() as patch:
