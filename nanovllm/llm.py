@@ -64,7 +64,10 @@ class LLM(LLMEngine):
         except BaseException:  # Ctrl-C too
             self.abort_all()
             raise
-        return [outputs[request.request_id] for request in requests]
+        ids = [request.request_id for request in requests]
+        if aborted := [index for index, request_id in enumerate(ids) if request_id not in outputs]:
+            raise RuntimeError(f"aborted while generate() ran: prompts {reprlib.repr(aborted)}")
+        return [outputs[request_id] for request_id in ids]
 
     def stream(
         self,
@@ -76,13 +79,15 @@ class LLM(LLMEngine):
         The pieces of a prompt, put together, are what `generate` returns: text in whole characters,
         and nothing that a stop string may yet take back. Closing the iterator aborts what is left.
 
-        Args and errors are those of `generate`. `n` must be 1. Nothing runs before the first piece
-        is asked for.
+        Args and errors are those of `generate`. `n` must be 1, and there are no prompt_logprobs.
+        Nothing runs before the first piece is asked for.
         """
         self._check_idle("stream")
         requests = self.input_processor.process(_as_list(prompts), sampling_params)
         if any(len(request.sequences) > 1 for request in requests):
             raise ValueError("n must be 1 to stream: give the prompt n times")
+        if any(request.sequences[0].prompt_logprobs for request in requests):
+            raise ValueError("prompt_logprobs do not come in a stream: use generate")
         return self._pieces(requests)
 
     def chat(
@@ -177,7 +182,7 @@ class LLM(LLMEngine):
                 if seq.detokenizer is None and self.tokenizer is not None:
                     seq.detokenizer = self.input_processor.detokenizer(seq.sampling_params)
                 self._queue(request)
-            while not self.is_finished():
+            while live:
                 self.step()
                 pieces = []
                 for index, seq in list(live.items()):
@@ -191,20 +196,22 @@ class LLM(LLMEngine):
                     if seq.is_finished:
                         del live[index]
                     if new_text or new_tokens or seq.is_finished:
+                        logprobs = seq.logprobs[tokens : tokens + len(new_tokens)]
                         pieces.append(
                             StreamOutput(
                                 index=index, text=new_text, token_ids=new_tokens,
-                                finish_reason=seq.finish_reason,
+                                logprobs=None if seq.sampling_params.logprobs is None else logprobs,
+                                finish_reason=seq.finish_reason, stop_reason=seq.stop_reason,
                             )
                         )  # fmt: skip
+                self._is_streaming = bool(live)
                 yield from pieces
         finally:
-            self._is_streaming = False
-            if self.model_runner is not None:
-                for seq in live.values():
-                    self.abort(seq.seq_id)
-                while not self.is_finished():  # what was under way
-                    self.step()
+            if live:
+                self._is_streaming = False
+                if self.model_runner is not None:
+                    for seq in live.values():
+                        self.abort(seq.seq_id)
 
     def _check_idle(self, method: str) -> None:
         self._check_open()

@@ -10,6 +10,7 @@ from nanovllm.utils.validation import as_integer, as_number
 # Dividing by a smaller temperature could overflow. Above the largest, all tokens are equally likely
 # in float32 anyway.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e30
+MAX_N = 16384
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class SamplingParams:
         presence_penalty: taken off the logit of each token generated before, -2 to 2.
         frequency_penalty: the same, times how often it was generated, -2 to 2.
         repetition_penalty: divides the positive logit, and multiplies the negative one, of each
-            token of the prompt or generated before; above 0, 1 does nothing.
+            token of the prompt or generated before; 1e-5 to 1e5, 1 does nothing.
         logit_bias: added to the logits of these tokens, limited to -100 to 100.
         allowed_token_ids: no other token is sampled.
         skip_special_tokens: leave special tokens out of the text.
@@ -78,9 +79,7 @@ class SamplingParams:
         self._number("min_p", 0, 1, what="0 to 1")
         for name in ("presence_penalty", "frequency_penalty"):
             self._number(name, -2, 2, what="-2 to 2")
-        self._number("repetition_penalty", 0, what="above 0")
-        if self.repetition_penalty == 0:
-            raise ValueError("repetition_penalty must be above 0, got 0; 1 does nothing")
+        self._number("repetition_penalty", 1e-5, 1e5, what="1e-5 to 1e5 (1 does nothing)")
         self._integer("top_k", at_least=-1)
         self._set("top_k", max(self.top_k, 0))
         self._integer("max_tokens", at_least=1, optional=True)
@@ -92,6 +91,8 @@ class SamplingParams:
         self._integer("logprobs", at_least=0, optional=True)
         self._integer("prompt_logprobs", at_least=0, optional=True)
         self._integer("n", at_least=1)
+        if self.n > MAX_N:
+            raise ValueError(f"n must be at most {MAX_N}, got {self.n}")
         self._integer("seed", at_least=-(2**63), optional=True)
         if self.seed is not None and self.seed >= 2**64:
             raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
@@ -126,10 +127,9 @@ class SamplingParams:
         return penalties != (0, 0, 1)
 
     @property
-    def edits_logits(self) -> bool:
-        """Whether logits are changed one by one before sampling."""
-        rules = (self.min_tokens, self.logit_bias, self.allowed_token_ids)
-        return self.penalizes or any(rules)
+    def edits_all_logits(self) -> bool:
+        """Whether logits are changed one by one before sampling, whichever token it is."""
+        return self.penalizes or bool(self.logit_bias or self.allowed_token_ids)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

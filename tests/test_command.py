@@ -370,7 +370,7 @@ BAD_LINES = {
     "no token": ({"prompt_token_ids": [1, 10**9]}, "the prompt has token id 1000000000, outside"),
     "token of another type": ({"prompt_token_ids": [1, "2"]}, "the prompt, token 1 must be an"),
     "no messages": ({"messages": []}, "messages must be a list of dicts"),
-    "odd message": ({"messages": ["Hello"]}, "the chat template does not take these messages"),
+    "odd message": ({"messages": ["Hello"]}, "messages must be a list of dicts"),
     "too long": ({"prompt_token_ids": [5] * 64}, "the prompt has 64 tokens, and at most 63 fit"),
     "no object of parameters": ({"prompt": "a", "sampling_params": [1]}, "must be an object"),
     "unknown parameter": ({"prompt": "a", "sampling_params": {"temp": 1}}, "has 'temp'; it takes"),

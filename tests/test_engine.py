@@ -169,7 +169,7 @@ def test_a_request_is_given_back_as_soon_as_it_ends(tiny: Path, async_scheduling
 def test_generate_is_refused_while_requests_are_outstanding(llm: LLM, tiny_reference: Reference):
     request_id = llm.add_request(PROMPTS[0], GREEDY)
     llm.step()
-    with pytest.raises(RuntimeError, match="1 requests .* are unfinished"):
+    with pytest.raises(RuntimeError, match=r"1 requests .* are unfinished"):
         llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
     outputs = []
     while not llm.is_finished():

@@ -85,13 +85,14 @@ def check(thresholds: torch.Tensor, logits: torch.Tensor, rows: list[Options]) -
         ordered = row.double().sort(descending=True).values
         kept = int((row.float() >= threshold).sum())
         least, most = (number_kept(ordered, options, slack) for slack in (-1e-5, 1e-5))
-        assert max(1, least) <= kept <= most, (options, threshold)
+        assert max(1, least) <= kept <= most, options
         certain += least == most
         is_on = options.top_p < 1 or options.min_p > 0 or 0 < options.top_k < len(row)
         if options.temperature == 0 or not is_on:
             assert threshold == -INF
-        elif min_p == 0:
-            assert (row == threshold).any(), (options, threshold)
+        elif not (row == threshold).any():
+            bound = row.float().max() + options.temperature * math.log(min_p)
+            assert threshold == pytest.approx(bound.item(), rel=1e-6, abs=1e-6), options
     return certain
 
 
@@ -221,6 +222,18 @@ def test_a_row_depends_on_no_other(function) -> None:
     together = run(function, logits, rows)
     alone = [run(function, logits[i : i + 1], rows[i : i + 1]) for i in range(0, len(rows), 5)]
     assert torch.equal(together[::5], torch.cat(alone))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "high", [8, 32]
+)  # the likely tokens are the largest, or four, of each lane
+def test_k_near_the_number_of_tokens_in_registers(high: int) -> None:
+    rows = [Options(top_k=high - 1), Options(top_k=high), Options(top_k=high + 1)]
+    rows += [row._replace(top_p=0.99) for row in rows]
+    logits = normal(len(rows), 60, dtype=FP16)
+    logits[:, :high] += 10
+    check(run(truncation_thresholds_triton, logits, rows), logits, rows)
 
 
 @interpreted

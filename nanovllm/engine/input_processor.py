@@ -69,11 +69,14 @@ class InputProcessor:
             )
         checked = []
         for index, (prompt, param) in enumerate(zip(prompts, params)):
-            param = SamplingParams() if param is None else param
+            name, param = f"prompt {index}", SamplingParams() if param is None else param
             if not isinstance(param, SamplingParams):
-                raise TypeError(f"sampling_params must be SamplingParams, got {param!r}")
-            token_ids = self._token_ids(prompt, f"prompt {index}")
-            self._check_params(param)
+                raise TypeError(f"{name}: sampling_params must be SamplingParams, got {param!r}")
+            token_ids = self._token_ids(prompt, name)
+            try:
+                self._check_params(param)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
             checked.append((prompt if isinstance(prompt, str) else None, token_ids, param))
         now = time.time()
         return [Request(text, self._sequences(ids, param), now) for text, ids, param in checked]
@@ -121,12 +124,12 @@ class InputProcessor:
             raise ValueError(
                 f"stop needs text, and {self.config.model_dir} has no tokenizer: use stop_token_ids"
             )
-        if params.min_tokens and params.allowed_token_ids is not None:
-            eos = set() if params.ignore_eos else self.eos_token_ids
-            if not {*params.allowed_token_ids} - eos.union(params.stop_token_ids):
+        if params.min_tokens:
+            allowed = params.allowed_token_ids or range(vocab_size)
+            if self.eos_token_ids.union(params.stop_token_ids).issuperset(allowed):
                 raise ValueError(
-                    "min_tokens leaves no token to sample: every one of allowed_token_ids ends the "
-                    "request"
+                    "min_tokens leaves no token to sample: all of allowed_token_ids, or of the "
+                    "vocabulary, end the request"
                 )
 
     def _token_ids(self, prompt: Prompt, name: str) -> list[int]:

@@ -105,15 +105,16 @@ class LLMEngine:
             may_stay = 1 if batch is not None and self.config.async_scheduling else 0
             if len(self._in_flight) > may_stay:
                 outputs += self._collect()
+            self._drop_what_nobody_wants()
             return outputs
         except BaseException:
             self.abort_all()
             raise
 
     def is_finished(self) -> bool:
-        """Whether no request is queued, running or under way."""
+        """Whether no request is queued or running."""
         self._check_open()
-        return not self.scheduler.num_unfinished and not self._in_flight
+        return not self.scheduler.num_unfinished
 
     def abort(self, request_id: int) -> None:
         """Drop one request, wherever it is; no output comes of it. Unknown ids are ignored."""
@@ -124,6 +125,7 @@ class LLMEngine:
             for seq in found.sequences:
                 self._requests.pop(seq.seq_id, None)
                 self.scheduler.abort(seq.seq_id)
+        self._drop_what_nobody_wants()
 
     def abort_all(self) -> None:
         """Drop every request; all KV blocks are free afterwards."""
@@ -169,6 +171,11 @@ class LLMEngine:
             self._requests[seq.seq_id] = request
             self.scheduler.add(seq)
 
+    def _drop_what_nobody_wants(self) -> None:
+        """When all requests have ended, wait for the step that is still under way."""
+        while self._in_flight and not self.scheduler.num_unfinished:
+            self._collect()
+
     def _needs_tokens(self) -> bool:
         """Whether the next step cannot be launched before the last one's tokens are known."""
         return any(seq.sampling_params.penalizes for seq in self.scheduler.running)
@@ -182,9 +189,6 @@ class LLMEngine:
         self._last_collect = now
         self.output_processor.take_logprobs(batch, launch, token_ids)
         ended = self.scheduler.postprocess(batch, token_ids)
-        if batch.is_prefill:
-            for seq, samples in zip(batch.seqs, batch.samples):
-                seq.first_token_time = seq.first_token_time or (time.time() if samples else 0.0)
         return [output for seq in ended if (output := self._end(seq)) is not None]
 
     def _end(self, seq: Sequence) -> RequestOutput | None:
@@ -212,7 +216,7 @@ class LLMEngine:
         eos = set(self.config.eos_token_ids)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             eos.add(self.tokenizer.eos_token_id)
-        return eos
+        return {token_id for token_id in eos if token_id < self.config.hf_config.vocab_size}
 
     def _check_open(self) -> None:
         if self.model_runner is None:

@@ -2,7 +2,7 @@
 
 import gc
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -11,27 +11,36 @@ from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
 from nanovllm.kernels.paged_decode import num_decode_ranges
 from nanovllm.layers.attention import BACKENDS, select_backend
+from nanovllm.layers.layernorm import Residual
 from nanovllm.layers.linear import Linear, can_pack
 from nanovllm.layers.rotary_embedding import rope_cos_sin
-from nanovllm.layers.sampler import Logprobs, Sampler, compute_logprobs, edit_logits_
+from nanovllm.layers.sampler import LogitEdits, Logprobs, Sampler, compute_logprobs, edit_logits_
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.context import Context
 from nanovllm.utils.loader import fill_with_noise, load_weights
-from nanovllm.utils.memory import GPU_RESERVE, available_host_memory, gpu_memory_in_use
+from nanovllm.utils.memory import (
+    GPU_RESERVE,
+    available_host_memory,
+    gpu_memory_in_use,
+    to_device,
+)
+
+# Rows of logits whose log probabilities are computed at a time: in float32 they take much room.
+LOGPROB_ROWS = 128
 
 
 @dataclass
 class Launch:
     """A step under way: its tokens, and the event after which the host may read them.
 
-    Log probabilities are by row, on the device, where they were asked for: of the row's new token,
-    and of tokens of its prompt, the first of which is at the position given.
+    Log probabilities, too, may be read after that event: of some rows' new tokens, and of tokens of
+    one row's prompt, the first of which is at the position given.
     """
 
     token_ids: torch.Tensor  # [rows] int64, on the host
     done: torch.cuda.Event | None
-    logprobs: dict[int, Logprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[int, tuple[int, Logprobs]] = field(default_factory=dict)
+    logprobs: list[tuple[list[int], Logprobs]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[int, int, Logprobs]] = field(default_factory=list)
 
 
 class ModelRunner:
@@ -91,8 +100,8 @@ class ModelRunner:
             self._warm_up()
         self.num_kvcache_blocks = config.num_kvcache_blocks or self._fitting_blocks(in_use_before)
         self.kv_cache = self._allocate_kv_cache(self.num_kvcache_blocks)
-        # Each with its logits, if it ends there.
-        self.graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
+        # Each with the residual stream that it leaves, if it ends before the head.
+        self.graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Residual | None]] = {}
         if self.use_graphs:  # one of each: every new stream would bring a cuBLAS workspace
             self._graph_pool = torch.cuda.graph_pool_handle()
             self._capture_stream = torch.cuda.Stream(self.device)
@@ -113,17 +122,19 @@ class ModelRunner:
             shape = self.inputs.send(
                 batch, padded_rows, self._launched_rows, for_graph, not batch.needs_logits
             )
-            logits, launch = None, Launch(self.host_tokens[self.inputs.turn, :rows], None)
-            if batch.is_prefill and any(seq.misses_prompt_logprobs for seq in batch.seqs):
-                logits = self._run_for_prompt_logprobs(shape, batch, launch)
+            launch = Launch(self.host_tokens[self.inputs.turn, :rows], None)
+            if not shape.samples and batch.misses_prompt_logprobs:
+                residual = self._run_for_prompt_logprobs(shape, batch, launch)
             elif for_graph and shape in self.graphs:
-                graph, logits = self.graphs[shape]
+                graph, residual = self.graphs[shape]
                 graph.replay()
             else:
-                logits = self._run(shape)
+                residual = self._run(shape)
                 if for_graph:
                     self._capture(shape)
-            if not shape.samples:
+            if residual is not None:
+                # A copy, since the norm takes the partial sums out, and a graph's are to stay.
+                logits = self.model.compute_logits(replace(residual))
                 self._sample_edited(logits[:rows], shape, batch, launch)
             self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
             if self.on_gpu:
@@ -212,6 +223,12 @@ class ModelRunner:
             self.inputs.device.zero_()
             if not shape.is_prefill and self.use_graphs:  # which the graphs' own pool holds again
                 self._graph_bytes = self._activation_bytes()
+        # As a decode step does whose logits are looked at.
+        residual = self._run(self.inputs.decode_shape(config.max_num_seqs)._replace(samples=False))
+        logits = self.model.compute_logits(residual)
+        edited = logits.to(torch.float32, copy=True)
+        compute_logprobs(logits[:LOGPROB_ROWS], self.sampled[:LOGPROB_ROWS], 1)
+        del residual, logits, edited
         torch.cuda.synchronize(self.device)
 
     def _activation_bytes(self) -> int:
@@ -246,18 +263,17 @@ class ModelRunner:
             raise RuntimeError(f"no memory left for the KV cache: {way_out}")
         return num_blocks
 
-    def _run(self, shape: StepShape) -> torch.Tensor | None:
+    def _run(self, shape: StepShape) -> Residual | None:
         """The step itself, on the device from its inputs to `sampled`: what a graph captures.
 
-        Returns the logits if the shape says that they are not sampled from here.
+        If the shape says that tokens are not sampled from here, returns what the head needs.
         """
         inputs = self.inputs.view(shape)
         context = self._context(inputs, shape)
         residual = self.model(inputs.input_ids, self.sampled, self.kv_cache, context)
-        logits = self.model.compute_logits(residual)
         if not shape.samples:
-            return logits
-        self._sample(logits, inputs, shape.truncates)
+            return residual
+        self._sample(self.model.compute_logits(residual), inputs, shape.truncates)
         return None
 
     def _sample(self, logits: torch.Tensor, inputs: StepInputs, truncates: bool) -> None:
@@ -273,26 +289,31 @@ class ModelRunner:
         self, logits: torch.Tensor, shape: StepShape, batch: Batch, launch: Launch
     ) -> None:
         """Sample from logits [rows, vocab] that some rows want changed, or to know of."""
-        edited = logits.float()
-        edited = edited.clone() if edited is logits else edited
+        edits, wants = [], []
         for row, seq in enumerate(batch.seqs):
             length, params = batch.starts[row] + batch.lengths[row], seq.sampling_params
-            if batch.samples[row] and params.edits_logits:
-                edit_logits_(
-                    edited[row], params, seq.stop_token_ids, seq.prompt_token_ids,
-                    seq.token_ids[seq.num_prompt_tokens : length], length - seq.num_prompt_tokens,
-                )  # fmt: skip
+            num_generated = length - seq.num_prompt_tokens
+            if not batch.samples[row]:
+                continue
+            if params.edits_all_logits or num_generated < params.min_tokens:
+                prompt, generated = seq.prompt_token_ids, seq.output_token_ids[:num_generated]
+                of_row = (params, seq.ending_token_ids, prompt, generated, num_generated)
+                edits.append(LogitEdits(row, *of_row))
+            if params.logprobs is not None:
+                wants.append(row)
+        edited = logits.to(torch.float32, copy=True)
+        edit_logits_(edited, edits)
         self._sample(edited, self.inputs.view(shape), batch.truncates)
-        for row, seq in enumerate(batch.seqs):
-            k = seq.sampling_params.logprobs
-            if batch.samples[row] and k is not None:
-                of_row = slice(row, row + 1)
-                launch.logprobs[row] = compute_logprobs(logits[of_row], self.sampled[of_row], k)
+        k = max((batch.seqs[row].sampling_params.logprobs for row in wants), default=0)
+        for start in range(0, len(wants), LOGPROB_ROWS):
+            rows = wants[start : start + LOGPROB_ROWS]
+            places = to_device(rows, self.device)
+            found = compute_logprobs(logits[places], self.sampled[places], k)
+            launch.logprobs.append((rows, found))
 
-    def _run_for_prompt_logprobs(
-        self, shape: StepShape, batch: Batch, launch: Launch
-    ) -> torch.Tensor:
-        """A prefill step in which some rows want to know of all their tokens; returns logits."""
+    def _run_for_prompt_logprobs(self, shape: StepShape, batch: Batch, launch: Launch) -> Residual:
+        """A prefill step in which some rows may want to know of all their tokens; returns what the
+        head needs for the rows' next ones."""
         inputs = self.inputs.view(shape)
         keep: list[int] = []  # of the step's tokens, those whose logits are needed
         last: list[int] = []  # where each row's last token is among them
@@ -308,20 +329,17 @@ class ModelRunner:
             keep.append(first - 1)
             last.append(len(keep) - 1)
         context = self._context(inputs, shape)
-        context.logits_indices = torch.tensor(keep, device=self.device)
+        context.logits_indices = to_device(keep, self.device)
         residual = self.model(inputs.input_ids, self.sampled, self.kv_cache, context)
         for row, at, position, wanted in spans:
             seq = batch.seqs[row]
-            token_ids = seq.token_ids[position : position + wanted]
-            pieces = []
-            for piece in range(0, wanted, 128):  # logits of a whole prompt could be too large
-                end = min(piece + 128, wanted)
-                logits = self.model.compute_logits(residual.rows(slice(at + piece, at + end)))
-                own = torch.tensor(token_ids[piece:end], device=self.device)
-                k = seq.sampling_params.prompt_logprobs
-                pieces.append(compute_logprobs(logits, own, k))
-            launch.prompt_logprobs[row] = position, Logprobs(*map(torch.cat, zip(*pieces)))
-        return self.model.compute_logits(residual.rows(torch.tensor(last)))
+            for start in range(0, wanted, LOGPROB_ROWS):
+                end, place = min(start + LOGPROB_ROWS, wanted), position + start
+                logits = self.model.compute_logits(residual.rows(slice(at + start, at + end)))
+                own = to_device(seq.token_ids[place : position + end], self.device)
+                found = compute_logprobs(logits, own, seq.sampling_params.prompt_logprobs)
+                launch.prompt_logprobs.append((row, place, found))
+        return residual.rows(to_device(last, self.device))
 
     def _context(self, inputs: StepInputs, shape: StepShape) -> Context:
         plan = (inputs.bounds, inputs.chunk_counts, inputs.tiles) if shape.has_plan else None

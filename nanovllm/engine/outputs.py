@@ -10,7 +10,8 @@ class Logprob:
 
     Attributes:
         logprob: natural logarithm of its probability, before temperature and all other changes.
-        rank: 1 for the most likely token; equally likely ones share a rank.
+        rank: of the token that is there, one more than the number of likelier ones; of the others,
+            their place among the most likely.
         decoded_token: its text; None if the checkpoint has no tokenizer.
     """
 
@@ -41,7 +42,8 @@ class CompletionOutput(TypedDict):
     """One completion of a prompt.
 
     `text` leaves out special tokens unless asked not to, and is empty if the checkpoint has no
-    tokenizer; `token_ids` has all that was generated, an end-of-sequence token included.
+    tokenizer; `token_ids` has all that was generated. An end-of-sequence or stop token is in
+    `token_ids`, and in the text only with `include_stop_str_in_output`.
     `finish_reason` is "stop" (an end-of-sequence token, a stop token or a stop string) or "length"
     (`max_tokens` or `max_model_len`); `stop_reason` is the stop token or string, None for the rest.
     `logprobs` has a dict a token, and `cumulative_logprob` their sum, if they were asked for.
@@ -76,10 +78,13 @@ class RequestOutput(CompletionOutput):
 class StreamOutput(TypedDict):
     """What is new of one prompt of `LLM.stream`: whole characters, and tokens.
 
-    `index` is the prompt's place in the list. `finish_reason` is None until the last piece.
+    `index` is the prompt's place in the list. `logprobs` has a dict a token, if asked for.
+    `finish_reason` and `stop_reason` are None until the last piece.
     """
 
     index: int
     text: str
     token_ids: list[int]
+    logprobs: list[PositionLogprobs] | None
     finish_reason: str | None
+    stop_reason: int | str | None

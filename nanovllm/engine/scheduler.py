@@ -5,6 +5,7 @@ engine may plan and launch step N+1 before it has read the tokens of step N. Wha
 discarded row when a sequence turns out to have ended by EOS; one that ends by length costs none.
 """
 
+import time
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -39,7 +40,12 @@ class Batch:
     @property
     def needs_logits(self) -> bool:
         """Whether more has to be done with the logits of any row than to sample from them."""
-        return any(seq.needs_logits for seq in self.seqs)
+        return any(start < seq.logits_until for seq, start in zip(self.seqs, self.starts))
+
+    @property
+    def misses_prompt_logprobs(self) -> bool:
+        """Whether log probabilities of any row's prompt are still to be found."""
+        return self.is_prefill and any(seq.misses_prompt_logprobs for seq in self.seqs)
 
 
 class Scheduler:
@@ -74,9 +80,7 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence that fits the cache on its own (the engine has checked that)."""
-        params = seq.sampling_params
-        eos = frozenset() if params.ignore_eos else self.eos_token_ids
-        seq.stop_token_ids = eos.union(params.stop_token_ids)
+        seq.ending_token_ids = self.eos_token_ids.union(seq.sampling_params.stop_token_ids)
         self.waiting.append(seq)
 
     def schedule(self) -> Batch | None:
@@ -95,23 +99,12 @@ class Scheduler:
             seq.num_pending_tokens -= 1
             if seq.is_finished:  # it ended while this row was already under way
                 continue
+            if not seq.output_token_ids:
+                seq.first_token_time = time.time()
             seq.token_ids.append(token_id)
             self._register_generated(seq)
-            if seq.detokenizer is not None:
-                num_generated = len(seq.token_ids) - seq.num_prompt_tokens
-                seq.detokenizer.append(
-                    token_id, may_stop=num_generated >= seq.sampling_params.min_tokens
-                )
-            if token_id in seq.stop_token_ids:
-                is_eos = not seq.sampling_params.ignore_eos and token_id in self.eos_token_ids
-                self._finish(seq, "stop", None if is_eos else token_id)
-            elif seq.detokenizer is not None and seq.detokenizer.stopped_by is not None:
-                self._finish(seq, "stop", seq.detokenizer.stopped_by)
-            elif len(seq.token_ids) >= seq.max_len:
-                self._finish(seq, "length")
-            else:
-                continue
-            ended.append(seq)
+            if self._ends(seq, token_id):
+                ended.append(seq)
         return ended
 
     def abort(self, seq_id: int) -> None:
@@ -184,6 +177,22 @@ class Scheduler:
         num_written = len(seq.token_ids) - 1
         if num_written % self.block_manager.block_size == 0 and seq.block_table:
             self.block_manager.register(seq, num_written)
+
+    def _ends(self, seq: Sequence, token_id: int) -> bool:
+        """Take the newest token into the text, and finish the sequence if it ends there."""
+        params, detokenizer = seq.sampling_params, seq.detokenizer
+        if token_id in seq.ending_token_ids:
+            is_eos = token_id in self.eos_token_ids and not params.ignore_eos
+            if is_eos or token_id in params.stop_token_ids:
+                self._finish(seq, "stop", None if is_eos else token_id)
+        if detokenizer is not None and (not seq.is_finished or params.include_stop_str_in_output):
+            is_late_enough = len(seq.token_ids) >= seq.num_prompt_tokens + params.min_tokens
+            detokenizer.append(token_id, may_stop=is_late_enough and not seq.is_finished)
+            if detokenizer.stopped_by is not None:
+                self._finish(seq, "stop", detokenizer.stopped_by)
+        if not seq.is_finished and len(seq.token_ids) >= seq.max_len:
+            self._finish(seq, "length")
+        return seq.is_finished
 
     def _preempt(self, seq: Sequence) -> None:
         """Send a sequence back to the head of the queue, to be computed again from its tokens."""

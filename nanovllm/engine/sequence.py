@@ -25,18 +25,20 @@ class Sequence:
         token_ids: prompt and generated tokens known so far.
         temperature: what logits are divided by; 0 is greedy.
         truncates: whether it samples by top_k, top_p or min_p.
-        needs_logits: whether more has to be done with its logits than to sample from them.
+        logits_until: how many tokens it has when no more has to be done with its logits than to
+            sample from them.
         num_pending_tokens: sampled by a launched step, not yet collected.
         num_computed_tokens: leading tokens whose keys and values a launched step has written or
             the prefix cache held.
         num_cached_tokens: how many prompt tokens the prefix cache held at first admission.
         max_len: prompt and generated tokens together never exceed this.
         block_table: KV blocks in token order.
-        stop_token_ids: tokens that end it, those of the model included; set when it is queued.
+        ending_token_ids: the model's end-of-sequence tokens and its own stop tokens; set when it is
+            queued.
         finish_reason, stop_reason: see `outputs.CompletionOutput`.
         detokenizer: where the text is needed as it grows.
         logprobs: of the tokens generated so far, if asked for.
-        prompt_logprobs: of the prompt's tokens, if asked for; None where not yet known.
+        prompt_logprobs: of the prompt's tokens as far as they are known, if asked for.
         first_token_time, finished_time: in seconds, by `time.time`.
     """
 
@@ -55,23 +57,24 @@ class Sequence:
         self.sampling_params = sampling_params
         self.temperature = sampling_params.usable_temperature
         self.truncates = sampling_params.truncates
-        wants_logprobs = {sampling_params.logprobs, sampling_params.prompt_logprobs} != {None}
-        self.needs_logits = wants_logprobs or sampling_params.edits_logits
         self.max_len = max_len
-        self.seed = seed
         self.seed = seed
         self.num_pending_tokens = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         self.block_table: list[int] = []
-        self.stop_token_ids: frozenset[int] = frozenset()
+        self.ending_token_ids: frozenset[int] = frozenset()
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.detokenizer: Detokenizer | None = None
         self.logprobs: list[PositionLogprobs] = []
-        self.prompt_logprobs: list[PositionLogprobs | None] = []
-        if sampling_params.prompt_logprobs is not None:
-            self.prompt_logprobs = [None] * self.num_prompt_tokens
+        wants_prompt = sampling_params.prompt_logprobs is not None
+        self.prompt_logprobs: list[PositionLogprobs | None] = [None] if wants_prompt else []
+        self.logits_until = self.num_prompt_tokens if wants_prompt else 0
+        if sampling_params.logprobs is not None or sampling_params.edits_all_logits:
+            self.logits_until = max_len
+        elif sampling_params.min_tokens:
+            self.logits_until = self.num_prompt_tokens + sampling_params.min_tokens - 1
         self.first_token_time = self.finished_time = 0.0
 
     @property
@@ -82,7 +85,7 @@ class Sequence:
     @property
     def misses_prompt_logprobs(self) -> bool:
         """Whether its whole prompt has to be run, whatever the cache holds of it."""
-        return bool(self.prompt_logprobs) and None in self.prompt_logprobs[1:]
+        return 0 < len(self.prompt_logprobs) < self.num_prompt_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -95,3 +98,8 @@ class Sequence:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def ended_by_token(self) -> bool:
+        """Whether an end-of-sequence or stop token ended it."""
+        return self.finish_reason == "stop" and not isinstance(self.stop_reason, str)

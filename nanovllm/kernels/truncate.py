@@ -48,7 +48,7 @@ def truncation_thresholds(
 
 def truncation_thresholds_torch(logits, temperatures, top_k, top_p, min_p) -> torch.Tensor:
     rows, vocab = logits.shape
-    thresholds = torch.full((rows,), float("-inf"), device=logits.device)
+    thresholds = torch.full((rows,), float("-inf"), dtype=torch.float32, device=logits.device)
     has_k = (top_k > 0) & (top_k < vocab)
     is_on = (temperatures > 0) & (has_k | (top_p < 1) | (min_p > 0))
     for row in is_on.nonzero().flatten().tolist():

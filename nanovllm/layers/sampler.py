@@ -1,6 +1,7 @@
 """From logits to the next token, and what else a request may want of them."""
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from nanovllm.kernels.gumbel_sample import gumbel_sample
 from nanovllm.kernels.truncate import truncation_thresholds
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.memory import to_device
 
 Truncation = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # top_k, top_p, min_p: [rows] each
 
@@ -33,43 +35,65 @@ class Sampler(nn.Module):
         gumbel_sample(logits, temperatures, seeds, positions, out, copies, turn, thresholds)
 
 
-def edit_logits_(
-    logits: torch.Tensor,
-    params: SamplingParams,
-    stop_token_ids: frozenset[int],
-    prompt: list[int],
-    generated: list[int],
-    num_generated: int,
-) -> None:
-    """Change one row of float32 logits, [vocab], as a request asks for, in place.
+class LogitEdits(NamedTuple):
+    """What a request wants changed in its row of the logits."""
+
+    row: int
+    params: SamplingParams
+    ending_token_ids: frozenset[int]  # which end the request
+    prompt: list[int]
+    generated: list[int]  # all of it, if there are penalties
+    num_generated: int
+
+
+def edit_logits_(logits: torch.Tensor, edits: list[LogitEdits]) -> None:
+    """Change rows of float32 logits, [rows, vocab], in place, without waiting for the device.
 
     The formulas of the penalties are OpenAI's (presence, frequency) and those of Keskar et al.
-    2019, arXiv:1909.05858 (repetition). `generated` need only be given where there are penalties.
+    2019, arXiv:1909.05858 (repetition).
     """
-    device = logits.device
+    restricted: list[int] = []  # rows; the places that follow are those in the flattened logits
+    allowed: list[int] = []
+    banned: list[int] = []
+    biases: dict[int, float] = {}
+    divisors: dict[int, float] = {}
+    losses: dict[int, float] = {}
+    for row, params, ending_token_ids, prompt, generated, num_generated in edits:
+        first = row * logits.shape[1]
+        if params.allowed_token_ids is not None:
+            restricted.append(row)
+            allowed += [first + token_id for token_id in params.allowed_token_ids]
+        if num_generated < params.min_tokens:
+            banned += [first + token_id for token_id in ending_token_ids]
+        for token_id, bias in (params.logit_bias or {}).items():
+            biases[first + token_id] = bias
+        if params.repetition_penalty != 1:
+            for token_id in {*prompt, *generated}:
+                divisors[first + token_id] = params.repetition_penalty
+        if params.frequency_penalty or params.presence_penalty:
+            for token_id, times in Counter(generated).items():
+                loss = params.frequency_penalty * times + params.presence_penalty
+                losses[first + token_id] = loss
 
-    def at(token_ids: list[int]) -> torch.Tensor:
-        return torch.tensor(token_ids, dtype=torch.int64, device=device)
+    def sent(values: Iterable[int | float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return to_device(values, logits.device, dtype)
 
-    if params.allowed_token_ids is not None:
-        allowed = at(list(params.allowed_token_ids))
-        kept = logits[allowed]
-        logits.fill_(float("-inf"))
-        logits[allowed] = kept
-    if num_generated < params.min_tokens and stop_token_ids:
-        logits[at(list(stop_token_ids))] = float("-inf")
-    if params.logit_bias:
-        biases = torch.tensor(list(params.logit_bias.values()), device=device)
-        logits[at(list(params.logit_bias))] += biases
-    if params.repetition_penalty != 1:
-        seen = at(list({*prompt, *generated}))
-        values = logits[seen]
-        penalty = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if generated and (params.frequency_penalty or params.presence_penalty):
-        counts = Counter(generated)
-        numbers = torch.tensor(list(counts.values()), dtype=torch.float32, device=device)
-        logits[at(list(counts))] -= params.frequency_penalty * numbers + params.presence_penalty
+    flat = logits.view(-1)
+    if restricted:
+        places = sent(allowed)
+        kept = flat[places]
+        logits[sent(restricted)] = float("-inf")
+        flat[places] = kept
+    if banned:
+        flat[sent(banned)] = float("-inf")
+    if biases:
+        flat[sent(biases)] += sent(biases.values(), torch.float32)
+    if divisors:
+        places, divisor = sent(divisors), sent(divisors.values(), torch.float32)
+        values = flat[places]
+        flat[places] = torch.where(values > 0, values / divisor, values * divisor)
+    if losses:
+        flat[sent(losses)] -= sent(losses.values(), torch.float32)
 
 
 class Logprobs(NamedTuple):
@@ -82,9 +106,13 @@ class Logprobs(NamedTuple):
 
 
 def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Logprobs:
-    """Log probabilities of `token_ids` [positions] int64 under `logits` [positions, vocab]."""
+    """Log probabilities of `token_ids` [positions] int64 under `logits` [positions, vocab].
+
+    They lie on the host, on a GPU once its stream has come so far.
+    """
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, token_ids[:, None])
     ranks = (logprobs > own).sum(dim=1) + 1
     top_logprobs, top_token_ids = logprobs.topk(min(k, logits.shape[1]), dim=1)
-    return Logprobs(own[:, 0], ranks, top_token_ids, top_logprobs)
+    found = (own[:, 0], ranks, top_token_ids, top_logprobs)
+    return Logprobs(*(piece.to("cpu", non_blocking=True) for piece in found))

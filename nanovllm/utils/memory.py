@@ -1,6 +1,7 @@
-"""How much memory is there for the KV cache."""
+"""How much memory is there for the KV cache, and the way from the host's to the device's."""
 
 import os
+from collections.abc import Iterable
 
 import torch
 
@@ -32,6 +33,14 @@ def _available_in_container() -> int:
             return limit - int(file.read())
     except (OSError, ValueError):
         return 2**63
+
+
+def to_device(
+    values: Iterable[int | float], device: torch.device, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
+    """[number of values], copied without waiting for the device."""
+    host = torch.tensor(list(values), dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def gpu_memory_in_use(device: torch.device) -> int:
