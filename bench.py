@@ -3,6 +3,7 @@
     python bench.py                                  # random weights in the shape of Qwen3-0.6B
     python bench.py --model Qwen/Qwen3-0.6B          # real ones
     python bench.py --shape qwen3-8b --num-requests 64 --json result.json
+    python bench.py --plot run.png                   # throughput, batch and KV cache over time
 
 The floor is the time in which the workload could be done if nothing but the necessary happened:
 bytes that must be read, over the read bandwidth measured here, plus the operations of prefill, over
@@ -12,6 +13,7 @@ values of its context. Operations: two per weight and prompt token, plus causal 
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 import random
@@ -19,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -194,6 +197,9 @@ def parse_args() -> argparse.Namespace:
         "--runs", type=int, default=2, help="with other tokens each; the first one warms up"
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="draw the last run over its time (needs matplotlib)"
+    )
     parser.add_argument("--no-progress", action="store_true")
     engine = parser.add_argument_group("engine options")
     engine.add_argument("--device", default="auto")
@@ -201,6 +207,7 @@ def parse_args() -> argparse.Namespace:
     engine.add_argument("--attention-backend", default="auto")
     engine.add_argument("--enforce-eager", action="store_true")
     engine.add_argument("--kvcache-block-size", type=int, default=256)
+    engine.add_argument("--num-kvcache-blocks", type=int)
     engine.add_argument("--max-model-len", type=int, default=4096)
     engine.add_argument("--max-num-seqs", type=int, default=512)
     engine.add_argument("--max-num-batched-tokens", type=int, default=16384)
@@ -213,15 +220,24 @@ def parse_args() -> argparse.Namespace:
         lens = getattr(args, name)
         if lens and not 1 <= lens[0] <= lens[1]:
             parser.error(f"--{name.replace('_', '-')} must be 1 <= MIN <= MAX, got {lens}")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        parser.error(f"--json: no directory for {args.json}")
+    for name in ("json", "plot"):
+        path = getattr(args, name)
+        if path and not Path(path).resolve().parent.is_dir():
+            parser.error(f"--{name}: no directory for {path}")
+    if args.plot and Path(args.plot).suffix.lower() != ".png":
+        parser.error(f"--plot writes a .png, got {args.plot}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install nanovllm[dev]")
     return args
 
 
 def main() -> None:
     args = parse_args()
+    if args.plot:  # nothing else needs matplotlib
+        from benchmarks import timeline
     names = ("device", "dtype", "attention_backend", "enforce_eager", "kvcache_block_size")
-    names += ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization")
+    names += ("num_kvcache_blocks", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+    names += ("gpu_memory_utilization",)
     options = {name: getattr(args, name) for name in names}
     start = time.perf_counter()
     if args.model is None:
@@ -244,16 +260,18 @@ def main() -> None:
     if on_gpu:
         name = torch.cuda.get_device_name(device)
     print(f"nanovllm {__version__}, {args.model or args.shape}, {name}, torch {torch.__version__}")
+    dtype = str(llm.config.torch_dtype).removeprefix("torch.")
+    num_blocks = llm.model_runner.num_kvcache_blocks
     print(
-        f"{str(llm.config.torch_dtype).removeprefix('torch.')}, attention: "
-        f"{backend}, KV cache: {llm.model_runner.num_kvcache_blocks} "
+        f"{dtype}, attention: {backend}, KV cache: {num_blocks} "
         f"blocks of {llm.config.kvcache_block_size}, ready in {ready:.1f} s"
     )
     runs = []
     for index in range(args.runs):
-        runs.append(
-            run(llm, workload.renewed(index, vocab_size), args.temperature, not args.no_progress)
-        )
+        renewed = workload.renewed(index, vocab_size)
+        is_drawn = args.plot and index == args.runs - 1
+        with timeline.recorded(llm) if is_drawn else nullcontext() as moments:
+            runs.append(run(llm, renewed, args.temperature, not args.no_progress))
         result = runs[-1]
         print(
             f"run {index + 1}: {result['prompt_tokens']} prompt tokens "
@@ -289,9 +307,17 @@ def main() -> None:
             "tokens_per_second": result["output_tokens"] / seconds,
             "read_bytes_per_second": read_rate, "matmul_ops_per_second": matmul_rate,
             "floor_seconds": floor,
-            "options": {k: v for k, v in vars(args).items() if k != "json"},
+            "options": {k: v for k, v in vars(args).items() if k not in ("json", "plot")},
         }  # fmt: skip
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+    if args.plot:
+        last, model = runs[-1], "/".join(Path(args.model or args.shape).parts[-2:])
+        title = (
+            f"{model} in {dtype} on {name}\n"
+            f"{len(workload.prompts):,} requests, {last['prompt_tokens']:,} prompt and "
+            f"{last['output_tokens']:,} generated tokens in {last['seconds']:.1f} s"
+        )
+        timeline.draw(moments, num_blocks, title, Path(args.plot))
 
 
 if __name__ == "__main__":
