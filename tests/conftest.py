@@ -58,3 +58,20 @@ def tiny_copy(tiny: Path, tmp_path: Path) -> Path:
     from checkpoints import link_checkpoint
 
     return link_checkpoint(tiny, tmp_path / "model")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory):
+    """A checkpoint with a vocabulary of 48 tokens, of which one ends a text, and its logits."""
+    from small_model import Model
+
+    return Model(tmp_path_factory.mktemp("small") / "model")
+
+
+@pytest.fixture(scope="session")
+def small_engine(model):
+    """An engine with that checkpoint. Tests leave it empty."""
+    from small_model import build
+
+    with build(model, max_num_seqs=1024, num_kvcache_blocks=1200, max_model_len=64) as llm:
+        yield llm

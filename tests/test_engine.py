@@ -263,6 +263,23 @@ def test_another_default_device_does_no_harm(tiny: Path, tiny_reference: Referen
     assert output["token_ids"] == tiny_reference.tokens(PROMPTS[0], 12)
 
 
+def test_a_request_aborted_while_generate_runs_is_named(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As a signal handler might."""
+    with build(tiny) as llm:
+        step = llm.step
+
+        def abort_one() -> list:
+            llm.abort(1)
+            return step()
+
+        monkeypatch.setattr(llm, "step", abort_one)
+        with pytest.raises(RuntimeError, match=r"aborted while generate\(\) ran: prompts \[1\]"):
+            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        assert_empty(llm)
+
+
 # Closing, and living side by side
 
 
