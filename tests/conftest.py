@@ -5,6 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Before torch is loaded: for tiny models more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 HAS_GPU = torch.cuda.is_available()

@@ -235,23 +235,31 @@ def test_the_twins_philox_gives_the_published_numbers() -> None:
         assert [tuple(column) for column in numbers.T.tolist()] == expected
 
 
+def noise_of_tokens(seed: int, position: int, vocab_size: int) -> torch.Tensor:
+    """[vocab_size] float32, by the numbers that `gumbel_sample`'s twin draws."""
+    tiles = -(-vocab_size // TILE)
+    counters = torch.arange(tiles * TILE // 4)
+    noise = gumbel_noise(torch.tensor(seed), torch.tensor(position), counters)
+    return noise.view(4, tiles, -1).transpose(0, 1).flatten()[:vocab_size]
+
+
 def test_noise_is_a_gumbel_number_for_every_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     edges = [0, 1, 2, 3, 127, 128, 2**23, 2**24 + 1, 4294967, 4294968, 2**31]
     spread = torch.arange(0, 2**32, 2**32 // (TILE - len(edges)))[: TILE - len(edges)]
     bits = torch.cat((torch.tensor(edges), spread))
     monkeypatch.setattr(gumbel_sample, "_philox", lambda *_: bits.view(4, -1))
-    noise = gumbel_noise(torch.tensor(0), torch.tensor(0), TILE).double()
+    noise = noise_of_tokens(0, 0, TILE).double()
     u = (bits.double() + 0.5) / 2**32
     torch.testing.assert_close(noise, -(-(-u).log1p()).log(), atol=5e-5, rtol=1e-6)
     # The highest numbers round to u = 1: they may lose the draw, never win it.
     highest = torch.full((4, TILE // 4), 2**32 - 1)
     monkeypatch.setattr(gumbel_sample, "_philox", lambda *_: highest)
-    assert gumbel_noise(torch.tensor(0), torch.tensor(0), TILE).max() < -2.8
+    assert noise_of_tokens(0, 0, TILE).max() < -2.8
 
 
 def test_noise_has_the_moments_and_the_shape_of_a_gumbel_distribution() -> None:
     n = 50 * TILE
-    noise = gumbel_noise(torch.tensor(1234), torch.tensor(17), n).double()
+    noise = noise_of_tokens(1234, 17, n).double()
     variance = math.pi**2 / 6
     assert abs(noise.mean() - 0.577216) < 4 * math.sqrt(variance / n)
     assert abs(noise.var() - variance) < 4 * variance * math.sqrt(4.4 / n)  # kurtosis 5.4
@@ -264,7 +272,7 @@ def test_noise_of_other_seeds_positions_and_tokens_is_independent() -> None:
     n = 8 * TILE
     seeds_and_positions = [(5, 3), (5, 4), (6, 3), (4, 3), (3, 5), (5 + 2**32, 3), (-5, 3)]
     uniform = torch.stack([
-        torch.exp(-torch.exp(-gumbel_noise(torch.tensor(seed), torch.tensor(position), n).double()))
+        torch.exp(-torch.exp(-noise_of_tokens(seed, position, n).double()))
         for seed, position in seeds_and_positions
     ])  # fmt: skip
     correlations = torch.corrcoef(uniform) - torch.eye(len(seeds_and_positions))
@@ -273,6 +281,23 @@ def test_noise_of_other_seeds_positions_and_tokens_is_independent() -> None:
     assert (streams - torch.eye(4)).abs().max() < 4.5 / math.sqrt(n / 4)
     neighbours = torch.corrcoef(torch.stack((uniform[0, 1:], uniform[0, :-1])))[0, 1]
     assert abs(neighbours) < 4.5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("spread", [0, 0.1, 1, 5, 20, 1000])
+@pytest.mark.parametrize("vocab", [1, 7, TILE - 1, TILE, 2 * TILE + 1500])
+def test_the_highest_of_all_is_found_though_few_have_noise(vocab: int, spread: float) -> None:
+    rows = 6
+    logits = spread * normal(rows, vocab, dtype=FP32, seed=vocab)
+    logits[1::2] = logits[1::2].where(logits[1::2] >= spread, float("-inf"))
+    temperatures = torch.tensor([0.3, 1, 2, 1e-5, 1e5, 1e30])
+    seeds, positions = torch.arange(rows) + 2**40, torch.arange(rows, dtype=torch.int32)
+    out, copies = torch.zeros(rows, dtype=torch.int64), torch.zeros(1, rows, dtype=torch.int64)
+    turn = torch.zeros(1, dtype=torch.int32)
+    gumbel_sample_torch(logits, temperatures, seeds, positions, out, copies, turn)
+    scores = logits / temperatures[:, None]
+    scores += torch.stack([noise_of_tokens(2**40 + row, row, vocab) for row in range(rows)])
+    assert out.tolist() == scores.argmax(dim=1).tolist()
+    assert copies[0].tolist() == out.tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -3,7 +3,6 @@
 import random
 
 import pytest
-import torch
 from small_model import (
     BOTH_ORDERS,
     EOS,
@@ -21,9 +20,9 @@ from small_model import (
     words,
 )
 from test_engine import assert_empty
+from test_kernels import noise_of_tokens
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels.gumbel_sample import gumbel_noise
 
 
 @pytest.fixture
@@ -123,7 +122,7 @@ def test_each_token_is_the_one_that_the_noise_picks_from_the_exact_probabilities
                 scores = edited_logits(logits, options, prompt, before)
             else:
                 seed, position = SEED_OF[name] + index, len(prompt) + place
-                noise = gumbel_noise(torch.tensor(seed), torch.tensor(position), VOCAB)
+                noise = noise_of_tokens(seed, position, VOCAB)
                 scores = probabilities(logits, options, prompt, before).log() + noise
             assert scores[token] > scores.max() - 1e-4, f"token {place}"
             assert token not in stops or (place >= may_end and place == len(tokens) - 1)

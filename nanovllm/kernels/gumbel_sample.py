@@ -12,10 +12,12 @@ logits once. Bound by arithmetic (the logarithms), by memory where temperature i
 """
 
 import torch
+import torch.nn.functional as F
 
 from nanovllm.kernels._triton import HAS_TRITON, launch_next, pdl, tl, triton, wait_for_previous
 
 TILE = 4096  # token i draws number (i % TILE) // (TILE / 4) of Philox's four at one counter
+MAX_NOISE = 23.0
 _MASK32 = 0xFFFFFFFF
 
 
@@ -53,21 +55,34 @@ def gumbel_sample_torch(
 ) -> None:
     out.copy_(logits.max(dim=-1).indices)  # the first of equals, as argmax; faster on a CPU
     for row in temperatures.nonzero().flatten().tolist():
-        noise = gumbel_noise(seeds[row], positions[row], logits.shape[1])
-        scores = (logits[row].float() / temperatures[row]).add_(noise)
+        scores = logits[row].float()
         if thresholds is not None:
-            scores[logits[row].float() < thresholds[row]] = float("-inf")
-        out[row] = scores.argmax()
+            scores = scores.where(scores >= thresholds[row], float("-inf"))
+        out[row] = _sample(scores / temperatures[row], seeds[row], positions[row])
     copies[turn.item(), : len(out)] = out
 
 
-def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """[vocab_size] float32 standard Gumbel numbers; `seed` and `position` are 0-d integers."""
-    num_tiles = -(-vocab_size // TILE)
-    counters = torch.arange(num_tiles * TILE // 4, device=seed.device)
+def _sample(scores: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """The token with the highest of `scores` [vocab] and noise, which is drawn for those alone that
+    may yet exceed the most likely token's."""
+    tiles = F.pad(scores, (0, -len(scores) % TILE), value=float("-inf")).view(-1, 4, TILE // 4)
+    by_counter = tiles.transpose(0, 1).flatten(1)
+    best = by_counter.amax(dim=0)
+    leader = best.argmax(dim=0, keepdim=True)
+    to_beat = (by_counter[:, leader] + gumbel_noise(seed, position, leader)).max()
+    counters = (best >= to_beat - MAX_NOISE).nonzero().flatten()
+    noisy = by_counter[:, counters] + gumbel_noise(seed, position, counters)
+    stream, index = (noisy == noisy.max()).nonzero().unbind(1)
+    tile, place = counters[index] // (TILE // 4), counters[index] % (TILE // 4)
+    return (tile * TILE + stream * (TILE // 4) + place).min()
+
+
+def gumbel_noise(
+    seed: torch.Tensor, position: torch.Tensor, counters: torch.Tensor
+) -> torch.Tensor:
+    """[4, counters] float32 standard Gumbel numbers, at most `MAX_NOISE`: the four that Philox
+    makes at each of `counters` [counters] int64. `seed` and `position` are 0-d integers."""
     bits = _philox(seed, counters, position.to(torch.int64))
-    # [4, tiles, TILE / 4] -> token order
-    bits = bits.view(4, num_tiles, -1).transpose(0, 1).reshape(-1)[:vocab_size]
     u = bits.float().add_(0.5).mul_(2.0**-32)
     series = u * (1 + u * (0.5 + u * (1 / 3)))
     exponential = torch.where(u < 1e-3, series, -torch.log(1 - u))

@@ -52,14 +52,20 @@ def truncation_thresholds_torch(logits, temperatures, top_k, top_p, min_p) -> to
     has_k = (top_k > 0) & (top_k < vocab)
     is_on = (temperatures > 0) & (has_k | (top_p < 1) | (min_p > 0))
     for row in is_on.nonzero().flatten().tolist():
-        ordered, temperature = logits[row].float().sort(descending=True).values, temperatures[row]
-        threshold = ordered[0] + temperature * min_p[row].log()  # -inf where min_p is 0
+        x, temperature, p = logits[row].float(), temperatures[row], top_p[row]
+        peak = x.max()
+        threshold = peak + temperature * min_p[row].log()  # -inf where min_p is 0
         if has_k[row]:
-            threshold = torch.maximum(threshold, ordered[top_k[row] - 1])
-        if top_p[row] < 1:
-            weights = ((ordered - ordered[0]) / temperature).exp().where(ordered >= threshold, 0)
+            threshold = torch.maximum(threshold, x.topk(int(top_k[row])).values[-1])
+        if p < 1:
+            x = x[x >= threshold]
+            total = ((x - peak) / temperature).exp().sum(dtype=torch.float64).float()
+            # Tokens below `tail` have together less than half of what may be cut: no need to sort.
+            tail = peak + temperature * ((1 - p) / (2 * vocab)).log()
+            ordered = x[x >= tail].sort(descending=True).values
+            weights = ((ordered - peak) / temperature).exp()
             sums = weights.cumsum(0, dtype=torch.float64).float()
-            threshold = ordered[(sums < top_p[row] * sums[-1]).sum()]
+            threshold = ordered[(sums < p * total).sum()]
         thresholds[row] = threshold
     return thresholds
 
