@@ -154,7 +154,7 @@ def _check_choice(name: str, value: object, choices: Iterable[object]) -> None:
 
 def _resolve_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
@@ -168,6 +168,8 @@ def _resolve_device(name: str) -> torch.device:
             f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; "
             "use device='cpu' or 'auto'"
         )
+    if device.type == "cuda" and device.index is None:  # whichever is the current one later
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 
@@ -202,12 +204,7 @@ def _load_hf_config(model_dir: Path) -> PretrainedConfig:
     path = model_dir / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{model_dir} has no config.json: it is not a checkpoint directory")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is not a JSON object")
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    content = _read_json_object(path)
     architectures = content.get("architectures") or []
     if content.get("model_type") != "qwen3" or architectures not in ([], ["Qwen3ForCausalLM"]):
         name = architectures or content.get("model_type")
@@ -239,12 +236,14 @@ def _resolve_dtype(name: str, hf_config: PretrainedConfig, model_dir: Path) -> t
 def _load_generation_config(model_dir: Path) -> dict[str, Any]:
     """The contents of generation_config.json; empty without one."""
     path = model_dir / "generation_config.json"
-    if not path.is_file():
-        return {}
+    return _read_json_object(path) if path.is_file() else {}
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("it is not a JSON object")
+            raise ValueError("it is not an object")
     except ValueError as error:
         raise ValueError(f"{path} is not a valid JSON object: {error}") from error
     return content

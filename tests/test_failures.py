@@ -45,7 +45,7 @@ class Fault:
     [
         ("model_runner.launch", False), ("model_runner.launch", True),
         ("model_runner.collect", False), ("model_runner.collect", True),
-        ("model_runner.model.compute_logits", False), ("model_runner.sampler.forward", False),
+        ("model_runner.model.compute_logits", False), ("model_runner._sample", False),
         ("scheduler.schedule", False), ("scheduler.schedule", True),
         ("scheduler.postprocess", False), ("scheduler.postprocess", True),
         ("scheduler.add", True), ("output_processor.output", False), ("step", True),

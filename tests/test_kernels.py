@@ -42,6 +42,7 @@ from nanovllm.kernels.gumbel_sample import (
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_torch, qk_norm_rope_store_triton
 from nanovllm.kernels.rms_norm import rms_norm_torch, rms_norm_triton
 from nanovllm.kernels.silu_and_mul import silu_and_mul_torch, silu_and_mul_triton
+from nanovllm.kernels.truncate import truncation_thresholds_torch
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -298,6 +299,24 @@ def test_the_highest_of_all_is_found_though_few_have_noise(vocab: int, spread: f
     scores += torch.stack([noise_of_tokens(2**40 + row, row, vocab) for row in range(rows)])
     assert out.tolist() == scores.argmax(dim=1).tolist()
     assert copies[0].tolist() == out.tolist()
+
+
+def test_a_logit_that_is_no_number_is_never_sampled_and_stops_nobody() -> None:
+    logits = normal(4, 50, dtype=FP32)
+    logits[:3, 7] = math.nan
+    logits[2] = math.nan
+    temperatures = torch.tensor([1.0, 5.0, 1.0, 1.0])
+    seeds, positions = torch.arange(4), torch.arange(4, dtype=torch.int32)
+    off = torch.zeros(4, dtype=torch.int32)
+    for top_k, top_p in ((0, 1.0), (5, 1.0), (0, 0.9), (5, 0.9)):
+        out, copies = torch.zeros(4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)
+        thresholds = truncation_thresholds_torch(
+            logits, temperatures, off + top_k, torch.full((4,), top_p), torch.zeros(4)
+        )
+        gumbel_sample_torch(
+            logits, temperatures, seeds, positions, out, copies, off[:1], thresholds
+        )
+        assert ((out >= 0) & (out < 50)).all() and 7 not in out[:2].tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

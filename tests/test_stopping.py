@@ -238,7 +238,7 @@ def test_an_end_of_sequence_token_outside_the_vocabulary_ends_nothing(
     tiny_copy: Path, tiny_reference: Reference, async_scheduling: bool
 ):
     first = tiny_reference.tokens(DISTINCT, 12)[0]
-    edit_json(tiny_copy / "generation_config.json", eos_token_id=[128, first, 10**6])
+    edit_json(tiny_copy / "generation_config.json", eos_token_id=[-1, 128, first, 10**6])
     with build(tiny_copy, async_scheduling=async_scheduling) as llm:
         params = [SamplingParams(temperature=0, min_tokens=n) for n in (0, 3)]
         short, long = llm.generate([DISTINCT] * 2, params, use_tqdm=False)

@@ -89,7 +89,6 @@ class BlockManager:
             seq.block_table.append(block.block_id)
         for _ in range(num_blocks - len(cached)):
             self._append_new_block(seq)
-        self.fewest_free = min(self.fewest_free, self.num_free_blocks)
         seq.num_computed_tokens = len(cached) * self.block_size
         return True
 
@@ -103,7 +102,6 @@ class BlockManager:
         if not self.free_blocks:
             return False
         self._append_new_block(seq)
-        self.fewest_free = min(self.fewest_free, self.num_free_blocks)
         return True
 
     def register(self, seq: Sequence, num_tokens: int) -> None:
@@ -170,3 +168,4 @@ class BlockManager:
         block.forget()
         block.ref_count = 1
         seq.block_table.append(block_id)
+        self.fewest_free = min(self.fewest_free, self.num_free_blocks)

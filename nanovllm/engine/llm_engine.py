@@ -97,10 +97,10 @@ class LLMEngine:
             outputs = []
             if self._in_flight and self._needs_tokens():
                 outputs += self._collect()
+            if not self._in_flight:
+                self._last_collect = time.perf_counter()
             batch = self.scheduler.schedule()
             if batch is not None:
-                if not self._in_flight:
-                    self._last_collect = time.perf_counter()
                 self._in_flight.append((batch, self.model_runner.launch(batch)))
             may_stay = 1 if batch is not None and self.config.async_scheduling else 0
             if len(self._in_flight) > may_stay:
@@ -119,12 +119,13 @@ class LLMEngine:
     def abort(self, request_id: int) -> None:
         """Drop one request, wherever it is; no output comes of it. Unknown ids are ignored."""
         self._check_open()
-        found = {r.request_id: r for r in self._requests.values()}.get(request_id)
+        requests = self._requests.values()
+        found = next((found for found in requests if found.request_id == request_id), None)
         if found is not None:
             self._num_aborted += 1
             for seq in found.sequences:
                 self._requests.pop(seq.seq_id, None)
-                self.scheduler.abort(seq.seq_id)
+                self.scheduler.abort(seq)
         self._drop_what_nobody_wants()
 
     def abort_all(self) -> None:
@@ -178,7 +179,7 @@ class LLMEngine:
 
     def _needs_tokens(self) -> bool:
         """Whether the next step cannot be launched before the last one's tokens are known."""
-        return any(seq.sampling_params.penalizes for seq in self.scheduler.running)
+        return any(seq.penalizes for seq in self.scheduler.running)
 
     def _collect(self) -> list[RequestOutput]:
         """Wait for the oldest step under way, and take its tokens in."""
@@ -216,7 +217,8 @@ class LLMEngine:
         eos = set(self.config.eos_token_ids)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             eos.add(self.tokenizer.eos_token_id)
-        return {token_id for token_id in eos if token_id < self.config.hf_config.vocab_size}
+        vocab_size = self.config.hf_config.vocab_size
+        return {token_id for token_id in eos if 0 <= token_id < vocab_size}
 
     def _check_open(self) -> None:
         if self.model_runner is None:

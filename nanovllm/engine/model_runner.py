@@ -4,6 +4,7 @@ import gc
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from nanovllm.config import Config
@@ -14,7 +15,7 @@ from nanovllm.layers.attention import BACKENDS, select_backend
 from nanovllm.layers.layernorm import Residual
 from nanovllm.layers.linear import Linear, can_pack
 from nanovllm.layers.rotary_embedding import rope_cos_sin
-from nanovllm.layers.sampler import LogitEdits, Logprobs, Sampler, compute_logprobs, edit_logits_
+from nanovllm.layers.sampler import LogitEdits, Logprobs, compute_logprobs, edit_logits_, sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.context import Context
 from nanovllm.utils.loader import fill_with_noise, load_weights
@@ -79,7 +80,6 @@ class ModelRunner:
         self._graph_bytes = 0
         in_use_before = gpu_memory_in_use(self.device) if self.on_gpu else 0
         self.model = self._load_model()
-        self.sampler = Sampler()
         self.cos_sin = rope_cos_sin(hf_config, config.max_model_len, self.device)
         num_ranges = 0
         if self.attention_backend == "triton":
@@ -119,11 +119,9 @@ class ModelRunner:
         for_graph = self.use_graphs and not batch.is_prefill
         padded_rows = self._graph_size(rows) if for_graph else rows
         with self.on_device():
-            shape = self.inputs.send(
-                batch, padded_rows, self._launched_rows, for_graph, not batch.needs_logits
-            )
+            shape = self.inputs.send(batch, padded_rows, self._launched_rows, for_graph)
             launch = Launch(self.host_tokens[self.inputs.turn, :rows], None)
-            if not shape.samples and batch.misses_prompt_logprobs:
+            if not shape.has_head and batch.misses_prompt_logprobs:
                 residual = self._run_for_prompt_logprobs(shape, batch, launch)
             elif for_graph and shape in self.graphs:
                 graph, residual = self.graphs[shape]
@@ -201,33 +199,32 @@ class ModelRunner:
             ) from error
 
     def _warm_up(self) -> None:
-        """Run the largest prefill and the largest decode step once, on a cache of one block.
+        """Run the largest steps of each kind once, on a cache of one block.
 
         Libraries load, kernels compile, and the allocator learns the peak. Nothing is written: all
         rows are padding as far as the KV cache is concerned.
         """
         config = self.config
         length = min(config.max_num_batched_tokens, config.max_model_len - 1)
-        prompts = min(config.max_num_seqs, max(1, config.max_num_batched_tokens // length))
-        width, context = self.inputs.max_width, config.max_model_len
+        tokens = min(config.max_num_batched_tokens, config.max_num_seqs * length)
+        rows, width, context = -(-tokens // length), self.inputs.max_width, config.max_model_len
+        prefill = StepShape(True, rows, tokens, width, length, context)
+        decode = self.inputs.decode_shape(config.max_num_seqs)
         torch.cuda.reset_peak_memory_stats(self.device)
-        for shape in (
-            self.inputs.decode_shape(config.max_num_seqs),
-            StepShape(True, prompts, prompts * length, width, length, context),
-        ):
+        for shape in (decode, prefill, decode._replace(has_head=False)):
             inputs = self.inputs.view(shape)
             inputs.slot_mapping.fill_(-1)
             inputs.context_lens.fill_(shape.max_seqlen_q)
-            inputs.cu_seqlens_q.copy_(torch.arange(shape.rows + 1) * shape.max_seqlen_q)
-            self._run(shape)
+            starts = torch.arange(shape.rows + 1) * shape.max_seqlen_q
+            inputs.cu_seqlens_q.copy_(starts.clamp_(max=shape.tokens))
+            residual = self._run(shape)
             self.inputs.device.zero_()
-            if not shape.is_prefill and self.use_graphs:  # which the graphs' own pool holds again
+            if shape is decode and self.use_graphs:  # which the graphs' own pool holds again
                 self._graph_bytes = self._activation_bytes()
-        # As a decode step does whose logits are looked at.
-        residual = self._run(self.inputs.decode_shape(config.max_num_seqs)._replace(samples=False))
         logits = self.model.compute_logits(residual)
         edited = logits.to(torch.float32, copy=True)
-        compute_logprobs(logits[:LOGPROB_ROWS], self.sampled[:LOGPROB_ROWS], 1)
+        first_token = self.sampled[:1].expand(LOGPROB_ROWS)
+        compute_logprobs(logits[:1].expand(LOGPROB_ROWS, -1), first_token, 1)
         del residual, logits, edited
         torch.cuda.synchronize(self.device)
 
@@ -271,18 +268,18 @@ class ModelRunner:
         inputs = self.inputs.view(shape)
         context = self._context(inputs, shape)
         residual = self.model(inputs.input_ids, self.sampled, self.kv_cache, context)
-        if not shape.samples:
+        if not shape.has_head:
             return residual
         self._sample(self.model.compute_logits(residual), inputs, shape.truncates)
         return None
 
     def _sample(self, logits: torch.Tensor, inputs: StepInputs, truncates: bool) -> None:
-        rows = len(logits)
-        per_row = (inputs.temperatures, inputs.seeds, inputs.context_lens, self.sampled)
-        truncation = (inputs.top_k[:rows], inputs.top_p[:rows], inputs.min_p[:rows])
-        self.sampler(
-            logits, *(piece[:rows] for piece in per_row), self.host_tokens, inputs.turn,
-            truncation if truncates else None,
+        rows, truncation = slice(len(logits)), None
+        if truncates:
+            truncation = inputs.top_k[rows], inputs.top_p[rows], inputs.min_p[rows]
+        sample(
+            logits, inputs.temperatures[rows], inputs.seeds[rows], inputs.context_lens[rows],
+            self.sampled[rows], self.host_tokens, inputs.turn, truncation,
         )  # fmt: skip
 
     def _sample_edited(
@@ -296,9 +293,11 @@ class ModelRunner:
             if not batch.samples[row]:
                 continue
             if params.edits_all_logits or num_generated < params.min_tokens:
-                prompt, generated = seq.prompt_token_ids, seq.output_token_ids[:num_generated]
-                of_row = (params, seq.ending_token_ids, prompt, generated, num_generated)
-                edits.append(LogitEdits(row, *of_row))
+                prompt, generated = np.empty(0), []
+                if seq.penalizes:
+                    prompt, generated = seq.distinct_prompt_tokens, seq.output_token_ids
+                ending = seq.ending_token_ids
+                edits.append(LogitEdits(row, params, ending, prompt, generated, num_generated))
             if params.logprobs is not None:
                 wants.append(row)
         edited = logits.to(torch.float32, copy=True)
@@ -365,8 +364,8 @@ class ModelRunner:
         with torch.cuda.stream(self._capture_stream):
             graph.capture_begin(self._graph_pool)
             try:
-                logits = self._run(shape)
+                residual = self._run(shape)
             finally:  # a stream left capturing would refuse everything after
                 graph.capture_end()
         torch.cuda.synchronize(self.device)
-        self.graphs[shape] = graph, logits
+        self.graphs[shape] = graph, residual

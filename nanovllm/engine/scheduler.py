@@ -107,12 +107,10 @@ class Scheduler:
                 ended.append(seq)
         return ended
 
-    def abort(self, seq_id: int) -> None:
-        """End one sequence, if it is there; what a step under way yields for it is discarded."""
-        for seq in (*self.running, *self.waiting):
-            if seq.seq_id == seq_id:
-                self._finish(seq, "abort")
-                return
+    def abort(self, seq: Sequence) -> None:
+        """End a sequence, if it has not ended; what a step under way yields for it is discarded."""
+        if not seq.is_finished:
+            self._finish(seq, "abort")
 
     def abort_all(self) -> None:
         """End everything at once, whatever state a failed or interrupted step has left."""

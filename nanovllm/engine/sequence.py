@@ -1,6 +1,9 @@
 """One request on its way through the engine."""
 
 from enum import Enum, auto
+from functools import cached_property
+
+import numpy as np
 
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.outputs import PositionLogprobs
@@ -25,6 +28,7 @@ class Sequence:
         token_ids: prompt and generated tokens known so far.
         temperature: what logits are divided by; 0 is greedy.
         truncates: whether it samples by top_k, top_p or min_p.
+        penalizes: whether its tokens so far change the logits of the next.
         logits_until: how many tokens it has when no more has to be done with its logits than to
             sample from them.
         num_pending_tokens: sampled by a launched step, not yet collected.
@@ -57,6 +61,7 @@ class Sequence:
         self.sampling_params = sampling_params
         self.temperature = sampling_params.usable_temperature
         self.truncates = sampling_params.truncates
+        self.penalizes = sampling_params.penalizes
         self.max_len = max_len
         self.seed = seed
         self.num_pending_tokens = 0
@@ -94,6 +99,11 @@ class Sequence:
     @property
     def prompt_token_ids(self) -> list[int]:
         return self.token_ids[: self.num_prompt_tokens]
+
+    @cached_property
+    def distinct_prompt_tokens(self) -> np.ndarray:
+        """Sorted, [distinct tokens] int64."""
+        return np.unique(self.prompt_token_ids)
 
     @property
     def output_token_ids(self) -> list[int]:

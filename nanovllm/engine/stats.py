@@ -28,7 +28,7 @@ class StepStats:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens per second of prefill."""
+        """Tokens per second of prefill steps, those run again after preemption included."""
         return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property

@@ -21,7 +21,7 @@ class StepShape(NamedTuple):
     max_seqlen_q: int
     max_context_len: int
     truncates: bool = False  # sampling by top_k, top_p or min_p
-    samples: bool = True  # False: ends with the logits
+    has_head: bool = True  # False: ends before it, with the residual stream
 
     @property
     def has_plan(self) -> bool:
@@ -117,7 +117,6 @@ class InputBuffers:
         padded_rows: int,
         launched_rows: dict[int, int],
         for_graph: bool,
-        samples: bool = True,
     ) -> StepShape:
         """Fill this turn's host buffer with a batch, and copy it to the device.
 
@@ -125,22 +124,23 @@ class InputBuffers:
             padded_rows: rows to run; those past the batch write nowhere and attend to nothing.
             launched_rows: where each sequence was in the step before, whose tokens are not known.
             for_graph: the shape is to depend on `padded_rows` and the sampler's business alone.
-            samples: whether the step ends with tokens, not logits.
         """
         self.turn = 1 - self.turn
         rows, block_size = len(batch.seqs), self.block_size
         starts, lengths = np.array(batch.starts), np.array(batch.lengths)
         ends = starts + lengths
-        truncates = samples and batch.truncates
+        truncates, has_head = batch.truncates, not batch.needs_logits
         if for_graph:
-            shape = self.decode_shape(padded_rows)._replace(truncates=truncates, samples=samples)
+            shape = self.decode_shape(padded_rows)._replace(
+                truncates=truncates and has_head, has_head=has_head
+            )
         else:
             has_plan = self.num_ranges > 0 and not batch.is_prefill
             width = 0 if has_plan else max(len(seq.block_table) for seq in batch.seqs)
             tokens = batch.num_tokens if batch.is_prefill else padded_rows
             shape = StepShape(
                 batch.is_prefill, padded_rows, tokens, width, max(batch.lengths), int(ends.max()),
-                truncates, samples,
+                truncates and has_head, has_head,
             )  # fmt: skip
         buffer = self.hosts[self.turn].numpy()
         host = StepInputs.carve(buffer, shape, self.num_ranges)
@@ -148,7 +148,7 @@ class InputBuffers:
         host.turn[0] = self.turn
         host.seeds[:rows] = [seq.seed for seq in batch.seqs]
         host.temperatures[:rows] = [seq.temperature for seq in batch.seqs]
-        if batch.truncates:
+        if truncates:
             params = [seq.sampling_params for seq in batch.seqs]
             host.top_k[:rows] = [min(param.top_k, 2**31 - 1) for param in params]
             host.top_p[:rows] = [param.top_p for param in params]

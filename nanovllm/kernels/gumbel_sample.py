@@ -55,9 +55,9 @@ def gumbel_sample_torch(
 ) -> None:
     out.copy_(logits.max(dim=-1).indices)  # the first of equals, as argmax; faster on a CPU
     for row in temperatures.nonzero().flatten().tolist():
+        threshold = float("-inf") if thresholds is None else thresholds[row]
         scores = logits[row].float()
-        if thresholds is not None:
-            scores = scores.where(scores >= thresholds[row], float("-inf"))
+        scores = scores.where(scores >= threshold, float("-inf"))  # NaN too
         out[row] = _sample(scores / temperatures[row], seeds[row], positions[row])
     copies[turn.item(), : len(out)] = out
 

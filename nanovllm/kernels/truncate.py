@@ -53,11 +53,12 @@ def truncation_thresholds_torch(logits, temperatures, top_k, top_p, min_p) -> to
     is_on = (temperatures > 0) & (has_k | (top_p < 1) | (min_p > 0))
     for row in is_on.nonzero().flatten().tolist():
         x, temperature, p = logits[row].float(), temperatures[row], top_p[row]
+        x = x.where(x == x, float("-inf"))  # NaN, of a model that is broken
         peak = x.max()
         threshold = peak + temperature * min_p[row].log()  # -inf where min_p is 0
         if has_k[row]:
             threshold = torch.maximum(threshold, x.topk(int(top_k[row])).values[-1])
-        if p < 1:
+        if p < 1 and peak > float("-inf"):
             x = x[x >= threshold]
             total = ((x - peak) / temperature).exp().sum(dtype=torch.float64).float()
             # Tokens below `tail` have together less than half of what may be cut: no need to sort.

@@ -1,11 +1,9 @@
 """From logits to the next token, and what else a request may want of them."""
 
-from collections import Counter
-from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
 
 from nanovllm.kernels.gumbel_sample import gumbel_sample
 from nanovllm.kernels.truncate import truncation_thresholds
@@ -15,24 +13,21 @@ from nanovllm.utils.memory import to_device
 Truncation = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # top_k, top_p, min_p: [rows] each
 
 
-class Sampler(nn.Module):
+def sample(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+    copies: torch.Tensor,
+    turn: torch.Tensor,
+    truncation: Truncation | None = None,
+) -> None:
     """Greedy and random rows side by side; see `nanovllm.kernels.gumbel_sample`."""
-
-    def forward(
-        self,
-        logits: torch.Tensor,
-        temperatures: torch.Tensor,
-        seeds: torch.Tensor,
-        positions: torch.Tensor,
-        out: torch.Tensor,
-        copies: torch.Tensor,
-        turn: torch.Tensor,
-        truncation: Truncation | None = None,
-    ) -> None:
-        thresholds = None
-        if truncation is not None:
-            thresholds = truncation_thresholds(logits, temperatures, *truncation)
-        gumbel_sample(logits, temperatures, seeds, positions, out, copies, turn, thresholds)
+    thresholds = None
+    if truncation is not None:
+        thresholds = truncation_thresholds(logits, temperatures, *truncation)
+    gumbel_sample(logits, temperatures, seeds, positions, out, copies, turn, thresholds)
 
 
 class LogitEdits(NamedTuple):
@@ -41,8 +36,8 @@ class LogitEdits(NamedTuple):
     row: int
     params: SamplingParams
     ending_token_ids: frozenset[int]  # which end the request
-    prompt: list[int]
-    generated: list[int]  # all of it, if there are penalties
+    prompt: np.ndarray  # its distinct tokens, and all that was generated, if there are penalties
+    generated: list[int]
     num_generated: int
 
 
@@ -56,8 +51,7 @@ def edit_logits_(logits: torch.Tensor, edits: list[LogitEdits]) -> None:
     allowed: list[int] = []
     banned: list[int] = []
     biases: dict[int, float] = {}
-    divisors: dict[int, float] = {}
-    losses: dict[int, float] = {}
+    repeated, divisors, counted, losses = ([np.empty(0)] for _ in range(4))
     for row, params, ending_token_ids, prompt, generated, num_generated in edits:
         first = row * logits.shape[1]
         if params.allowed_token_ids is not None:
@@ -67,15 +61,16 @@ def edit_logits_(logits: torch.Tensor, edits: list[LogitEdits]) -> None:
             banned += [first + token_id for token_id in ending_token_ids]
         for token_id, bias in (params.logit_bias or {}).items():
             biases[first + token_id] = bias
-        if params.repetition_penalty != 1:
-            for token_id in {*prompt, *generated}:
-                divisors[first + token_id] = params.repetition_penalty
-        if params.frequency_penalty or params.presence_penalty:
-            for token_id, times in Counter(generated).items():
-                loss = params.frequency_penalty * times + params.presence_penalty
-                losses[first + token_id] = loss
+        if params.penalizes:
+            tokens, times = np.unique(np.array(generated, dtype=np.int64), return_counts=True)
+            counted.append(first + tokens)
+            losses.append(params.frequency_penalty * times + params.presence_penalty)
+            if params.repetition_penalty != 1:
+                seen = first + np.union1d(prompt, tokens)
+                repeated.append(seen)
+                divisors.append(np.full(len(seen), params.repetition_penalty))
 
-    def sent(values: Iterable[int | float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    def sent(values: Any, dtype: type = np.int64) -> torch.Tensor:
         return to_device(values, logits.device, dtype)
 
     flat = logits.view(-1)
@@ -87,13 +82,12 @@ def edit_logits_(logits: torch.Tensor, edits: list[LogitEdits]) -> None:
     if banned:
         flat[sent(banned)] = float("-inf")
     if biases:
-        flat[sent(biases)] += sent(biases.values(), torch.float32)
-    if divisors:
-        places, divisor = sent(divisors), sent(divisors.values(), torch.float32)
+        flat[sent([*biases])] += sent([*biases.values()], np.float32)
+    if len(counted) > 1:
+        places, divisor = sent(np.concatenate(repeated)), sent(np.concatenate(divisors), np.float32)
         values = flat[places]
         flat[places] = torch.where(values > 0, values / divisor, values * divisor)
-    if losses:
-        flat[sent(losses)] -= sent(losses.values(), torch.float32)
+        flat[sent(np.concatenate(counted))] -= sent(np.concatenate(losses), np.float32)
 
 
 class Logprobs(NamedTuple):

@@ -19,8 +19,8 @@ class Context:
         decode_plan: the tiles of the Triton backend's decode steps (`kernels.paged_decode`), in
             place of `block_tables`; None in all other steps.
         cu_seqlens_q: [rows + 1] int32, prefill only: where each row's tokens begin.
-        logits_indices: [rows], prefill only: each row's last token, whose logits are wanted; None
-            wants them of all tokens.
+        logits_indices: [any number], prefill only: the tokens whose logits are wanted, mostly each
+            row's last; None wants them of all.
         max_seqlen_q: the longest row's new tokens (1 in decode).
         max_context_len: no row's context is longer.
     """

@@ -1,8 +1,8 @@
 """How much memory is there for the KV cache, and the way from the host's to the device's."""
 
 import os
-from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 # Set aside on a GPU: CUDA Graphs, workspaces of libraries, fragmentation.
@@ -36,10 +36,12 @@ def _available_in_container() -> int:
 
 
 def to_device(
-    values: Iterable[int | float], device: torch.device, dtype: torch.dtype = torch.int64
+    values: list[int] | list[float] | np.ndarray, device: torch.device, dtype: type = np.int64
 ) -> torch.Tensor:
-    """[number of values], copied without waiting for the device."""
-    host = torch.tensor(list(values), dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+    """[number of values] of a NumPy dtype, copied without waiting for the device."""
+    host = torch.from_numpy(np.array(values, dtype=dtype))
+    if device.type == "cuda":
+        host = host.pin_memory()
     return host.to(device, non_blocking=True)
 
 
