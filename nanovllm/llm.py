@@ -40,7 +40,8 @@ class LLM(LLMEngine):
         """Complete one prompt or many; returns one dict a prompt, in their order.
 
         Args:
-            prompts: a string, a list of token ids, or a list of either.
+            prompts: a string, a list of token ids, or a list of either. As with vLLM, a dict
+                {"prompt": ...} or {"prompt_token_ids": ...} may stand for what it holds.
             sampling_params: one for all, or one a prompt; None means `SamplingParams()`.
             use_tqdm: show progress, with tokens per second of prefill and decode.
 
@@ -83,11 +84,12 @@ class LLM(LLMEngine):
         Nothing runs before the first piece is asked for.
         """
         self._check_idle("stream")
+        for params in sampling_params if _is_list(sampling_params) else [sampling_params]:
+            if isinstance(params, SamplingParams) and params.n > 1:
+                raise ValueError("n must be 1 to stream: give the prompt n times")
+            if isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
+                raise ValueError("prompt_logprobs do not come in a stream: use generate")
         requests = self.input_processor.process(_as_list(prompts), sampling_params)
-        if any(len(request.sequences) > 1 for request in requests):
-            raise ValueError("n must be 1 to stream: give the prompt n times")
-        if any(request.sequences[0].prompt_logprobs for request in requests):
-            raise ValueError("prompt_logprobs do not come in a stream: use generate")
         return self._pieces(requests)
 
     def chat(
@@ -104,8 +106,8 @@ class LLM(LLMEngine):
             sampling_params, use_tqdm: as in `generate`.
             **template: see `chat_prompt`.
         """
-        is_list = isinstance(messages, (list, tuple)) and len(messages) > 0
-        conversations = messages if is_list and not isinstance(messages[0], dict) else [messages]
+        has_any = _is_list(messages) and len(messages) > 0
+        conversations = messages if has_any and not isinstance(messages[0], dict) else [messages]
         prompts = [self.chat_prompt(conversation, **template) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -140,8 +142,8 @@ class LLM(LLMEngine):
                 f"{self.config.model_dir} has no {what}: pass chat_template, or write the prompt "
                 "yourself and use generate"
             )
-        is_list = isinstance(messages, (list, tuple)) and len(messages) > 0
-        if not is_list or not all(isinstance(message, dict) for message in messages):
+        has_any = _is_list(messages) and len(messages) > 0
+        if not has_any or not all(isinstance(message, dict) for message in messages):
             raise ValueError(f"messages must be a list of dicts, got {reprlib.repr(messages)}")
         if continue_final_message:
             add_generation_prompt = False
@@ -159,7 +161,8 @@ class LLM(LLMEngine):
             raise ValueError(f"a message is not valid Unicode text: {error}") from error
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Those that the checkpoint's generation_config.json recommends.
+        """Those that the checkpoint's generation_config.json recommends: greedy if it says that
+        `do_sample` is false.
 
         Raises:
             TypeError, ValueError: if it has values that cannot work.
@@ -168,6 +171,8 @@ class LLM(LLMEngine):
             name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         }
         found = self.config.generation_config
+        if found.get("do_sample") is False:
+            found = found | {"temperature": 0.0}
         return SamplingParams(
             **{ours: found[name] for name, ours in names.items() if found.get(name) is not None}
         )
@@ -224,18 +229,20 @@ class LLM(LLMEngine):
 
 def _as_list(prompts: Prompt | Collection[Prompt]) -> list[Prompt]:
     """One prompt or many -> a list of prompts. A list that begins with an integer is one prompt."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, dict)):
         return [prompts]
-    if not isinstance(prompts, (list, tuple)):
+    if not _is_list(prompts):
         raise TypeError(
             "prompts must be a string, a list of token ids, or a list of these, got "
             f"{reprlib.repr(prompts)}"
         )
     if not prompts:
         raise ValueError("prompts is empty: give at least one prompt")
-    if isinstance(prompts[0], (str, list, tuple)):
-        return list(prompts)
-    return [list(prompts)]
+    return list(prompts) if isinstance(prompts[0], (str, list, tuple, dict)) else [list(prompts)]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def _show_rates(progress: tqdm, stats: StepStats) -> None:

@@ -13,7 +13,7 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e30
 MAX_N = 16384
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen, when it ends, and what comes back.
 
@@ -34,7 +34,7 @@ class SamplingParams:
         include_stop_str_in_output: leave it in the text.
         stop_token_ids: tokens that end the request.
         seed: makes the request's random choices repeatable, whatever else runs beside it; any
-            integer of 64 bits. None draws one from the engine's own seed.
+            integer of 64 bits. None, or -1, draws one from the engine's own seed.
         logprobs: return the log probability of each token and of so many most likely ones.
         prompt_logprobs: the same for the tokens of the prompt.
         n: how many completions of the prompt to sample.
@@ -94,6 +94,8 @@ class SamplingParams:
         if self.n > MAX_N:
             raise ValueError(f"n must be at most {MAX_N}, got {self.n}")
         self._integer("seed", at_least=-(2**63), optional=True)
+        if self.seed == -1:
+            self._set("seed", None)
         if self.seed is not None and self.seed >= 2**64:
             raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):

@@ -60,7 +60,9 @@ BAD_PROMPTS = {
     "None": (None, TypeError, "prompts must be a string, a list"),
     "integer": (7, TypeError, "prompts must be a string, a list"),
     "bytes": (b"t1", TypeError, "prompts must be a string, a list"),
-    "dict": ({"prompt": "t1"}, TypeError, "prompts must be a string, a list"),
+    "dict of both": ({"prompt": "t1", "prompt_token_ids": [1]}, ValueError, "prompt 0 must have a"),
+    "dict of neither": ([{"text": "t1"}], ValueError, "prompt 0 must have a string as 'prompt'"),
+    "dict of another type": ([{"prompt": [1]}], ValueError, "prompt 0 must have a string as"),
     "float array": (np.ones(3), TypeError, "prompts must be a string, a list"),
     "as long as max_model_len": (random_tokens(64), ValueError, "has 64 tokens, and at most 63"),
     "longer than max_model_len": (random_tokens(99), ValueError, "has 99 tokens, and at most 63"),
@@ -273,7 +275,7 @@ def test_directory_without_config_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", '"qwen3"', "\x00\xff"])
 def test_corrupt_config_is_refused(tiny_copy: Path, content: str):
     (tiny_copy / "config.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"config\.json is not a valid JSON object"):
         build(tiny_copy)
 
 

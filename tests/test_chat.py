@@ -538,6 +538,8 @@ def test_recommended_params_are_those_of_generation_config(tiny_copy: Path):
         ({"max_new_tokens": 3}, {"max_tokens": 3}),
         ({"temperature": None, "top_k": None, "max_new_tokens": None}, {}),
         ({"temperature": 0, "top_k": 0, "min_p": 0}, {"temperature": 0}),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0, "top_p": 0.9}),
+        ({"do_sample": True, "top_k": 7}, {"top_k": 7}), ({"do_sample": None}, {}),
         ({"n": 5, "stop": "x", "seed": 3, "max_tokens": 9, "num_beams": 4, "x": {}}, {}),
     ],
     ids=str,

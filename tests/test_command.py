@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from checkpoints import link_checkpoint
 
 from nanovllm import LLM, SamplingParams
 from nanovllm import __main__ as command
@@ -281,11 +282,12 @@ class Files:
     def __init__(self, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.input = directory / "prompts.jsonl"
         self.output = directory / "answers.jsonl"
+        self.model = DEMO
         self.capsys = capsys
 
     def command(self, *options: str) -> list[str]:
         files = ["--input", str(self.input), "--output", str(self.output)]
-        return ["generate", DEMO, *files, *ENGINE, *options]
+        return ["generate", self.model, *files, *ENGINE, *options]
 
     def put(self, *lines: Any) -> None:
         """Write the input: objects as JSON, strings as they are."""
@@ -522,12 +524,29 @@ def test_other_options_are_an_error_of_each_line(files: Files):
     assert files.run("--max-tokens", "4")[0] == 0
     status, summary, (complaint,) = files.run("--max-tokens", "5")
     assert (status, summary) == (1, "Done: 0 answered, 0 skipped, 1 bad.")
-    assert "with other options" in complaint
+    assert "with another model or other options" in complaint
+
+
+def test_another_model_is_an_error_of_each_line(files: Files, tmp_path: Path):
+    files.put({"prompt": "1, 2, 3"})
+    assert files.run("--max-tokens", "4")[0] == 0
+    before = files.output.read_bytes()
+    other = str(link_checkpoint(Path(DEMO), tmp_path / "other"))
+    for model, options in ((other, []), (DEMO, ["--max-model-len", "64"])):
+        files.model = model
+        status, summary, (complaint,) = files.run("--max-tokens", "4", *options)
+        assert (status, summary) == (1, "Done: 0 answered, 0 skipped, 1 bad.")
+        assert "with another model or other options" in complaint
+        assert files.output.read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    "content", ["notes\n", "notes", '{"id": 1, "prompt": "a"}\n', "\n", "[" * 100_000 + "\n"]
-)
+    "content",
+    [
+        "notes\n", "notes", '{"id": 1, "prompt": "a"}\n', "\n", "[" * 100_000 + "\n",
+        '{"id": 1, "prompt": "a"}', '{"id": [1, "x"], "pro', '{"prompt": ', "[" * 100_000,
+    ],
+)  # fmt: skip
 def test_output_of_something_else_is_refused(files: Files, content: str):
     files.put({"prompt": "1, 2, 3"})
     files.output.write_text(content)

@@ -64,12 +64,9 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip: bool = Tru
 
 
 def growth(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip: bool) -> Iterator[str]:
-    """The text after each token: all of it, up to the last token that completes a character."""
-    shown = ""
+    """The text after each token: all of it, but for a last character that is not whole."""
     for end in range(1, len(ids) + 1):
-        now = text_of(tokenizer, ids[:end], skip)
-        shown = shown if now.endswith(BROKEN) else now
-        yield shown
+        yield text_of(tokenizer, ids[:end], skip).rstrip(BROKEN)
 
 
 def check_growth(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip: bool) -> None:
@@ -379,12 +376,22 @@ def test_a_stop_string_that_ends_with_the_first_token_that_may_is_found(
 def test_what_is_shown_at_the_very_end_no_stop_string_ends(demo: PreTrainedTokenizerBase):
     """By then it is settled why the request has ended."""
     assert demo.decode([512]) == "不\ufffd"
-    for stop in ("不", BROKEN, "不\ufffd"):
+    for stop in (BROKEN, "不\ufffd"):
         detokenizer = Detokenizer(demo, True, (stop,))
         detokenizer.append(512)
-        assert (detokenizer.text, detokenizer.stopped_by) == ("", None)
+        assert (detokenizer.text, detokenizer.stopped_by) == ("不", None)
         detokenizer.finish()
         assert (detokenizer.text, detokenizer.stopped_by) == ("不\ufffd", None)
+
+
+def test_a_stop_string_is_found_before_the_first_bytes_of_a_character(
+    demo: PreTrainedTokenizerBase,
+):
+    for include, text in ((False, ""), (True, "不")):
+        detokenizer = Detokenizer(demo, True, ("不",), include)
+        detokenizer.append(512)
+        detokenizer.finish()
+        assert (detokenizer.text, detokenizer.stopped_by) == (text, "不")
 
 
 def test_a_stop_string_ends_inside_of_a_token_after_whole_characters_only(

@@ -128,6 +128,17 @@ def test_stats_count_every_token_run(tiny: Path, async_scheduling: bool):
         assert llm.stats.prefill_seconds > 0 and llm.stats.decode_seconds > 0
 
 
+def test_dicts_stand_for_prompts(llm: LLM):
+    expected = llm.generate(["t1 t2", [3, 4]], GREEDY, use_tqdm=False)
+    found = llm.generate(
+        [{"prompt": "t1 t2"}, {"prompt_token_ids": [3, 4]}], GREEDY, use_tqdm=False
+    )
+    (alone,) = llm.generate({"prompt": "t1 t2"}, GREEDY, use_tqdm=False)
+    for output, one in zip((*found, alone), (*expected, expected[0]), strict=True):
+        for key in ("prompt", "prompt_token_ids", "token_ids", "text"):
+            assert output[key] == one[key]
+
+
 # The step loop
 
 

@@ -282,7 +282,7 @@ BAD_FOR_THE_MODEL: dict[str, tuple[Options, str]] = {
     "bias below": ({"logit_bias": {-1: 1.0}}, r"logit_bias has token id -1, outside"),
     "stop string": ({"stop": "t5"}, r"stop needs text, and .* has no tokenizer: use stop_token_id"),
     "logprobs": ({"logprobs": VOCAB + 1}, r"logprobs must be at most the vocabulary of 48, got 49"),
-    "prompt_logprobs": ({"prompt_logprobs": 2**70}, r"prompt_logprobs must be at most the vocabu"),
+    "prompt_logprobs": ({"prompt_logprobs": 2**70}, r"prompt_logprobs (must be at|do not come)"),
     "only eos": ({"allowed_token_ids": [EOS], "min_tokens": 1}, r"min_tokens leaves no token"),
     "only stops": (
         {"allowed_token_ids": [5, 6], "stop_token_ids": [6, 5, 4], "min_tokens": 1},
@@ -330,6 +330,29 @@ def test_stop_tokens_that_the_model_has_are_fine(llm: LLM):
 def test_min_tokens_with_a_vocabulary_of_stop_tokens_is_refused(llm: LLM):
     with pytest.raises(ValueError, match="min_tokens leaves no token"):
         sample(llm, {"stop_token_ids": list(range(VOCAB)), "min_tokens": 2})
+
+
+def test_a_refused_stream_draws_no_seed(model: Model):
+    found = []
+    for bad in ((), ({"n": 2}, {"prompt_logprobs": 1})):
+        with build(model) as llm:
+            for options in bad:
+                with pytest.raises(ValueError, match=next(iter(options))):
+                    llm.stream([PROMPT] * 2, [SamplingParams(), SamplingParams(**options)])
+            found.append(tokens_of(sample(llm, {"ignore_eos": True})))
+    assert found[0] == found[1]
+
+
+def test_a_seed_of_minus_one_is_none(model: Model):
+    assert SamplingParams(seed=-1).seed is None
+    with build(model) as llm:
+        one, two = tokens_of(sample(llm, *[{"seed": -1, "ignore_eos": True}] * 2))
+    assert one != two
+
+
+def test_params_have_names():
+    with pytest.raises(TypeError):
+        SamplingParams(0.5)
 
 
 def test_a_refusal_says_which_prompt_it_is_about(llm: LLM):

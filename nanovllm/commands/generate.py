@@ -5,7 +5,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,8 +36,8 @@ options given here, and "id", any JSON value; without one, the line's number, fr
 blank lines are ignored.
 
 Each answer is a line added to the output as soon as it is there, so not in the input's order, with
-"id", "line" (the number of the input line), "digest" (of that line and the options here), "text",
-"token_ids" and "finish_reason".
+"id", "line" (the number of the input line), "digest" (of that line, the model and the options),
+"text", "token_ids" and "finish_reason".
 
 If a run is stopped, however that happens, the same command goes on where it was: lines that the
 output answers are skipped. Lines that cannot be answered are reported, and the rest goes on; the
@@ -55,7 +55,7 @@ example:
 class Line:
     """A line of the input: its number, from 1, and its content.
 
-    `digest` tells this content, asked with these options of the command, from another.
+    `digest` tells this content, asked of this model with these options, from another.
     """
 
     number: int
@@ -82,6 +82,7 @@ class Generation:
         llm: the engine.
         options: the sampling options given to the command, the seed among them.
         template_kwargs: for the chat template.
+        model: what the answers depend on besides: the model's name and the engine's options.
         answered: the digest of each line that the output answers, by its number.
         sink: the output, open to be added to.
         tally: counts lines as they end.
@@ -93,6 +94,7 @@ class Generation:
         llm: LLM,
         options: dict[str, Any],
         template_kwargs: dict[str, Any],
+        model: dict[str, Any],
         answered: dict[int, str],
         sink: BinaryIO,
         tally: Tally,
@@ -102,6 +104,7 @@ class Generation:
         self.options = options
         self.params = params_of(llm, options)
         self.template_kwargs = template_kwargs
+        self.model = model
         self.answered = answered
         self.sink = sink
         self.tally = tally
@@ -130,7 +133,8 @@ class Generation:
 
     def new_lines(self, source: BinaryIO) -> Iterator[Line]:
         """The lines that the output does not answer; refuses those that it answers differently."""
-        options = json.dumps(self.options | self.template_kwargs, sort_keys=True).encode()
+        options = asdict(self.params) | self.template_kwargs | self.model
+        options = json.dumps(options, sort_keys=True).encode()
         for number, content in enumerate(source, start=1):
             content = content.strip()
             if not content:
@@ -146,7 +150,8 @@ class Generation:
                 self.refuse(
                     number,
                     "the output has an answer to another line of this number, or to this one with "
-                    "other options: give the input and options of that run, or another --output",
+                    "another model or other options: give the input, model and options of that "
+                    "run, or another --output",
                 )
         for missing in sorted(self.answered):
             self.refuse(
@@ -243,6 +248,9 @@ class Generation:
 def generate(args: argparse.Namespace) -> int:
     """The command `generate`."""
     options = {"seed": 0} | given_options(args, SAMPLING_OPTIONS)
+    path = Path(args.model)
+    model = {"model": str(path.resolve()) if path.is_dir() else args.model}
+    model |= given_options(args, ("dtype", "max_model_len"))
     tally = Tally()
     try:
         with args.input.open("rb") as source:
@@ -256,7 +264,7 @@ def generate(args: argparse.Namespace) -> int:
                 HeldInterrupt() as interrupt,
             ):
                 run = Generation(
-                    llm, options, thinking_kwargs(args), answered, sink, tally, progress
+                    llm, options, thinking_kwargs(args), model, answered, sink, tally, progress
                 )
                 interrupted = not run.run(source, interrupt)
     except KeyboardInterrupt:
@@ -281,7 +289,7 @@ def read_answers(path: Path) -> dict[int, str]:
     with path.open("rb+") as file:
         for number, content in enumerate(file, start=1):
             is_whole = content.endswith(b"\n")
-            if not is_whole and b'{"id": '.startswith(content[:7]):
+            if not is_whole and _may_be_torn(content):
                 file.truncate(end)
                 break
             try:
@@ -297,6 +305,18 @@ def read_answers(path: Path) -> dict[int, str]:
             answered[record["line"]] = record["digest"]
             end += len(content)
     return answered
+
+
+def _may_be_torn(content: bytes) -> bool:
+    """Whether an unfinished line may be the beginning of one that this command writes."""
+    text, start, follows = content.decode(errors="replace"), '{"id": ', ', "line": '
+    if not text.startswith(start):
+        return start.startswith(text)
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, len(start))
+    except (ValueError, RecursionError):  # in the middle of the id
+        return True
+    return text[end:].startswith(follows) or follows.startswith(text[end:])
 
 
 def _count_lines(path: Path) -> int | None:

@@ -36,27 +36,27 @@ class Detokenizer:
         self._stop = stop
         self._include_stop = include_stop
         # Tokens that `text` shows, but for which the next ones may need as their left neighbours,
-        # and tokens that it does not show yet.
+        # and the tokens after them, of whose text `text` shows so many characters.
         self._shown: list[int] = []
         self._hidden: list[int] = []
+        self._num_ahead = 0
 
     def append(self, token_id: int, may_stop: bool = True) -> None:
         """Take in the next token. With `may_stop` false no stop string may end with it."""
         self._hidden.append(token_id)
-        before = self._decode(self._shown)
-        now = self._decode(self._shown + self._hidden)
-        if now.endswith(UNFINISHED):
-            return
-        if len(now) > len(before):  # a token without text is nobody's left neighbour
-            self._show(now[len(before) :], may_stop)
-            self._shown = self._hidden
-        self._hidden = []
+        new = self._new_text()
+        complete = new.rstrip(UNFINISHED)
+        self._show(complete[self._num_ahead :], may_stop)
+        self._num_ahead = max(self._num_ahead, len(complete))
+        if complete == new:
+            if new:  # a token without text is nobody's left neighbour
+                self._shown = self._hidden
+            self._hidden, self._num_ahead = [], 0
 
     def finish(self) -> None:
         """Show what is left, as a broken character if need be."""
         if self._hidden and self.stopped_by is None:
-            before = self._decode(self._shown)
-            self._show(self._decode(self._shown + self._hidden)[len(before) :], may_stop=False)
+            self._show(self._new_text()[self._num_ahead :], may_stop=False)
             self._hidden = []
 
     @property
@@ -72,7 +72,7 @@ class Detokenizer:
 
     def _show(self, new: str, may_stop: bool) -> None:
         old, self.text = len(self.text), self.text + new
-        if not may_stop:
+        if not may_stop or not new:
             return
         found = []
         for stop in self._stop:
@@ -82,6 +82,10 @@ class Detokenizer:
         if found:
             start, end, self.stopped_by = min(found)
             self.text = self.text[: end if self._include_stop else start]
+
+    def _new_text(self) -> str:
+        """That of the hidden tokens, as it is after the others."""
+        return self._decode(self._shown + self._hidden)[len(self._decode(self._shown)) :]
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)

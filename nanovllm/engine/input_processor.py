@@ -15,7 +15,8 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.validation import as_integer
 
-Prompt = str | Collection[int]  # text, or a list or tuple of token ids
+# Text, or a list or tuple of token ids, or a dict that has one of them as its only entry.
+Prompt = str | Collection[int] | dict[str, str | Collection[int]]
 
 
 @dataclass
@@ -70,6 +71,7 @@ class InputProcessor:
         checked = []
         for index, (prompt, param) in enumerate(zip(prompts, params)):
             name, param = f"prompt {index}", SamplingParams() if param is None else param
+            prompt = _unwrapped(prompt, name)
             if not isinstance(param, SamplingParams):
                 raise TypeError(f"{name}: sampling_params must be SamplingParams, got {param!r}")
             token_ids = self._token_ids(prompt, name)
@@ -168,3 +170,16 @@ class InputProcessor:
                 "max_model_len or num_kvcache_blocks if the model allows"
             )
         return token_ids
+
+
+def _unwrapped(prompt: Prompt, name: str) -> str | Collection[int]:
+    """What a dict stands for, by its key."""
+    if not isinstance(prompt, dict):
+        return prompt
+    for key, kind in (("prompt", str), ("prompt_token_ids", (list, tuple))):
+        if [*prompt] == [key] and isinstance(prompt[key], kind):
+            return prompt[key]
+    raise ValueError(
+        f"{name} must have a string as 'prompt' or a list as 'prompt_token_ids', and nothing else, "
+        f"got {reprlib.repr(prompt)}"
+    )
