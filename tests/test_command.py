@@ -105,12 +105,12 @@ def test_chat_ends_with_its_input(talk):
 
 
 def test_second_turn_finds_the_first_in_the_prefix_cache(talk, engines: list[RecordingLLM]):
-    talk("Who are you?", "47+38=")
+    talk("Count from 1 to 60.", "47+38=")
     (llm,) = engines
     (first, _), (second, _) = llm.streamed
-    assert len(first) + 32 < len(second)
+    assert len(second) > len(first) + 2 * 64
     # All whole blocks of the first turn, its answer included, were there: less than two are new.
-    assert llm.stats.prefill_tokens < len(first) + len(second) - len(first) - 16
+    assert llm.stats.prefill_tokens < len(first) + 2 * 64
 
 
 def test_chat_options_reach_template_and_sampling(talk, engines: list[RecordingLLM]):

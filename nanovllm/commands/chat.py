@@ -118,7 +118,8 @@ def chat(args: argparse.Namespace) -> int:
             import readline  # noqa: F401  lets input() edit lines, and remember them
     options = {"max_tokens": None} | given_options(args, SAMPLING_OPTIONS)
     try:
-        with load(args, seed=secrets.randbits(31)) as llm:  # another chat, other answers
+        # Another chat, other answers; and in small blocks, of which a turn finds more in the cache.
+        with load(args, seed=secrets.randbits(31), kvcache_block_size=64) as llm:
             params = params_of(llm, options)
             session = Chat(llm, params, args.system, thinking_kwargs(args))
             try:
