@@ -99,11 +99,12 @@ class Scheduler:
             seq.num_pending_tokens -= 1
             if seq.is_finished:  # it ended while this row was already under way
                 continue
-            if not seq.output_token_ids:
+            if len(seq.token_ids) == seq.num_prompt_tokens:
                 seq.first_token_time = time.time()
             seq.token_ids.append(token_id)
             self._register_generated(seq)
-            if self._ends(seq, token_id):
+            may_end = token_id in seq.ending_token_ids or len(seq.token_ids) >= seq.max_len
+            if (may_end or seq.detokenizer is not None) and self._ends(seq, token_id):
                 ended.append(seq)
         return ended
 
