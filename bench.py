@@ -131,9 +131,16 @@ def _best_seconds(function: Callable[[], object], device: torch.device) -> float
 
 
 def floor_seconds(
-    engine_config: Config, workload: Workload, read_rate: float, matmul_rate: float
+    engine_config: Config,
+    workload: Workload,
+    read_rate: float,
+    matmul_rate: float,
+    prefix_len: int = 0,
 ) -> dict[str, float]:
-    """Least seconds for decode (weights, keys and values) and prefill; see the top of the file."""
+    """Least seconds for decode (weights, keys and values) and prefill; see the top of the file.
+
+    The first `prefix_len` tokens, the same in every prompt, are computed once.
+    """
     config, itemsize = engine_config.hf_config, engine_config.torch_dtype.itemsize
     q_size = config.num_attention_heads * config.head_dim
     kv_size = config.num_key_value_heads * config.head_dim
@@ -142,13 +149,15 @@ def floor_seconds(
     head = config.vocab_size * config.hidden_size
     kv_bytes = 2 * config.num_hidden_layers * kv_size * itemsize
 
-    lens = [(len(p), o) for p, o in zip(workload.prompts, workload.output_lens)]
+    most = engine_config.max_model_len
+    lens = [(len(p), min(o, most - len(p))) for p, o in zip(workload.prompts, workload.output_lens)]
     generated = sum(o - 1 for _, o in lens)
     steps = max(max(o - 1 for _, o in lens), -(-generated // engine_config.max_num_seqs))
     # The token at position p attends to p + 1: sum over p from the prompt's end on.
     contexts = sum((o - 1) * (p + 1) + (o - 1) * (o - 2) // 2 for p, o in lens)
-    prompt_tokens = sum(p for p, _ in lens)
-    pairs = sum(p * (p + 1) // 2 for p, _ in lens)
+    again = len(lens) - 1  # prompts that find the prefix computed
+    prompt_tokens = sum(p for p, _ in lens) - again * prefix_len
+    pairs = sum(p * (p + 1) // 2 for p, _ in lens) - again * prefix_len * (prefix_len + 1) // 2
     prefill_ops = 2 * layers * prompt_tokens + 4 * config.num_hidden_layers * q_size * pairs
     return {
         "weights": steps * (layers + head) * itemsize / read_rate,
@@ -220,6 +229,8 @@ def parse_args() -> argparse.Namespace:
         lens = getattr(args, name)
         if lens and not 1 <= lens[0] <= lens[1]:
             parser.error(f"--{name.replace('_', '-')} must be 1 <= MIN <= MAX, got {lens}")
+    if args.prefix_len < 0:
+        parser.error(f"--prefix-len must be at least 0, got {args.prefix_len}")
     for name in ("json", "plot"):
         path = getattr(args, name)
         if path and not Path(path).resolve().parent.is_dir():
@@ -290,7 +301,7 @@ def main() -> None:
     )
     llm.close()
     read_rate, matmul_rate = measure_machine(device)
-    floor = floor_seconds(llm.config, workload, read_rate, matmul_rate)
+    floor = floor_seconds(llm.config, workload, read_rate, matmul_rate, args.prefix_len)
     total = sum(floor.values())
     print(
         f"floor:      {total:10.2f} s: weights {floor['weights']:.2f}, keys and values "

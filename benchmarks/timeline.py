@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 
 from nanovllm import LLM
 from nanovllm.engine.outputs import RequestOutput
+from nanovllm.engine.scheduler import Batch
 
 PREFILL, DECODE, WAITING, CACHE, PREEMPTION = "#d9730d", "#1f5fa8", "#7a7a7a", "#2f8f6b", "#c0271d"
 MOST_BARS = 300  # of throughput: a long step has its own, short ones share one
@@ -30,7 +31,7 @@ class Moment(NamedTuple):
     time: float
     prefill_tokens: int
     decode_tokens: int
-    running: int
+    running: int  # in the step, those that it ended included
     waiting: int
     blocks: int  # the most in use at once since the moment before
     preemptions: int
@@ -39,15 +40,22 @@ class Moment(NamedTuple):
 @contextmanager
 def recorded(llm: LLM) -> Iterator[list[Moment]]:
     """The moments of an engine: one at the start of the block, and one after each step in it."""
-    step, scheduler = llm.step, llm.scheduler
+    step, scheduler, schedule = llm.step, llm.scheduler, llm.scheduler.schedule
     cache, fewest_free = scheduler.block_manager, scheduler.block_manager.fewest_free
     moments: list[Moment] = []
+    running = 0
+
+    def recorded_schedule() -> Batch | None:
+        nonlocal running
+        batch = schedule()
+        running = len(scheduler.running)
+        return batch
 
     def note() -> None:
         moments.append(
             Moment(
                 perf_counter(), llm.stats.prefill_tokens, llm.stats.decode_tokens,
-                len(scheduler.running), len(scheduler.waiting),
+                running, len(scheduler.waiting),
                 len(cache.blocks) - cache.fewest_free, scheduler.num_preemptions,
             )
         )  # fmt: skip
@@ -60,11 +68,11 @@ def recorded(llm: LLM) -> Iterator[list[Moment]]:
 
     cache.fewest_free = cache.num_free_blocks
     note()
-    llm.step = recorded_step
+    llm.step, scheduler.schedule = recorded_step, recorded_schedule
     try:
         yield moments
     finally:
-        del llm.step  # that of the class is back
+        del llm.step, scheduler.schedule  # those of the classes are back
         most = max(moment.blocks for moment in moments)
         cache.fewest_free = min(fewest_free, len(cache.blocks) - most)
 
@@ -101,6 +109,8 @@ def _draw_throughput(axes: Axes, ends: np.ndarray, run: Moment) -> None:
         panel.set_ylabel(f"{name}, tok/s", color=color)
         panel.tick_params(axis="y", labelcolor=color)
         panel.yaxis.set_major_formatter("{x:,.0f}")
+        if np.isnan(rates).all():
+            panel.set_yticks([])
     _dress(axes, "throughput", [*handles, _shade_prefill(axes, ends, run)])
 
 

@@ -36,6 +36,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.validation import as_integer
 from nanovllm.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,8 @@ class NanoVLLM(TemplateLM):
         enable_thinking: one of those, for generation only. It needs `think_end_token`.
         think_end_token: what ends the thoughts, such as "</think>": the answer is what follows, and
             a task's stop strings count only there.
-        batch_size, max_batch_size: ignored. `max_num_seqs` and `max_num_batched_tokens` are the
-            engine's.
+        batch_size, max_batch_size, trust_remote_code: ignored. `max_num_seqs` and
+            `max_num_batched_tokens` are the engine's, which runs no code of a checkpoint.
         **options: those of the engine, see :class:`nanovllm.config.Config`.
 
     Raises:
@@ -88,9 +89,17 @@ class NanoVLLM(TemplateLM):
         think_end_token: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
+        trust_remote_code: bool | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
+        if max_length is not None:
+            max_length = as_integer("max_length", max_length)
+        max_gen_toks = as_integer("max_gen_toks", max_gen_toks)
+        if max_gen_toks < 1:
+            raise ValueError(f"max_gen_toks must be at least 1, got {max_gen_toks}")
+        if think_end_token is not None and not isinstance(think_end_token, str):
+            raise TypeError(f"think_end_token must be text, got {think_end_token!r}")
         if enable_thinking and think_end_token is None:
             raise ValueError(
                 "enable_thinking needs think_end_token, such as '</think>': without it thoughts "
@@ -108,6 +117,11 @@ class NanoVLLM(TemplateLM):
             raise ValueError(
                 "the tokenizer has neither a beginning- nor an end-of-sequence token, which would "
                 "stand before a text without context: give prefix_token_id"
+            )
+        vocab_size = self.llm.config.hf_config.vocab_size
+        if not 0 <= as_integer("prefix_token_id", self.prefix_token_id) < vocab_size:
+            raise ValueError(
+                f"prefix_token_id is {self.prefix_token_id}, outside the vocabulary of {vocab_size}"
             )
         self.max_length = self.llm.config.max_model_len - SPARE_TOKENS
         if max_length is not None:
@@ -221,7 +235,8 @@ class NanoVLLM(TemplateLM):
         for request in requests:
             context, gen_kwargs = request.args
             param, until = self._sampling_params(gen_kwargs)
-            tokens, room = self.tok_encode(context), self.max_length - param.max_tokens
+            tokens = self.tok_encode(context) or [self.prefix_token_id]
+            room = self.max_length - param.max_tokens
             if len(tokens) > room:
                 logger.warning(
                     "a prompt of %d tokens is cut from the left to the %d that leave room for %d",
@@ -316,8 +331,10 @@ class NanoVLLM(TemplateLM):
         temperature = kwargs.pop("temperature", 1.0)
         if not kwargs.pop("do_sample"):
             temperature = 0.0
-        if kwargs.get("num_beams") == 1:  # as everywhere here
-            del kwargs["num_beams"]
+        for name in ("num_beams", "num_return_sequences"):
+            if (number := kwargs.pop(name, 1)) != 1:
+                raise ValueError(f"{name} must be 1, got {number}")
+        kwargs.pop("use_cache", None)
         params = SamplingParams(
             temperature=temperature,
             max_tokens=max_tokens,

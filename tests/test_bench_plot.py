@@ -50,7 +50,7 @@ def test_bench_draws_its_last_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert first.prefill_tokens > 0, "the first run only warms up"
     assert last.preemptions > first.preemptions
     assert max(moment.blocks for moment in moments) == num_blocks
-    assert (last.running, last.waiting) == (0, 0)
+    assert last.running > 0 and last.waiting == 0
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])

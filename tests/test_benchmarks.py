@@ -260,3 +260,15 @@ def test_soak_finds_a_leak(
         soak.main(["--requests", "60", "--sample", "2", "--abort-rate", "0.5"])
     assert "failures" in str(stopped.value.code)
     assert "FAILED: " in capsys.readouterr().out
+
+
+def test_the_floor_has_what_is_necessary_alone(tiny: Path) -> None:
+    with LLM(tiny, device="cpu", num_kvcache_blocks=64, max_model_len=100) as llm:
+        config = llm.config
+    shared, own = list(range(60)), [[i] * 10 for i in range(3)]
+    many = floor_seconds(config, Workload([shared + tail for tail in own], [5] * 3), 1, 1, 60)
+    apart = floor_seconds(config, Workload([shared + tail for tail in own], [5] * 3), 1, 1)
+    one = floor_seconds(config, Workload([shared], [5]), 1, 1)
+    assert one["prefill"] < many["prefill"] < apart["prefill"] - 1.9 * one["prefill"]
+    cut = floor_seconds(config, Workload([own[0]], [500]), 1, 1)
+    assert cut == floor_seconds(config, Workload([own[0]], [90]), 1, 1)

@@ -418,6 +418,18 @@ def test_each_line_has_a_seed_of_its_own(files: Files, tmp_path: Path):
     assert first[3] == second[3]  # the line's own seed goes before
 
 
+def test_a_seed_of_minus_one_is_the_lines_own(files: Files):
+    line = {"prompt": "1, 2, 3", "sampling_params": {"ignore_eos": True, "temperature": 3}}
+    minus_one = line | {"sampling_params": line["sampling_params"] | {"seed": -1}}
+    files.put(line, line)
+    assert files.run("--max-tokens", "8")[0] == 0
+    expected = [files.answers()[number]["token_ids"] for number in (1, 2)]
+    files.output.unlink()
+    files.put(minus_one, minus_one)
+    assert files.run("--max-tokens", "8")[0] == 0
+    assert [files.answers()[number]["token_ids"] for number in (1, 2)] == expected
+
+
 def test_a_large_file_is_not_queued_at_once(
     files: Files, engines: list[RecordingLLM], monkeypatch: pytest.MonkeyPatch
 ):

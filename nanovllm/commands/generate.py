@@ -217,7 +217,7 @@ class Generation:
         if isinstance(given.get("logit_bias"), dict):  # the keys of JSON are strings
             bias = given["logit_bias"].items()
             given = given | {"logit_bias": {int(k) if k.isdecimal() else k: v for k, v in bias}}
-        if given.get("seed") is None:
+        if given.get("seed") in (None, -1):
             given = given | {"seed": _line_seed(self.options["seed"], number)}
         params = replace(self.params, **given)
         if params.n != 1 or params.logprobs is not None or params.prompt_logprobs is not None:

@@ -10,8 +10,7 @@ class Logprob:
 
     Attributes:
         logprob: natural logarithm of its probability, before temperature and all other changes.
-        rank: of the token that is there, one more than the number of likelier ones; of the others,
-            their place among the most likely.
+        rank: 1 for the most likely token; of equally likely ones the lowest id comes first.
         decoded_token: its text; None if the checkpoint has no tokenizer.
     """
 

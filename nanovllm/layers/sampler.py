@@ -94,7 +94,7 @@ class Logprobs(NamedTuple):
     """Of some positions: the token that is there, and the most likely ones."""
 
     logprobs: torch.Tensor  # [positions] float32
-    ranks: torch.Tensor  # [positions], 1 for the most likely token
+    ranks: torch.Tensor  # [positions], 1 for what greedy decoding takes
     top_token_ids: torch.Tensor  # [positions, k]
     top_logprobs: torch.Tensor  # [positions, k], falling
 
@@ -106,7 +106,12 @@ def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> L
     """
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, token_ids[:, None])
-    ranks = (logprobs > own).sum(dim=1) + 1
+    score, tokens = (
+        logits.gather(1, token_ids[:, None]),
+        torch.arange(logits.shape[1], device=own.device),
+    )
+    is_before = (logits > score) | ((logits == score) & (tokens < token_ids[:, None]))
+    ranks = is_before.sum(dim=1) + 1
     top_logprobs, top_token_ids = logprobs.topk(min(k, logits.shape[1]), dim=1)
     found = (own[:, 0], ranks, top_token_ids, top_logprobs)
     return Logprobs(*(piece.to("cpu", non_blocking=True) for piece in found))
