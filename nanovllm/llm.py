@@ -106,8 +106,8 @@ class LLM(LLMEngine):
             sampling_params, use_tqdm: as in `generate`.
             **template: see `chat_prompt`.
         """
-        has_any = _is_list(messages) and len(messages) > 0
-        conversations = messages if has_any and not isinstance(messages[0], dict) else [messages]
+        is_many = _is_list(messages) and messages and not isinstance(messages[0], dict)
+        conversations = messages if is_many else [messages]
         prompts = [self.chat_prompt(conversation, **template) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -142,8 +142,8 @@ class LLM(LLMEngine):
                 f"{self.config.model_dir} has no {what}: pass chat_template, or write the prompt "
                 "yourself and use generate"
             )
-        has_any = _is_list(messages) and len(messages) > 0
-        if not has_any or not all(isinstance(message, dict) for message in messages):
+        is_chat = _is_list(messages) and all(isinstance(message, dict) for message in messages)
+        if not is_chat or not messages:
             raise ValueError(f"messages must be a list of dicts, got {reprlib.repr(messages)}")
         if continue_final_message:
             add_generation_prompt = False

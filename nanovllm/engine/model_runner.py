@@ -10,12 +10,14 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
+from nanovllm.kernels.gumbel_sample import gumbel_sample
 from nanovllm.kernels.paged_decode import num_decode_ranges
+from nanovllm.kernels.truncate import truncation_thresholds
 from nanovllm.layers.attention import BACKENDS, select_backend
 from nanovllm.layers.layernorm import Residual
 from nanovllm.layers.linear import Linear, can_pack
 from nanovllm.layers.rotary_embedding import rope_cos_sin
-from nanovllm.layers.sampler import LogitEdits, Logprobs, compute_logprobs, edit_logits_, sample
+from nanovllm.layers.sampler import LogitEdits, Logprobs, compute_logprobs, edit_logits_
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.context import Context
 from nanovllm.utils.loader import fill_with_noise, load_weights
@@ -221,6 +223,7 @@ class ModelRunner:
             self.inputs.device.zero_()
             if shape is decode and self.use_graphs:  # which the graphs' own pool holds again
                 self._graph_bytes = self._activation_bytes()
+        # What a step holds at once when requests want its logits changed, and to know of them.
         logits = self.model.compute_logits(residual)
         edited = logits.to(torch.float32, copy=True)
         first_token = self.sampled[:1].expand(LOGPROB_ROWS)
@@ -274,12 +277,15 @@ class ModelRunner:
         return None
 
     def _sample(self, logits: torch.Tensor, inputs: StepInputs, truncates: bool) -> None:
-        rows, truncation = slice(len(logits)), None
+        rows = slice(len(logits))
+        temperatures, thresholds = inputs.temperatures[rows], None
         if truncates:
-            truncation = inputs.top_k[rows], inputs.top_p[rows], inputs.min_p[rows]
-        sample(
-            logits, inputs.temperatures[rows], inputs.seeds[rows], inputs.context_lens[rows],
-            self.sampled[rows], self.host_tokens, inputs.turn, truncation,
+            thresholds = truncation_thresholds(
+                logits, temperatures, inputs.top_k[rows], inputs.top_p[rows], inputs.min_p[rows]
+            )
+        gumbel_sample(
+            logits, temperatures, inputs.seeds[rows], inputs.context_lens[rows],
+            self.sampled[rows], self.host_tokens, inputs.turn, thresholds,
         )  # fmt: skip
 
     def _sample_edited(

@@ -166,17 +166,20 @@ def _sums(t1, t2, t3, tops, row_ptr, vocab, peak, scale, LANES: tl.constexpr):
     if tops is None:
         for start in range(0, vocab, LANES):
             x = _load(row_ptr, start, vocab, LANES)
-            weight = 1.0 if scale is None else tl.exp2((x - peak) * scale)
-            s1 += tl.where(x >= t1, weight, 0.0)
-            s2 += tl.where(x >= t2, weight, 0.0)
-            s3 += tl.where(x >= t3, weight, 0.0)
+            s1, s2, s3 = _add(s1, s2, s3, x, t1, t2, t3, peak, scale)
     else:
         for i in tl.static_range(4):
-            weight = 1.0 if scale is None else tl.exp2((tops[i] - peak) * scale)
-            s1 += tl.where(tops[i] >= t1, weight, 0.0)
-            s2 += tl.where(tops[i] >= t2, weight, 0.0)
-            s3 += tl.where(tops[i] >= t3, weight, 0.0)
+            s1, s2, s3 = _add(s1, s2, s3, tops[i], t1, t2, t3, peak, scale)
     return tl.sum(s1, axis=0), tl.sum(s2, axis=0), tl.sum(s3, axis=0)
+
+
+@triton.jit
+def _add(s1, s2, s3, x, t1, t2, t3, peak, scale):
+    weight = 1.0 if scale is None else tl.exp2((x - peak) * scale)
+    s1 += tl.where(x >= t1, weight, 0.0)
+    s2 += tl.where(x >= t2, weight, 0.0)
+    s3 += tl.where(x >= t3, weight, 0.0)
+    return s1, s2, s3
 
 
 @triton.jit

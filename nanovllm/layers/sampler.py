@@ -1,33 +1,12 @@
-"""From logits to the next token, and what else a request may want of them."""
+"""What a request may want of the logits besides a token: changes before, likelihoods after."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from nanovllm.kernels.gumbel_sample import gumbel_sample
-from nanovllm.kernels.truncate import truncation_thresholds
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.memory import to_device
-
-Truncation = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # top_k, top_p, min_p: [rows] each
-
-
-def sample(
-    logits: torch.Tensor,
-    temperatures: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    out: torch.Tensor,
-    copies: torch.Tensor,
-    turn: torch.Tensor,
-    truncation: Truncation | None = None,
-) -> None:
-    """Greedy and random rows side by side; see `nanovllm.kernels.gumbel_sample`."""
-    thresholds = None
-    if truncation is not None:
-        thresholds = truncation_thresholds(logits, temperatures, *truncation)
-    gumbel_sample(logits, temperatures, seeds, positions, out, copies, turn, thresholds)
 
 
 class LogitEdits(NamedTuple):
@@ -106,10 +85,8 @@ def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> L
     """
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, token_ids[:, None])
-    score, tokens = (
-        logits.gather(1, token_ids[:, None]),
-        torch.arange(logits.shape[1], device=own.device),
-    )
+    score = logits.gather(1, token_ids[:, None])
+    tokens = torch.arange(logits.shape[1], device=logits.device)
     is_before = (logits > score) | ((logits == score) & (tokens < token_ids[:, None]))
     ranks = is_before.sum(dim=1) + 1
     top_logprobs, top_token_ids = logprobs.topk(min(k, logits.shape[1]), dim=1)
