@@ -15,12 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bench import write_shape
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("import torch and transformers", "import nanovllm", "LLM(...)", "first request")
+STAGES = ("import torch", "import transformers", "import nanovllm", "LLM(...)", "first request")
 SCRIPT = """
 import json, sys, time
 times = [time.perf_counter()]
-import torch, transformers
-transformers.AutoTokenizer  # transformers imports what is asked for
+import torch
+times.append(time.perf_counter())
+import transformers
 times.append(time.perf_counter())
 from nanovllm import LLM, SamplingParams
 times.append(time.perf_counter())

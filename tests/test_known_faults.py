@@ -15,6 +15,7 @@ from checkpoints import (
 )
 from test_scheduler import Driver
 
+from bench import dummy_llm
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import SequenceStatus
@@ -165,6 +166,23 @@ def test_padding_rows_of_a_graph_write_nowhere(tiny: Path, rows: int):
             expected = sum(map(len, prompts)) + rows * (GREEDY.max_tokens - 1)
             assert len(changed_slots(llm, 7.0)) == expected
         assert llm.model_runner.graphs
+
+
+# Graphs of growing batches, each with memory of its own
+
+
+@pytest.mark.gpu
+def test_graphs_of_all_sizes_share_their_memory():
+    changes = {"num_hidden_layers": 2}
+    with dummy_llm("qwen3-0.6b", changes, num_kvcache_blocks=8, max_num_seqs=256) as llm:
+        runner = llm.model_runner
+        before = torch.cuda.memory_reserved()
+        with torch.inference_mode():
+            for rows in (1, 2, 4, 8, *range(16, 256, 16)):
+                shape = runner.inputs.decode_shape(rows)
+                runner._run(shape)
+                runner._capture(shape)
+        assert torch.cuda.memory_reserved() - before < 2**27
 
 
 # A prompt that is wholly in the cache leaving no token to run

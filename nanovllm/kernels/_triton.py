@@ -17,15 +17,12 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
-    try:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-    except ImportError:  # an older Triton
-        TensorDescriptor: Any = None
-except ImportError:
+except ImportError:  # not there, or too old
     HAS_TRITON = False
-    TensorDescriptor = None
+    TensorDescriptor: Any = None
     tl: Any = SimpleNamespace(constexpr=object)
     triton: Any = SimpleNamespace(jit=lambda function=None, **_: function or (lambda later: later))
 
@@ -43,9 +40,8 @@ def pdl(tensor: torch.Tensor) -> dict[str, bool]:
 
 @lru_cache
 def has_pdl(device_index: int) -> bool:
-    """Whether a CUDA device, and the Triton installed, know PDL: Hopper or later."""
-    has_instructions = HAS_TRITON and hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
-    return has_instructions and torch.cuda.get_device_capability(device_index) >= (9, 0)
+    """Whether a CUDA device knows PDL: Hopper or later."""
+    return HAS_TRITON and torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
 @triton.jit

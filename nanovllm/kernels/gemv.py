@@ -1,14 +1,15 @@
-"""Matrix times a few vectors, with the small operations around it in the same kernel.
+"""Matrix times one vector or two, with the small operations around it in the same kernel.
 
     y = W norm(x)                      norm: RMSNorm, optional
     y = silu(W_gate norm(x)) * (W_up norm(x))
     y += W x                           in place, the residual add
 
-For the one to four rows of a small decode batch a matrix product is the reading of its weights, and
+For the one or two rows of a tiny decode batch a matrix product is the reading of its weights, and
 the gaps between many small kernels cost as much again. Here the norm is `(W (x * g)) * rsqrt(mean
 x^2 + eps)`, which needs x once; each warp owns whole rows of the weight, so that every thread has
 many 16-byte loads under way, and there is one reduction, nothing split over programs, no atomics:
-results are deterministic. The weights are loaded before the wait for the kernel that makes x.
+results are deterministic. A row is read in blocks, the first of them before the wait for the kernel
+that makes x, each later one before the block it is `AHEAD` of is used.
 
 Grid: (slice of the output). Bytes moved: the weights once. Bound by memory.
 """
@@ -20,15 +21,18 @@ from nanovllm.kernels._triton import HAS_TRITON, launch_next, pdl, tl, triton, w
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.kernels.silu_and_mul import silu_and_mul_torch
 
-MAX_ROWS = 4
-_MANY_OUTPUTS = 32768  # past them a library's product is faster from 3 rows on (measured)
+MAX_ROWS = 2
+_MAX_NORMED = 4096  # elements of a row with a norm: of a longer one registers do not hold enough
+_SHORT_ROW, _SMALL = 2048, 2**23  # where two rows are faster here than in kernels for more
 _WARPS = 4
 
 
-def can_gemv(x: torch.Tensor, out_features: int) -> bool:
-    """Whether `x` [rows, in] has few enough rows, and is where the kernel runs."""
-    max_rows = MAX_ROWS if out_features <= _MANY_OUTPUTS else 2
-    return x.is_cuda and HAS_TRITON and x.shape[0] <= max_rows
+def can_gemv(x: torch.Tensor, weight: torch.Tensor, has_norm: bool) -> bool:
+    """Whether `x` [rows, in] has few enough rows for `weight`, and is where the kernel runs."""
+    rows, k = x.shape
+    if not x.is_cuda or not HAS_TRITON or (has_norm and k > _MAX_NORMED):
+        return False
+    return rows == 1 or (rows == MAX_ROWS and (k <= _SHORT_ROW or weight.numel() <= _SMALL))
 
 
 def gemv_torch(x, weight, bias=None, norm_weight=None, eps=0.0, gated=False, add_to=None):
@@ -52,7 +56,7 @@ def gemv_triton(
     """W x, with what comes before and after it.
 
     Args:
-        x: [rows, in], at most `MAX_ROWS` rows.
+        x: [rows, in], `MAX_ROWS` rows at most.
         weight: [out, in]; with `gated` [2 * out, in], gate then up, and no bias.
         bias: [out].
         norm_weight: [in], of an RMSNorm of x.
@@ -66,26 +70,38 @@ def gemv_triton(
     rows, k = x.shape
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device) if add_to is None else add_to
-    # Enough 16-byte loads in flight for each thread, and no register spilled (measured).
-    whole_k = max(256, triton.next_power_of_2(k))
-    block_k = min(whole_k, 2048 if rows > 1 or gated else 4096)
-    per_warp = max(1, (2048 if gated else 4096) // whole_k)
+    block_k, ahead, per_warp = _tiling(k, norm_weight is not None, gated)
+    blocks = [min(block_k, k - start) for start in range(0, k, block_k)]
     _gemv_kernel[(triton.cdiv(n, _WARPS * per_warp),)](
-        x, weight, bias, norm_weight, y, eps, n, k, rows,
+        x, weight, bias, norm_weight, y, eps, n, k,
         GATED=gated, ADD=add_to is not None,
         HAS_BIAS=bias is not None, HAS_NORM=norm_weight is not None,
-        WARPS=_WARPS, ROWS=triton.next_power_of_2(rows), PER_WARP=per_warp, BLOCK_K=block_k,
+        WARPS=_WARPS, ROWS=rows, PER_WARP=per_warp,
+        BLOCKS=tuple(max(256, triton.next_power_of_2(size)) for size in blocks), AHEAD=ahead,
         num_warps=_WARPS, **pdl(x),
     )  # fmt: skip
     return y
 
 
+def _tiling(k: int, has_norm: bool, gated: bool) -> tuple[int, int, int]:
+    """Elements of a block, blocks ahead and rows of the weight per warp: enough loads in flight for
+    each thread, and no register spilled (measured in the shapes of Qwen3-0.6B to 8B)."""
+    whole = max(256, triton.next_power_of_2(k))
+    if not has_norm and k > 2048:
+        return 1024, 3, 2
+    if whole == k and k * (1 + gated) <= 4096:
+        return k, 1, (4096 if has_norm else 8192) // (k * (1 + gated))
+    if gated:
+        return (2048, 2, 1) if k <= 2560 else (512, 2, 2)
+    return 512, 3, 2
+
+
 @triton.jit
 def _gemv_kernel(
-    x_ptr, weight_ptr, bias_ptr, norm_ptr, y_ptr, eps, n, k: tl.constexpr, rows,
+    x_ptr, weight_ptr, bias_ptr, norm_ptr, y_ptr, eps, n, k: tl.constexpr,
     GATED: tl.constexpr, ADD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    WARPS: tl.constexpr, ROWS: tl.constexpr, PER_WARP: tl.constexpr, BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
+    WARPS: tl.constexpr, ROWS: tl.constexpr, PER_WARP: tl.constexpr, BLOCKS: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
     # Tiles are [warp, row of x, output of the warp, K / 256, 256]; the last is one 16-byte load of
@@ -93,31 +109,33 @@ def _gemv_kernel(
     warp = tl.arange(0, WARPS)[:, None, None, None, None]
     row = tl.arange(0, ROWS)[None, :, None, None, None]
     out = tl.arange(0, PER_WARP)[None, None, :, None, None]
-    lane = tl.arange(0, 256)[None, None, None, None, :]
-    col = tl.arange(0, BLOCK_K // 256)[None, None, None, :, None] * 256 + lane
     out += (tl.program_id(0) * WARPS + warp) * PER_WARP
-    real = out < n
     weights = weight_ptr + out.to(tl.int64) * k
-    col += warp * 0  # x and g: the same for every warp, but laid out like the weights
+    ups = weights + n.to(tl.int64) * k
+    zero = warp * 0  # x and g are the same for every warp, but laid out like the weights
 
     acc = tl.zeros([WARPS, ROWS, PER_WARP, 256], tl.float32)
     acc_up = tl.zeros([WARPS, ROWS, PER_WARP, 256], tl.float32)
     squares = tl.zeros([WARPS, ROWS, 1, 256], tl.float32)
-    for start in range(0, k, BLOCK_K):
-        at = start + col
-        w = tl.load(weights + at, mask=real & (at < k), other=0.0)
-        if GATED:
-            w_up = tl.load(weights + n.to(tl.int64) * k + at, mask=real & (at < k), other=0.0)
-        if HAS_NORM:
-            g = tl.load(norm_ptr + at, mask=at < k, other=0.0).to(tl.float32)
-        wait_for_previous(PDL)
-        x = tl.load(x_ptr + row * k + at, mask=(row < rows) & (at < k), other=0.0).to(tl.float32)
-        if HAS_NORM:
-            squares += tl.sum(x * x, axis=3)
-            x *= g
-        acc += tl.sum(w.to(tl.float32) * x, axis=3)
-        if GATED:
-            acc_up += tl.sum(w_up.to(tl.float32) * x, axis=3)
+    w, w_up = (), ()
+    for i in tl.static_range(-AHEAD, len(BLOCKS)):
+        if i + AHEAD < len(BLOCKS):
+            start = (i + AHEAD) * BLOCKS[0]
+            w += (_load(weights, start, k, out < n, BLOCKS[i + AHEAD]),)
+            if GATED:
+                w_up += (_load(ups, start, k, out < n, BLOCKS[i + AHEAD]),)
+        if i == -1:
+            wait_for_previous(PDL)
+        if i >= 0:
+            start = i * BLOCKS[0] + zero
+            x = _load(x_ptr + row * k, start, k, True, BLOCKS[i]).to(tl.float32)
+            if HAS_NORM:
+                g = _load(norm_ptr, start, k, True, BLOCKS[i]).to(tl.float32)
+                squares += tl.sum(x * x, axis=3)
+                x *= g
+            acc += tl.sum(w[i].to(tl.float32) * x, axis=3)
+            if GATED:
+                acc_up += tl.sum(w_up[i].to(tl.float32) * x, axis=3)
 
     scale = tl.rsqrt(tl.sum(squares, axis=3) / k + eps) if HAS_NORM else 1.0
     y = tl.sum(acc, axis=3) * scale
@@ -130,7 +148,13 @@ def _gemv_kernel(
     if HAS_BIAS:
         y += tl.load(bias_ptr + out, mask=out < n, other=0.0).to(tl.float32)
     target = y_ptr + row * n + out
-    mask = (row < rows) & (out < n)
     if ADD:
-        y += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=mask)
+        y += tl.load(target, mask=out < n, other=0.0).to(tl.float32)
+    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=out < n)
+
+
+@triton.jit
+def _load(rows_ptr, start, k: tl.constexpr, mask, SIZE: tl.constexpr):
+    lane = tl.arange(0, 256)[None, None, None, None, :]
+    at = start + tl.arange(0, SIZE // 256)[None, None, None, :, None] * 256 + lane
+    return tl.load(rows_ptr + at, mask=mask & (at < k), other=0.0)

@@ -36,8 +36,7 @@ def can_tile(x: torch.Tensor, out_features: int) -> bool:
     if not x.is_cuda or x.element_size() != 2 or not has_pdl(x.get_device()):
         return False
     (rows, k), n = x.shape, out_features
-    small = n * k <= _MAX_WEIGHT and k % 8 == 0
-    return TensorDescriptor is not None and small and MIN_ROWS <= rows <= MAX_ROWS
+    return n * k <= _MAX_WEIGHT and k % 8 == 0 and MIN_ROWS <= rows <= MAX_ROWS
 
 
 def tiled_gemm_torch(

@@ -1,6 +1,6 @@
 """Linear layers between two states of the residual stream: out of it through a norm, or back in.
 
-On a GPU up to 4 rows are the business of `kernels.gemv`, which does all in one kernel, up to 64
+On a GPU one row or two are the business of `kernels.gemv`, which does all in one kernel, up to 64
 (128 on the way back in) that of `kernels.split_k`, and 129 to 256 that of `kernels.tiled_gemm` if
 the matrix is small. The rest is a library's.
 """
@@ -35,13 +35,13 @@ class Linear(nn.Module):
 
     def forward(self, residual: Residual, norm: RMSNorm) -> torch.Tensor:
         """W norm(x) + b: [tokens, out]."""
-        if can_gemv(residual.x, self.out_features):
+        if can_gemv(residual.x, self.weight, has_norm=True):
             return gemv_triton(residual.x, self.weight, self.bias, norm.weight, norm.eps)
         return self._product(norm(residual))
 
     def add_to(self, residual: Residual, x: torch.Tensor) -> None:
         """W x + b, for x [tokens, in], added to the residual stream."""
-        if can_gemv(x, self.out_features):
+        if can_gemv(x, self.weight, has_norm=False):
             gemv_triton(x, self.weight, self.bias, add_to=residual.x)
         elif x.is_cuda and self.bias is None:
             if can_split_k(x, self.out_features, in_parts=True):
@@ -96,7 +96,7 @@ class GatedLinear(PackedLinear):
     """silu(W_gate x) * (W_up x), the first half of the MLP; its two parts are equally wide."""
 
     def forward(self, residual: Residual, norm: RMSNorm) -> torch.Tensor:
-        if can_gemv(residual.x, self.out_features):
+        if can_gemv(residual.x, self.weight, has_norm=True):
             return gemv_triton(
                 residual.x, self.weight, norm_weight=norm.weight, eps=norm.eps, gated=True
             )
