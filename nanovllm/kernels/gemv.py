@@ -22,7 +22,7 @@ from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.kernels.silu_and_mul import silu_and_mul_torch
 
 MAX_ROWS = 2
-_MAX_NORMED = 4096  # elements of a row with a norm: of a longer one registers do not hold enough
+_MAX_NORMED, _MAX_PLAIN = 4096, 20480  # in-features, with and without a norm: more spill registers
 _SHORT_ROW, _SMALL = 2048, 2**23  # where two rows are faster here than in kernels for more
 _WARPS = 4
 
@@ -30,7 +30,7 @@ _WARPS = 4
 def can_gemv(x: torch.Tensor, weight: torch.Tensor, has_norm: bool) -> bool:
     """Whether `x` [rows, in] has few enough rows for `weight`, and is where the kernel runs."""
     rows, k = x.shape
-    if not x.is_cuda or not HAS_TRITON or (has_norm and k > _MAX_NORMED):
+    if not x.is_cuda or not HAS_TRITON or k > (_MAX_NORMED if has_norm else _MAX_PLAIN):
         return False
     return rows == 1 or (rows == MAX_ROWS and (k <= _SHORT_ROW or weight.numel() <= _SMALL))
 
@@ -117,22 +117,22 @@ def _gemv_kernel(
     acc = tl.zeros([WARPS, ROWS, PER_WARP, 256], tl.float32)
     acc_up = tl.zeros([WARPS, ROWS, PER_WARP, 256], tl.float32)
     squares = tl.zeros([WARPS, ROWS, 1, 256], tl.float32)
-    w, w_up = (), ()
+    w, w_up, g = (), (), ()
     for i in tl.static_range(-AHEAD, len(BLOCKS)):
         if i + AHEAD < len(BLOCKS):
             start = (i + AHEAD) * BLOCKS[0]
             w += (_load(weights, start, k, out < n, BLOCKS[i + AHEAD]),)
             if GATED:
                 w_up += (_load(ups, start, k, out < n, BLOCKS[i + AHEAD]),)
+            if HAS_NORM:
+                g += (_load(norm_ptr, start + zero, k, True, BLOCKS[i + AHEAD]),)
         if i == -1:
             wait_for_previous(PDL)
         if i >= 0:
-            start = i * BLOCKS[0] + zero
-            x = _load(x_ptr + row * k, start, k, True, BLOCKS[i]).to(tl.float32)
+            x = _load(x_ptr + row * k, i * BLOCKS[0] + zero, k, True, BLOCKS[i]).to(tl.float32)
             if HAS_NORM:
-                g = _load(norm_ptr, start, k, True, BLOCKS[i]).to(tl.float32)
                 squares += tl.sum(x * x, axis=3)
-                x *= g
+                x *= g[i].to(tl.float32)
             acc += tl.sum(w[i].to(tl.float32) * x, axis=3)
             if GATED:
                 acc_up += tl.sum(w_up[i].to(tl.float32) * x, axis=3)

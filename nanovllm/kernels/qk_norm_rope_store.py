@@ -95,8 +95,8 @@ def qk_norm_rope_store_triton(
         query_programs = triton.cdiv(num_heads, heads)
     grid = (tokens, query_programs + triton.cdiv(num_kv_heads, heads))
     _qk_norm_rope_store_kernel[grid](
-        qkv, q_weight, k_weight, eps, cos_sin, positions, q_out, k_cache, v_cache, slot_mapping,
-        num_heads, num_kv_heads, head_dim,
+        qkv, q_weight, k_weight, eps, cos_sin, positions, qkv if q_out is None else q_out, k_cache,
+        v_cache, slot_mapping, num_heads, num_kv_heads, head_dim,
         QUERY_PROGRAMS=query_programs, HEADS=heads, BLOCK_D=triton.next_power_of_2(head_dim),
         num_warps=4, **pdl(qkv),
     )  # fmt: skip
