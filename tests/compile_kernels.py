@@ -90,11 +90,10 @@ def main() -> None:
         paged_decode._combine_kernel, {"num_warps": 2}, MAX_CHUNKS=32, BLOCK_C=16, BLOCK_D=128,
         PDL=True,
     )  # fmt: skip
-    for query_programs in (0, 2):
-        compile_kernel(
-            qk_norm_rope_store._qk_norm_rope_store_kernel, {"num_warps": 4}, **SIZES, num_heads=16,
-            QUERY_PROGRAMS=query_programs, HEADS=8, BLOCK_D=128, PDL=True,
-        )  # fmt: skip
+    compile_kernel(
+        qk_norm_rope_store._qk_norm_rope_store_kernel, {"num_warps": 4}, **SIZES, num_heads=16,
+        HEADS=8, BLOCK_D=128, PDL=True,
+    )  # fmt: skip
     for rows, norm, gated, add in ((1, 1, 0, 0), (2, 1, 1, 0), (2, 0, 0, 1)):
         compile_kernel(
             gemv._gemv_kernel, {"num_warps": 4}, k=2560, GATED=bool(gated), ADD=bool(add),

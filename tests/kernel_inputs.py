@@ -164,8 +164,8 @@ def paged_batch(
 
 
 @dataclass
-class NewTokens:
-    """Some new tokens a sequence, fresh from the projection: keys and values not stored yet."""
+class DecodeBatch:
+    """One new token a sequence, fresh from the projection: its key and value are not stored yet."""
 
     before: PagedBatch  # the cache without the new tokens; its q is of no use
     after: PagedBatch  # with them, and with the queries that attend, all in float64
@@ -177,48 +177,41 @@ class NewTokens:
     slot_mapping: torch.Tensor
 
     @property
-    def arguments(self) -> tuple:
-        """What `qk_norm_rope_store` and the attention kernels share."""
+    def new_token(self) -> tuple:
+        """The arguments that `qk_norm_rope_store` and the decode kernel share."""
         return (
             self.qkv, self.q_weight, self.k_weight, EPS, self.cos_sin, self.positions,
             self.before.k_cache, self.before.v_cache, self.slot_mapping,
         )  # fmt: skip
 
 
-def new_tokens(
-    query_lens: list[int],
-    context_lens: list[int],
-    sizes: Sizes,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    seed: int = 0,
-) -> NewTokens:
-    """The last tokens of each sequence are new; a row of one token, without a context, is padding.
-    Such rows come last."""
+def decode_batch(
+    context_lens: list[int], sizes: Sizes, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> DecodeBatch:
+    """Padding rows, whose context is 0, come last."""
     _, num_heads, num_kv_heads, head_dim = sizes
-    before = paged_batch(query_lens, context_lens, sizes, dtype, device, seed)
-    slots, positions = [], []
-    for row, (query_len, context_len) in enumerate(zip(query_lens, context_lens)):
-        slots += before._slots(row, context_len)[-query_len:].tolist() or [-1]
-        positions += range(context_len - query_len, context_len) if context_len else [0]
-    tokens = sum(query_lens)
-    positions = torch.tensor(positions, dtype=torch.int32, device=device)
-    qkv = normal(tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype, device=device)
+    rows = len(context_lens)
+    before = paged_batch([1] * rows, context_lens, sizes, dtype, device, seed)
+    positions = (before.context_lens - 1).clamp(min=0)
+    slots = torch.tensor(
+        [before._slots(row, n)[-1] if n else -1 for row, n in enumerate(context_lens)],
+        device=device,
+    )
+    qkv = normal(rows, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype, device=device)
     q_weight, k_weight = (normal(head_dim, dtype=dtype, device=device, seed=s) for s in (7, 8))
-    heads = qkv.view(tokens, -1, head_dim)
+    heads = qkv.view(rows, -1, head_dim)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     q = norm_rope_float64(q, q_weight, positions)
     k = norm_rope_float64(k, k_weight, positions)
     k_cache, v_cache = before.k_cache.double(), before.v_cache.double()
-    slot_mapping = torch.tensor(slots, dtype=torch.int32, device=device)
-    real = slot_mapping >= 0
-    stored = slot_mapping[real].long()
-    k_cache.flatten(0, 1)[stored], v_cache.flatten(0, 1)[stored] = k[real], v[real].double()
-    for cache in (before.k_cache, before.v_cache):
-        cache.flatten(0, 1)[stored] = float("nan")
-    return NewTokens(
+    for row, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            k_cache.flatten(0, 1)[slot], v_cache.flatten(0, 1)[slot] = k[row], v[row].double()
+            for cache in (before.k_cache, before.v_cache):
+                cache.flatten(0, 1)[slot] = float("nan")
+    return DecodeBatch(
         before, replace(before, q=q, k_cache=k_cache, v_cache=v_cache), qkv, q_weight, k_weight,
-        cos_sin_table(max(context_lens) + 1, head_dim, device), positions, slot_mapping,
+        cos_sin_table(max(context_lens) + 1, head_dim, device), positions.int(), slots.int(),
     )  # fmt: skip
 
 

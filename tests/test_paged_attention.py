@@ -12,12 +12,14 @@ from kernel_inputs import (
     FP16,
     FP32,
     TOLERANCE,
-    NewTokens,
+    DecodeBatch,
+    PagedBatch,
     Sizes,
+    decode_batch,
     interpreted,
-    new_tokens,
     normal,
     on_cpu,
+    paged_batch,
     relative_error,
 )
 
@@ -42,38 +44,12 @@ pytestmark = pytest.mark.usefixtures("poison")
 # Prefill
 
 
-def prefill(function, batch: NewTokens) -> torch.Tensor:
-    before = batch.before
-    tables = (before.cu_seqlens_q, before.context_lens, before.block_tables, before.scale)
-    if function is paged_prefill_torch:
-        q = qk_norm_rope_store_torch(*batch.arguments)
-        return paged_prefill_torch(q, before.k_cache, before.v_cache, *tables)
-    return paged_prefill_triton(*batch.arguments, *tables, before.max_seqlen_q)
-
-
-def check_prefill(function, rows, sizes: Sizes, dtype, device: str = "cpu", seed: int = 0) -> None:
-    batch = new_tokens(
-        [new for new, _ in rows], [sum(row) for row in rows], sizes, dtype, device, seed
-    )
-    caches_before = [batch.before.k_cache.clone(), batch.before.v_cache.clone()]
-    out = prefill(function, batch)
-    assert out.dtype == dtype
-    assert relative_error(out, batch.after.expected()) < TOLERANCE[dtype]
-    check_stored(batch, caches_before, dtype)
-
-
-def check_stored(batch: NewTokens, caches_before: list[torch.Tensor], dtype) -> None:
-    """The keys and values of the new tokens, and nothing else."""
-    slots = batch.slot_mapping[batch.slot_mapping >= 0].long()
-    for cache, before, after in zip(
-        (batch.before.k_cache, batch.before.v_cache),
-        caches_before,
-        (batch.after.k_cache, batch.after.v_cache),
-    ):
-        stored, expected = cache.flatten(0, 1)[slots], after.flatten(0, 1)[slots]
-        assert relative_error(stored, expected) < TOLERANCE[dtype]
-        cache.flatten(0, 1)[slots] = float("nan")  # as before
-        assert torch.equal(cache.nan_to_num(), before.nan_to_num())
+def prefill(function, batch: PagedBatch) -> torch.Tensor:
+    longest = (batch.max_seqlen_q,) if function is paged_prefill_triton else ()
+    return function(
+        batch.q, batch.k_cache, batch.v_cache, batch.cu_seqlens_q, batch.context_lens,
+        batch.block_tables, batch.scale, *longest,
+    )  # fmt: skip
 
 
 # (new tokens, tokens cached before them) of each sequence, then the sizes
@@ -92,7 +68,10 @@ PREFILLS = [
 @pytest.mark.parametrize("function", [paged_prefill_triton, paged_prefill_torch])
 @pytest.mark.parametrize(("rows", "sizes"), PREFILLS)
 def test_paged_prefill(function, rows, sizes: Sizes, dtype: torch.dtype) -> None:
-    check_prefill(function, rows, sizes, dtype)
+    batch = paged_batch([new for new, _ in rows], [sum(row) for row in rows], sizes, dtype)
+    out = prefill(function, batch)
+    assert out.dtype == dtype
+    assert relative_error(out, batch.expected()) < TOLERANCE[dtype]
 
 
 GPU_SIZES = [
@@ -112,7 +91,11 @@ def test_paged_prefill_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
     longer = [(64, 0), (33, 31), (50, 4000)]
     longest = [(128, 0), (129, 127), (1, 255), (700, 0), (1000, 1049), (1500, 500), (300, 32468)]
     for rows in (short, short + longer, short + longer + longest):
-        check_prefill(paged_prefill_triton, rows, sizes, dtype, "cuda")
+        batch = paged_batch(
+            [new for new, _ in rows], [sum(row) for row in rows], sizes, dtype, "cuda"
+        )
+        out = prefill(paged_prefill_triton, batch)
+        assert relative_error(out, batch.expected()) < TOLERANCE[dtype]
 
 
 # Decode: the plan
@@ -175,10 +158,10 @@ def test_plan_holds_every_token_once(
 # Decode: the kernel
 
 
-def decode(function, batch: NewTokens, num_ranges: int = 7) -> torch.Tensor:
+def decode(function, batch: DecodeBatch, num_ranges: int = 7) -> torch.Tensor:
     before = batch.before
     if function is paged_decode_torch:
-        q = qk_norm_rope_store_torch(*batch.arguments)
+        q = qk_norm_rope_store_torch(*batch.new_token)
         return paged_decode_torch(
             q, before.k_cache, before.v_cache, before.context_lens, before.block_tables,
             before.scale,
@@ -193,17 +176,26 @@ def decode(function, batch: NewTokens, num_ranges: int = 7) -> torch.Tensor:
     bounds, chunk_counts, tiles = (torch.from_numpy(piece).to(batch.qkv.device) for piece in plan)
     padding = torch.zeros_like(before.context_lens[~real])
     plan = (bounds, torch.cat((chunk_counts, padding)), tiles)
-    return paged_decode_triton(*batch.arguments, plan, before.scale)
+    return paged_decode_triton(*batch.new_token, plan, before.scale)
 
 
 def check_decode(function, context_lens: list[int], sizes: Sizes, dtype, device: str = "cpu"):
-    batch = new_tokens([1] * len(context_lens), context_lens, sizes, dtype, device)
+    batch = decode_batch(context_lens, sizes, dtype, device)
     caches_before = [batch.before.k_cache.clone(), batch.before.v_cache.clone()]
     out = decode(function, batch)
     assert out.dtype == dtype
     assert relative_error(out, batch.after.expected()) < TOLERANCE[dtype]
     assert not out[batch.before.context_lens == 0].any()
-    check_stored(batch, caches_before, dtype)
+    slots = batch.slot_mapping[batch.slot_mapping >= 0].long()
+    for cache, before, after in zip(
+        (batch.before.k_cache, batch.before.v_cache),
+        caches_before,
+        (batch.after.k_cache, batch.after.v_cache),
+    ):
+        stored, expected = cache.flatten(0, 1)[slots], after.flatten(0, 1)[slots]
+        assert relative_error(stored, expected) < TOLERANCE[dtype]
+        cache.flatten(0, 1)[slots] = float("nan")  # as before: nothing else was written
+        assert torch.equal(cache.nan_to_num(), before.nan_to_num())
 
 
 DECODES = [
@@ -229,7 +221,7 @@ def test_paged_decode(function, context_lens, sizes: Sizes, dtype: torch.dtype) 
 @interpreted
 @pytest.mark.parametrize("context_lens", [[600, 40, 130], [600, 40, 130, 1, 2]])
 def test_decode_does_not_depend_on_how_the_work_is_shared_out(context_lens: list[int]) -> None:
-    batch = new_tokens([1] * len(context_lens), context_lens, (16, 4, 2, 32), FP32)
+    batch = decode_batch(context_lens, (16, 4, 2, 32), FP32)
     out = decode(paged_decode_triton, batch, num_ranges=1)
     for num_ranges in (2, 5, 40):
         assert torch.equal(decode(paged_decode_triton, batch, num_ranges), out)
@@ -246,7 +238,10 @@ def test_paged_attention_of_random_batches(seed: int) -> None:
     group, num_kv_heads = (1, 2, 4, 8)[below(4)], 1 + below(2)
     sizes = ((16, 48, 64, 256)[below(4)], group * num_kv_heads, num_kv_heads, (32, 64)[below(2)])
     rows = [(1 + below(50), below(2) * below(200)) for _ in range(3)]
-    check_prefill(paged_prefill_triton, rows, sizes, FP32, seed=seed)
+    batch = paged_batch(
+        [new for new, _ in rows], [sum(row) for row in rows], sizes, FP32, seed=seed
+    )
+    assert relative_error(prefill(paged_prefill_triton, batch), batch.expected()) < TOLERANCE[FP32]
     check_decode(paged_decode_triton, [1 + below(700) for _ in range(3)], sizes, FP32)
 
 
@@ -257,7 +252,7 @@ def test_paged_decode_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
     context_lens = [1, 2, *borders, 1000, 32768, 31999, 0, 0]
     check_decode(paged_decode_triton, context_lens, sizes, dtype, "cuda")
     # Whoever shares the batch, and however the work is shared out.
-    batch = new_tokens([1] * len(context_lens), context_lens, sizes, dtype, "cuda")
+    batch = decode_batch(context_lens, sizes, dtype, "cuda")
     out = decode(paged_decode_triton, batch, num_ranges=33)
     for num_ranges in (1, 40, 264):
         assert torch.equal(decode(paged_decode_triton, batch, num_ranges), out)
@@ -303,7 +298,7 @@ def test_backends_agree_gpu(head_dim: int, dtype: torch.dtype) -> None:
     for is_prefill, query_lens in ((True, [300, 1, 70, 5, 129]), (False, [1, 1, 1, 1, 1])):
         outs = {}
         for backend, attend in BACKENDS.items():
-            batch = new_tokens([1] * 5, [300, 1, 326, 5005, 641], sizes, dtype, "cuda")
+            batch = decode_batch([300, 1, 326, 5005, 641], sizes, dtype, "cuda")
             # What lies in unwritten slots is for our own kernels to ignore: no NaN for flash-attn.
             caches = [c.nan_to_num_() for c in (batch.before.k_cache, batch.before.v_cache)]
             tokens = sum(query_lens)

@@ -270,13 +270,12 @@ def _decode_kernel(
                     qkv_row + (num_heads + num_kv_heads + kv_head) * head_dim + dims[None, :],
                     mask=dim_mask, other=0.0,
                 )  # fmt: skip
-                key = (num_heads + kv_head + one)[:, None] * head_dim
                 k_new = norm_rope(
-                    qkv_row + key, (one == 0)[:, None], k_own, k_partner, eps, dims, head_dim
-                ).to(q.dtype)
+                    qkv_row, num_heads + kv_head + one, one == 0, k_own, k_partner, eps, dims,
+                    head_dim,
+                ).to(q.dtype)  # fmt: skip
                 q = norm_rope(
-                    qkv_row + heads[:, None] * head_dim, real[:, None], q_own, q_partner, eps,
-                    dims, head_dim,
+                    qkv_row, heads, real, q_own, q_partner, eps, dims, head_dim
                 ).to(q.dtype)  # fmt: skip
                 best = tl.full([BLOCK_G], float("-inf"), tl.float32)
                 total = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)

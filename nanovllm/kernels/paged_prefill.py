@@ -4,9 +4,6 @@ FlashAttention-style online softmax (Dao 2023, arXiv:2307.08691) in base 2, with
 read tile by tile through the block table; a tile never crosses a KV block. Queries are the last
 `query_len` tokens of their sequence (the rest was cached or computed before), causal.
 
-The store of new keys and values is a kernel of its own, since rows may share blocks; QK-norm and
-RoPE of a query tile are done where it is used, so that queries are read once, and never written.
-
 Grid: (query tile of up to 64, query head, sequence), longest rows first. Tiles of keys that every
 query sees come first and need no mask. Bound by arithmetic: 4 * head_dim operations a query, key
 and head.
@@ -17,16 +14,10 @@ import torch.nn.functional as F
 
 from nanovllm.kernels._triton import launch_next, pdl, tl, triton, wait_for_previous
 from nanovllm.kernels.paged_cache import LOG2_E, gather, tile_tokens
-from nanovllm.kernels.qk_norm_rope_store import (
-    norm_rope,
-    norm_rope_factors,
-    qk_norm_rope_store_triton,
-)
 
 
 def paged_prefill_torch(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, scale):
-    """Attention of queries that are ready, `q` [tokens, num_heads, head_dim], to keys and values
-    that are stored; see `paged_prefill_triton` for the other arguments."""
+    """The reference: see `paged_prefill_triton`."""
     out = torch.empty_like(q)
     starts, tables = cu_seqlens_q.tolist(), block_tables.tolist()
     for row, context_len in enumerate(context_lens.tolist()):
@@ -47,66 +38,55 @@ def paged_prefill_torch(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_t
 
 
 def paged_prefill_triton(
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    eps: float,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
+    q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     context_lens: torch.Tensor,
     block_tables: torch.Tensor,
     scale: float,
     max_seqlen_q: int,
 ) -> torch.Tensor:
-    """QK-norm, RoPE and KV store of ragged prompts, and causal attention of each new token to all
-    of its sequence up to itself.
-
-    Equal to `qk_norm_rope_store`, whose arguments it takes, and attention after it.
+    """Causal attention of ragged prompts, each query to all tokens of its sequence up to itself.
 
     Args:
-        cu_seqlens_q: [sequences + 1] int32, where each sequence's tokens begin in `qkv`.
+        q: [tokens, num_heads, head_dim], the sequences' new tokens one after the other.
+        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], new tokens stored.
+        cu_seqlens_q: [sequences + 1] int32, where each sequence's queries begin in `q`.
         context_lens: [sequences] int32, cached and new tokens together.
         block_tables: [sequences, width] int32.
         scale: applied to the scores, usually head_dim ** -0.5.
         max_seqlen_q: the most new tokens of a sequence.
 
     Returns:
-        [tokens, num_heads, head_dim], in the dtype of `qkv`.
+        Like `q`.
     """
-    qk_norm_rope_store_triton(
-        qkv, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping,
-        queries=False,
-    )  # fmt: skip
-    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
-    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    out = torch.empty(qkv.shape[0], num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    wide = qkv.element_size() == 2
+    out = torch.empty_like(q)
+    _, num_heads, head_dim = q.shape
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    wide = q.element_size() == 2
     block_m = 64 if max_seqlen_q > 16 else 16
     grid = (triton.cdiv(max_seqlen_q, block_m), num_heads, context_lens.shape[0])
     _prefill_kernel[grid](
-        qkv, q_weight, eps, cos_sin, k_cache, v_cache, out, cu_seqlens_q, context_lens,
-        block_tables, scale * LOG2_E, block_tables.stride(0), block_size,
+        q, k_cache, v_cache, out, cu_seqlens_q, context_lens, block_tables,
+        scale * LOG2_E, block_tables.stride(0), block_size,
         num_heads, num_kv_heads, head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=block_m,
         BLOCK_N=tile_tokens(block_size, 64 if wide else 16),
         PRECISION="tf32" if wide else "ieee",
         num_warps=4 if wide or block_m == 16 else 8, num_stages=3 if wide else 1,
-        **pdl(qkv),
+        **pdl(q),
     )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _prefill_kernel(
-    qkv_ptr, q_weight_ptr, eps, cos_sin_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr,
-    context_lens_ptr, block_tables_ptr, scale_log2, table_stride,
-    block_size: tl.constexpr, num_heads: tl.constexpr, num_kv_heads: tl.constexpr,
-    head_dim: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, context_lens_ptr, block_tables_ptr,
+    scale_log2, table_stride, block_size: tl.constexpr, num_heads: tl.constexpr,
+    num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
     wait_for_previous(PDL)
@@ -118,18 +98,10 @@ def _prefill_kernel(
     if tile * BLOCK_M < query_len:
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         dims = tl.arange(0, BLOCK_D)
-        real = (rows < query_len)[:, None]
-        tokens = (query_start + rows).to(tl.int64)[:, None]
+        offsets = ((query_start + rows).to(tl.int64) * num_heads + head) * head_dim
+        q_mask = (rows < query_len)[:, None] & (dims < head_dim)[None, :]
+        q = tl.load(q_ptr + offsets[:, None] + dims[None, :], mask=q_mask, other=0.0)
         positions = context_len - query_len + rows
-        own_factor, partner_factor = norm_rope_factors(
-            q_weight_ptr, cos_sin_ptr, tl.minimum(positions, context_len - 1)[:, None], dims,
-            head_dim,
-        )  # fmt: skip
-        q = norm_rope(
-            qkv_ptr + (tokens * (num_heads + 2 * num_kv_heads) + head) * head_dim, real,
-            own_factor, partner_factor, eps, dims, head_dim,
-        )  # fmt: skip
-        q = (q * scale_log2).to(k_ptr.dtype.element_ty)  # so that scores are powers of two
         kv_head = head // (num_heads // num_kv_heads)
         k_ptr += kv_head * head_dim
         v_ptr += kv_head * head_dim
@@ -142,22 +114,22 @@ def _prefill_kernel(
         all_see = (first_position + 1) // BLOCK_N * BLOCK_N  # keys before it
         some_see = tl.minimum(first_position + BLOCK_M, context_len)
         best, total, acc = _attend(
-            q, k_ptr, v_ptr, block_tables_ptr, 0, all_see, positions, context_len, best, total,
-            acc, block_size, num_kv_heads * head_dim, head_dim, False, BLOCK_N, BLOCK_D, PRECISION,
+            q, k_ptr, v_ptr, block_tables_ptr, 0, all_see, positions, context_len, scale_log2,
+            best, total, acc, block_size, num_kv_heads * head_dim, head_dim,
+            False, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
         best, total, acc = _attend(
-            q, k_ptr, v_ptr, block_tables_ptr, all_see, some_see, positions, context_len, best,
-            total, acc, block_size, num_kv_heads * head_dim, head_dim, True, BLOCK_N, BLOCK_D,
-            PRECISION,
+            q, k_ptr, v_ptr, block_tables_ptr, all_see, some_see, positions, context_len,
+            scale_log2, best, total, acc, block_size, num_kv_heads * head_dim, head_dim,
+            True, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
         out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-        cells = (tokens * num_heads + head) * head_dim + dims[None, :]
-        tl.store(out_ptr + cells, out, mask=real & (dims < head_dim)[None, :])
+        tl.store(out_ptr + offsets[:, None] + dims[None, :], out, mask=q_mask)
 
 
 @triton.jit
 def _attend(
-    q, k_ptr, v_ptr, block_table_ptr, first, end, positions, context_len,
+    q, k_ptr, v_ptr, block_table_ptr, first, end, positions, context_len, scale_log2,
     best, total, acc, block_size: tl.constexpr, token_stride: tl.constexpr,
     head_dim: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -183,7 +155,7 @@ def _attend(
             else:
                 k_tile = tl.load(k_ptr + cells, mask=(dims < head_dim)[None, :], other=0.0)
                 v_tile = tl.load(v_ptr + cells, mask=(dims < head_dim)[None, :], other=0.0)
-            scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
+            scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
             if MASKED:
                 visible = (start + lanes)[None, :] <= positions[:, None]
                 scores = tl.where(visible, scores, float("-inf"))

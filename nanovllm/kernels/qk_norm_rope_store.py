@@ -7,8 +7,7 @@ slot of the paged cache; only the queries come back.
 
 Grid: (token, up to 8 heads: the queries', then keys and values together). Bytes moved a token: (q +
 k + v heads) * head_dim elements read and as many written, plus one float32 row of the cos/sin
-table. Bound by memory. A negative slot is written nowhere. Attention kernels that make their
-queries themselves leave them out here.
+table. Bound by memory. A negative slot is written nowhere.
 """
 
 import torch
@@ -83,57 +82,51 @@ def _rotate_(x: torch.Tensor, cos_sin: torch.Tensor) -> None:
 
 
 def qk_norm_rope_store_triton(
-    qkv, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping, queries=True
+    qkv, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping
 ):
     num_kv_heads, head_dim = k_cache.shape[-2:]
     tokens = qkv.shape[0]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    q_out, query_programs = None, 0
+    q_out = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     heads = min(8, triton.next_power_of_2(num_kv_heads))
-    if queries:
-        q_out = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-        query_programs = triton.cdiv(num_heads, heads)
-    grid = (tokens, query_programs + triton.cdiv(num_kv_heads, heads))
+    grid = (tokens, triton.cdiv(num_heads, heads) + triton.cdiv(num_kv_heads, heads))
     _qk_norm_rope_store_kernel[grid](
-        qkv, q_weight, k_weight, eps, cos_sin, positions, qkv if q_out is None else q_out, k_cache,
-        v_cache, slot_mapping, num_heads, num_kv_heads, head_dim,
-        QUERY_PROGRAMS=query_programs, HEADS=heads, BLOCK_D=triton.next_power_of_2(head_dim),
-        num_warps=4, **pdl(qkv),
+        qkv, q_weight, k_weight, eps, cos_sin, positions, q_out, k_cache, v_cache, slot_mapping,
+        num_heads, num_kv_heads, head_dim,
+        HEADS=heads, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4, **pdl(qkv),
     )  # fmt: skip
     return q_out
 
 
 @triton.jit
 def norm_rope_factors(weight_ptr, cos_sin_ptr, position, dims, head_dim: tl.constexpr):
-    """What `norm_rope` multiplies an element and its rotation partner by.
-
-    Two tiles of [rows, dims]; position: one for all rows, or [rows, 1].
-    """
+    """What `norm_rope` multiplies an element and its rotation partner by: two rows of [dims]."""
     half: tl.constexpr = head_dim // 2
     lower = dims < half
     partners = tl.where(lower, dims + half, dims - half)
     mask = dims < head_dim
     own_weight = tl.load(weight_ptr + dims, mask=mask, other=0.0).to(tl.float32)
     partner_weight = tl.load(weight_ptr + partners, mask=mask, other=0.0).to(tl.float32)
-    angles = position.to(tl.int64) * head_dim + tl.where(lower, dims, partners)[None, :]
-    cos = tl.load(cos_sin_ptr + angles, mask=mask[None, :], other=0.0)
-    sin = tl.load(cos_sin_ptr + half + angles, mask=mask[None, :], other=0.0)
-    return own_weight[None, :] * cos, partner_weight[None, :] * tl.where(lower[None, :], -sin, sin)
+    angles = cos_sin_ptr + position.to(tl.int64) * head_dim + tl.where(lower, dims, partners)
+    cos = tl.load(angles, mask=mask, other=0.0)
+    sin = tl.load(angles + half, mask=mask, other=0.0)
+    return (own_weight * cos)[None, :], (partner_weight * tl.where(lower, -sin, sin))[None, :]
 
 
 @triton.jit
 def norm_rope(
-    row_ptrs, row_mask, own_factor, partner_factor, eps, dims, head_dim: tl.constexpr
-):  # fmt: skip
-    """Heads, each at one of `row_ptrs` [rows, 1], normalised and rotated: [rows, dims] float32.
+    row_ptr, heads, head_mask, own_factor, partner_factor, eps, dims, head_dim: tl.constexpr
+):
+    """Some heads of a token's row, normalised and rotated: [heads, dims] float32.
 
     Each lane loads its rotation partner, half a head away, beside its own element.
     """
     half: tl.constexpr = head_dim // 2
     partners = tl.where(dims < half, dims + half, dims - half)
-    mask = row_mask & (dims < head_dim)[None, :]
-    own = tl.load(row_ptrs + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-    partner = tl.load(row_ptrs + partners[None, :], mask=mask, other=0.0).to(tl.float32)
+    mask = head_mask[:, None] & (dims < head_dim)[None, :]
+    cells = row_ptr + heads[:, None] * head_dim
+    own = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    partner = tl.load(cells + partners[None, :], mask=mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(own * own, axis=1) / head_dim + eps)
     return (own * own_factor + partner * partner_factor) * scale[:, None]
 
@@ -143,7 +136,7 @@ def _qk_norm_rope_store_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, eps, cos_sin_ptr, positions_ptr,
     q_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
-    QUERY_PROGRAMS: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -151,28 +144,28 @@ def _qk_norm_rope_store_kernel(
     row_ptr = qkv_ptr + token * (num_heads + 2 * num_kv_heads) * head_dim
     position = tl.load(positions_ptr + token)
     slot = tl.load(slots_ptr + token).to(tl.int64)
+    query_programs: tl.constexpr = (num_heads + HEADS - 1) // HEADS
     part = tl.program_id(1)
-    weight_ptr = q_weight_ptr if part < QUERY_PROGRAMS else k_weight_ptr
+    weight_ptr = q_weight_ptr if part < query_programs else k_weight_ptr
     own_factor, partner_factor = norm_rope_factors(
         weight_ptr, cos_sin_ptr, position, dims, head_dim
     )
     wait_for_previous(PDL)
-    if part < QUERY_PROGRAMS:
-        heads = (part * HEADS + tl.arange(0, HEADS))[:, None]
+    if part < query_programs:
+        heads = part * HEADS + tl.arange(0, HEADS)
         real = heads < num_heads
-        q = norm_rope(
-            row_ptr + heads * head_dim, real, own_factor, partner_factor, eps, dims, head_dim
-        )
-        cells = (token * num_heads + heads) * head_dim + dims[None, :]
-        mask = real & (dims < head_dim)[None, :]
+        q = norm_rope(row_ptr, heads, real, own_factor, partner_factor, eps, dims, head_dim)
+        cells = (token * num_heads + heads)[:, None] * head_dim + dims[None, :]
+        mask = real[:, None] & (dims < head_dim)[None, :]
         tl.store(q_out_ptr + cells, q.to(q_out_ptr.dtype.element_ty), mask=mask)
     elif slot >= 0:
-        heads = ((part - QUERY_PROGRAMS) * HEADS + tl.arange(0, HEADS))[:, None]
+        heads = (part - query_programs) * HEADS + tl.arange(0, HEADS)
         real = heads < num_kv_heads
-        keys = row_ptr + (num_heads + heads) * head_dim
-        k = norm_rope(keys, real, own_factor, partner_factor, eps, dims, head_dim)
-        mask = real & (dims < head_dim)[None, :]
-        values = keys + num_kv_heads * head_dim + dims[None, :]
-        cells = (slot * num_kv_heads + heads) * head_dim + dims[None, :]
+        k = norm_rope(
+            row_ptr, num_heads + heads, real, own_factor, partner_factor, eps, dims, head_dim
+        )
+        mask = real[:, None] & (dims < head_dim)[None, :]
+        values = row_ptr + (num_heads + num_kv_heads + heads)[:, None] * head_dim + dims[None, :]
+        cells = (slot * num_kv_heads + heads)[:, None] * head_dim + dims[None, :]
         tl.store(k_cache_ptr + cells, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
         tl.store(v_cache_ptr + cells, tl.load(values, mask=mask, other=0.0), mask=mask)

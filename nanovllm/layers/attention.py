@@ -50,14 +50,17 @@ def attend_torch(qkv, norms, k_cache, v_cache, context, scale):
 
 
 def attend_triton(qkv, norms, k_cache, v_cache, context, scale):
-    new = (qkv, *norms, context.cos_sin, context.positions, k_cache, v_cache, context.slot_mapping)
     if context.is_prefill:
+        q = _store(qkv, norms, k_cache, v_cache, context)
         out = paged_prefill_triton(
-            *new, context.cu_seqlens_q, context.context_lens, context.block_tables, scale,
-            context.max_seqlen_q,
+            q, k_cache, v_cache, context.cu_seqlens_q, context.context_lens, context.block_tables,
+            scale, context.max_seqlen_q,
         )  # fmt: skip
     else:
-        out = paged_decode_triton(*new, context.decode_plan, scale)
+        out = paged_decode_triton(
+            qkv, *norms, context.cos_sin, context.positions, k_cache, v_cache,
+            context.slot_mapping, context.decode_plan, scale,
+        )  # fmt: skip
     return out.flatten(1)
 
 
