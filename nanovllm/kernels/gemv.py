@@ -86,11 +86,11 @@ def gemv_triton(
 def _tiling(k: int, has_norm: bool, gated: bool) -> tuple[int, int, int]:
     """Elements of a block, blocks ahead and rows of the weight per warp: enough loads in flight for
     each thread, and no register spilled (measured in the shapes of Qwen3-0.6B to 8B)."""
-    whole = max(256, triton.next_power_of_2(k))
     if not has_norm and k > 2048:
         return 1024, 3, 2
+    whole = max(256, triton.next_power_of_2(k))
     if whole == k and k * (1 + gated) <= 4096:
-        return k, 1, (4096 if has_norm else 8192) // (k * (1 + gated))
+        return k, 1, 4096 // (k * (1 + gated))
     if gated:
         return (2048, 2, 1) if k <= 2560 else (512, 2, 2)
     return 512, 3, 2
