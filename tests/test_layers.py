@@ -1,6 +1,8 @@
 """Linear layers and the residual stream, alone and inside of a bf16 model."""
 
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,12 @@ from checkpoints import Reference, random_tokens
 from test_engine import build
 
 from nanovllm import SamplingParams
+from nanovllm.kernels.gemv import gemv_torch
+from nanovllm.kernels.split_k import split_k_torch
+from nanovllm.layers import linear as layers_linear
 from nanovllm.layers.layernorm import Residual, RMSNorm
 from nanovllm.layers.linear import Linear, can_pack
+from nanovllm.models.qwen3 import Qwen3DecoderLayer
 
 
 def check_first_logits(path: Path, reference: Reference, device: str, length: int) -> None:
@@ -63,3 +69,35 @@ def test_packed_weights_give_the_plain_product(rows: int, bias: bool):
     total = Residual(out.clone())
     linear.add_to(total, x)
     assert not torch.equal(total.x, out)
+
+
+def test_any_kernel_may_follow_any_other(monkeypatch: pytest.MonkeyPatch):
+    """Two layers, their products by any mixture of the GPU's kernels, or rather their twins."""
+    config = SimpleNamespace(
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, attention_bias=False, rms_norm_eps=1e-6,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    layers = [Qwen3DecoderLayer(config, lambda qkv, *_: qkv[:, :64].tanh()) for _ in range(2)]
+    for layer in layers:
+        for parameter in layer.requires_grad_(False).parameters():
+            parameter.normal_().mul_(parameter.shape[-1] ** -0.5)
+    x, keep = torch.randn(3, 32), torch.tensor([0, 2])
+
+    def run() -> torch.Tensor:
+        residual = Residual(x.clone())
+        layers[0](residual, (None, None), None)
+        layers[1](residual, (None, None), None, keep)
+        return residual.rows(slice(None)).x
+
+    expected = run()
+    monkeypatch.setattr(layers_linear, "gemv_triton", gemv_torch)
+    monkeypatch.setattr(layers_linear, "split_k_triton", split_k_torch)
+    inner_sizes = (32, 48, 64)  # of q/k/v and gate/up, of down, of output
+    for chosen in product([False, True], repeat=6):
+        gemv, split_k = (dict(zip(inner_sizes, half)) for half in (chosen[:3], chosen[3:]))
+        for name, sizes in (("can_gemv", gemv), ("can_split_k", split_k)):
+            monkeypatch.setattr(
+                layers_linear, name, lambda x, *_, sizes=sizes, **__: sizes[x.shape[1]]
+            )
+        torch.testing.assert_close(run(), expected)

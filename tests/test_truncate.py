@@ -307,8 +307,8 @@ def test_ragged_rows_gpu(scale: float, dtype: torch.dtype) -> None:
     rows = [RAGGED[i % len(RAGGED)] for i in range(len(logits))]
     thresholds = run(truncation_thresholds, logits, rows)
     certain = check(thresholds, logits, rows)
-    # In float32, not in bf16, thousands of logits are within rounding of a wide top_p.
-    assert certain > (0.8 if dtype == BF16 else 0.55) * len(rows)
+    # In float32 alone many logits differ by less than the rounding of a wide top_p's sum.
+    assert certain > (0.55 if dtype == FP32 else 0.8) * len(rows)
     assert torch.equal(thresholds, run(truncation_thresholds, logits, rows))
     twins = run(truncation_thresholds_torch, logits, rows)
     kept, kept_by_twin = ((logits.float() >= t[:, None]).sum(1) for t in (thresholds, twins))

@@ -8,8 +8,8 @@ For the one or two rows of a tiny decode batch a matrix product is the reading o
 the gaps between many small kernels cost as much again. Here the norm is `(W (x * g)) * rsqrt(mean
 x^2 + eps)`, which needs x once; each warp owns whole rows of the weight, so that every thread has
 many 16-byte loads under way, and there is one reduction, nothing split over programs, no atomics:
-results are deterministic. A row is read in blocks, the first of them before the wait for the kernel
-that makes x, each later one before the block it is `AHEAD` of is used.
+results are deterministic. A row is read in blocks, always `AHEAD` of them before they are used; the
+first are under way before the wait for the kernel that makes x.
 
 Grid: (slice of the output). Bytes moved: the weights once. Bound by memory.
 """
@@ -22,7 +22,10 @@ from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.kernels.silu_and_mul import silu_and_mul_torch
 
 MAX_ROWS = 2
-_MAX_NORMED, _MAX_PLAIN = 4096, 20480  # in-features, with and without a norm: more spill registers
+_MAX_NORMED, _MAX_PLAIN = (
+    4096,
+    17408,
+)  # in-features, with and without a norm: of more, registers spill
 _SHORT_ROW, _SMALL = 2048, 2**23  # where two rows are faster here than in kernels for more
 _WARPS = 4
 
@@ -70,7 +73,7 @@ def gemv_triton(
     rows, k = x.shape
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device) if add_to is None else add_to
-    block_k, ahead, per_warp = _tiling(k, norm_weight is not None, gated)
+    block_k, ahead, per_warp = _tiling(k, norm_weight is not None, gated, x.element_size())
     blocks = [min(block_k, k - start) for start in range(0, k, block_k)]
     _gemv_kernel[(triton.cdiv(n, _WARPS * per_warp),)](
         x, weight, bias, norm_weight, y, eps, n, k,
@@ -83,9 +86,11 @@ def gemv_triton(
     return y
 
 
-def _tiling(k: int, has_norm: bool, gated: bool) -> tuple[int, int, int]:
+def _tiling(k: int, has_norm: bool, gated: bool, element_size: int) -> tuple[int, int, int]:
     """Elements of a block, blocks ahead and rows of the weight per warp: enough loads in flight for
-    each thread, and no register spilled (measured in the shapes of Qwen3-0.6B to 8B)."""
+    each thread, and no register spilled (measured in the shapes of Qwen3-0.6B to 8B, in bf16)."""
+    if element_size > 2:
+        return 512, 1, 1
     if not has_norm and k > 2048:
         return 1024, 3, 2
     whole = max(256, triton.next_power_of_2(k))
@@ -111,7 +116,6 @@ def _gemv_kernel(
     out = tl.arange(0, PER_WARP)[None, None, :, None, None]
     out += (tl.program_id(0) * WARPS + warp) * PER_WARP
     weights = weight_ptr + out.to(tl.int64) * k
-    ups = weights + n.to(tl.int64) * k
     zero = warp * 0  # x and g are the same for every warp, but laid out like the weights
 
     acc = tl.zeros([WARPS, ROWS, PER_WARP, 256], tl.float32)
@@ -123,6 +127,7 @@ def _gemv_kernel(
             start = (i + AHEAD) * BLOCKS[0]
             w += (_load(weights, start, k, out < n, BLOCKS[i + AHEAD]),)
             if GATED:
+                ups = weights + n.to(tl.int64) * k
                 w_up += (_load(ups, start, k, out < n, BLOCKS[i + AHEAD]),)
             if HAS_NORM:
                 g += (_load(norm_ptr, start + zero, k, True, BLOCKS[i + AHEAD]),)

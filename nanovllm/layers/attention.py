@@ -123,7 +123,7 @@ def select_backend(
 def _triton_obstacle(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it needs a GPU, and device is {str(device)!r}"
-    return None if HAS_TRITON else "triton is not installed"
+    return None if HAS_TRITON else "triton is not installed, or older than 3.5"
 
 
 def _flash_obstacle(

@@ -1,8 +1,9 @@
 """Linear layers between two states of the residual stream: out of it through a norm, or back in.
 
-On a GPU one row or two are the business of `kernels.gemv`, which does all in one kernel, up to 64
-(128 on the way back in) that of `kernels.split_k`, and 129 to 256 that of `kernels.tiled_gemm` if
-the matrix is small. The rest is a library's.
+On a GPU one row, and of small matrices two, are the business of `kernels.gemv`, which does all in
+one kernel, up to 64 (128 on the way back in) that of `kernels.split_k`, and 129 to 256 that of
+`kernels.tiled_gemm` if the matrix is small. The rest is a library's. What goes back in as partial
+sums comes out through a norm, which adds them up.
 """
 
 import torch
@@ -35,7 +36,7 @@ class Linear(nn.Module):
 
     def forward(self, residual: Residual, norm: RMSNorm) -> torch.Tensor:
         """W norm(x) + b: [tokens, out]."""
-        if can_gemv(residual.x, self.weight, has_norm=True):
+        if residual.partials is None and can_gemv(residual.x, self.weight, has_norm=True):
             return gemv_triton(residual.x, self.weight, self.bias, norm.weight, norm.eps)
         return self._product(norm(residual))
 
@@ -43,13 +44,12 @@ class Linear(nn.Module):
         """W x + b, for x [tokens, in], added to the residual stream."""
         if can_gemv(x, self.weight, has_norm=False):
             gemv_triton(x, self.weight, self.bias, add_to=residual.x)
-        elif x.is_cuda and self.bias is None:
-            if can_split_k(x, self.out_features, in_parts=True):
-                residual.partials = split_k_triton(x, self.weight, num_splits(self.out_features))
-            elif can_tile(x, self.out_features):
-                residual.partials = tiled_gemm_triton(x, self.weight, SPLITS)
-            else:
-                residual.x.addmm_(x, self.weight.t())  # the add is the product's epilogue
+        elif self.bias is None and can_split_k(x, self.out_features, in_parts=True):
+            residual.partials = split_k_triton(x, self.weight, num_splits(self.out_features))
+        elif self.bias is None and can_tile(x, self.out_features):
+            residual.partials = tiled_gemm_triton(x, self.weight, SPLITS)
+        elif self.bias is None and x.is_cuda:
+            residual.x.addmm_(x, self.weight.t())  # the add is the product's epilogue
         else:
             residual.x.add_(self._product(x))
 
@@ -96,7 +96,7 @@ class GatedLinear(PackedLinear):
     """silu(W_gate x) * (W_up x), the first half of the MLP; its two parts are equally wide."""
 
     def forward(self, residual: Residual, norm: RMSNorm) -> torch.Tensor:
-        if can_gemv(residual.x, self.weight, has_norm=True):
+        if residual.partials is None and can_gemv(residual.x, self.weight, has_norm=True):
             return gemv_triton(
                 residual.x, self.weight, norm_weight=norm.weight, eps=norm.eps, gated=True
             )
