@@ -94,18 +94,13 @@ def main() -> None:
         qk_norm_rope_store._qk_norm_rope_store_kernel, {"num_warps": 4}, **SIZES, num_heads=16,
         HEADS=8, BLOCK_D=128, PDL=True,
     )  # fmt: skip
-    for rows, k, norm, gated in (
-        (1, 1024, 1, 0),
-        (2, 1024, 1, 1),
-        (1, 2560, 1, 1),
-        (1, 9728, 0, 0),
-    ):
-        block, ahead, per_warp = gemv._tiling(k, bool(norm), bool(gated), element_size=2)
-        blocks = [triton.next_power_of_2(min(block, k - start)) for start in range(0, k, block)]
+    gemvs = [(1, 1024, True, False), (2, 1024, True, True), (1, 2560, True, True)]
+    for rows, k, norm, gated in [*gemvs, (1, 9728, False, False)]:
+        blocks, ahead, per_warp = gemv.tiling(k, norm, gated, element_size=2)
         compile_kernel(
-            gemv._gemv_kernel, {"num_warps": 4}, k=k, GATED=bool(gated), ADD=not norm,
-            HAS_BIAS=not gated, HAS_NORM=bool(norm), WARPS=4, ROWS=rows, PER_WARP=per_warp,
-            BLOCKS=tuple(blocks), AHEAD=ahead, PDL=True,
+            gemv._gemv_kernel, {"num_warps": 4}, k=k, GATED=gated, ADD=not norm,
+            HAS_BIAS=not gated, HAS_NORM=norm, WARPS=4, ROWS=rows, PER_WARP=per_warp,
+            BLOCKS=blocks, AHEAD=ahead, PDL=True,
         )  # fmt: skip
     for splits in (0, 8):
         compile_kernel(

@@ -16,8 +16,8 @@ from nanovllm.kernels.truncate import truncation_thresholds
 from nanovllm.layers.attention import BACKENDS, select_backend
 from nanovllm.layers.layernorm import Residual
 from nanovllm.layers.linear import Linear, can_pack
+from nanovllm.layers.logits import LogitEdits, Logprobs, compute_logprobs, edit_logits_
 from nanovllm.layers.rotary_embedding import rope_cos_sin
-from nanovllm.layers.sampler import LogitEdits, Logprobs, compute_logprobs, edit_logits_
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.utils.context import Context
 from nanovllm.utils.loader import fill_with_noise, load_weights

@@ -13,7 +13,7 @@ from nanovllm.engine.outputs import (
 )
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.sampler import Logprobs
+from nanovllm.layers.logits import Logprobs
 
 
 class OutputProcessor:

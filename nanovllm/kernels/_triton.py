@@ -4,8 +4,8 @@ Programmatic dependent launch (PDL, from Hopper on) lets a kernel begin while th
 the stream still runs. A kernel that takes part calls `launch_next` first, may then load what no
 kernel of the step writes (weights, step inputs, keys and values of earlier steps), and calls
 `wait_for_previous` before it touches anything else. A kernel boundary then costs about 1 us in
-place of 2.5. Of every kernel with PDL at least
-one program must wait, or the order breaks for the kernels after it.
+place of 2.5. Of every kernel with PDL at least one program must wait, or the order breaks for the
+kernels after it.
 """
 
 from functools import lru_cache
@@ -19,6 +19,8 @@ try:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
+        raise ImportError("PDL does not compile")
     HAS_TRITON = True
 except ImportError:  # not there, or too old
     HAS_TRITON = False

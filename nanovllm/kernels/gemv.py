@@ -22,10 +22,8 @@ from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.kernels.silu_and_mul import silu_and_mul_torch
 
 MAX_ROWS = 2
-_MAX_NORMED, _MAX_PLAIN = (
-    4096,
-    17408,
-)  # in-features, with and without a norm: of more, registers spill
+# In-features, with a norm and without: of more, registers spill.
+_MAX_NORMED, _MAX_PLAIN = 4096, 17408
 _SHORT_ROW, _SMALL = 2048, 2**23  # where two rows are faster here than in kernels for more
 _WARPS = 4
 
@@ -73,32 +71,37 @@ def gemv_triton(
     rows, k = x.shape
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device) if add_to is None else add_to
-    block_k, ahead, per_warp = _tiling(k, norm_weight is not None, gated, x.element_size())
-    blocks = [min(block_k, k - start) for start in range(0, k, block_k)]
+    blocks, ahead, per_warp = tiling(k, norm_weight is not None, gated, x.element_size())
     _gemv_kernel[(triton.cdiv(n, _WARPS * per_warp),)](
         x, weight, bias, norm_weight, y, eps, n, k,
         GATED=gated, ADD=add_to is not None,
         HAS_BIAS=bias is not None, HAS_NORM=norm_weight is not None,
-        WARPS=_WARPS, ROWS=rows, PER_WARP=per_warp,
-        BLOCKS=tuple(max(256, triton.next_power_of_2(size)) for size in blocks), AHEAD=ahead,
+        WARPS=_WARPS, ROWS=rows, PER_WARP=per_warp, BLOCKS=blocks, AHEAD=ahead,
         num_warps=_WARPS, **pdl(x),
     )  # fmt: skip
     return y
 
 
-def _tiling(k: int, has_norm: bool, gated: bool, element_size: int) -> tuple[int, int, int]:
-    """Elements of a block, blocks ahead and rows of the weight per warp: enough loads in flight for
-    each thread, and no register spilled (measured in the shapes of Qwen3-0.6B to 8B, in bf16)."""
+def tiling(
+    k: int, has_norm: bool, gated: bool, element_size: int
+) -> tuple[tuple[int, ...], int, int]:
+    """Sizes of a row's blocks, how many are ahead, and the rows of the weight per warp.
+
+    Enough loads are in flight for each thread, and no register is spilled (measured in the shapes
+    of Qwen3-0.6B to 8B, in bf16).
+    """
     if element_size > 2:
-        return 512, 1, 1
-    if not has_norm and k > 2048:
-        return 1024, 3, 2
-    whole = max(256, triton.next_power_of_2(k))
-    if whole == k and k * (1 + gated) <= 4096:
-        return k, 1, 4096 // (k * (1 + gated))
-    if gated:
-        return (2048, 2, 1) if k <= 2560 else (512, 2, 2)
-    return 512, 3, 2
+        size, ahead, per_warp = 512, 1, 1
+    elif not has_norm and k > 2048:
+        size, ahead, per_warp = 1024, 3, 2
+    elif k >= 256 and k & (k - 1) == 0 and k * (1 + gated) <= 4096:
+        size, ahead, per_warp = k, 1, 4096 // (k * (1 + gated))
+    elif gated:
+        size, ahead, per_warp = (2048, 2, 1) if k <= 2560 else (512, 2, 2)
+    else:
+        size, ahead, per_warp = 512, 3, 2
+    lengths = [min(size, k - start) for start in range(0, k, size)]
+    return tuple(max(256, triton.next_power_of_2(n)) for n in lengths), ahead, per_warp
 
 
 @triton.jit

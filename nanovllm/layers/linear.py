@@ -36,7 +36,7 @@ class Linear(nn.Module):
 
     def forward(self, residual: Residual, norm: RMSNorm) -> torch.Tensor:
         """W norm(x) + b: [tokens, out]."""
-        if residual.partials is None and can_gemv(residual.x, self.weight, has_norm=True):
+        if self._goes_to_gemv(residual):
             return gemv_triton(residual.x, self.weight, self.bias, norm.weight, norm.eps)
         return self._product(norm(residual))
 
@@ -52,6 +52,10 @@ class Linear(nn.Module):
             residual.x.addmm_(x, self.weight.t())  # the add is the product's epilogue
         else:
             residual.x.add_(self._product(x))
+
+    def _goes_to_gemv(self, residual: Residual) -> bool:
+        """Whether `kernels.gemv` is to make W norm(x): it adds no partial sums up."""
+        return residual.partials is None and can_gemv(residual.x, self.weight, has_norm=True)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed_weight is not None and (self.weight is None or x.shape[0] > 1):
@@ -96,7 +100,7 @@ class GatedLinear(PackedLinear):
     """silu(W_gate x) * (W_up x), the first half of the MLP; its two parts are equally wide."""
 
     def forward(self, residual: Residual, norm: RMSNorm) -> torch.Tensor:
-        if residual.partials is None and can_gemv(residual.x, self.weight, has_norm=True):
+        if self._goes_to_gemv(residual):
             return gemv_triton(
                 residual.x, self.weight, norm_weight=norm.weight, eps=norm.eps, gated=True
             )
