@@ -11,17 +11,16 @@ also does what comes before: QK-norm and RoPE of the new queries and keys, and t
 newest token then enters its row's last chunk from registers, and the plan leaves it out. Chunks are
 half as long there, for more programs: only there do results change, in the last bits.
 
-Grid: (kv head, range). `plan_decode` lists the tiles of all chunks, and cuts the list at chunk
-borders into ranges of about equal length, two programs for each multiprocessor: the load is even
-however ragged the batch, no program is launched for a context that might have been longer, and
-loads flow on from one sequence to the next.
+Grid: (kv head, range). `plan_decode` deals the chunks out to ranges of about equal length, two
+programs for each multiprocessor, and lists the tiles of each: the load is even however ragged the
+batch, no program is launched for a context that might have been longer, and loads flow on from one
+sequence to the next.
 
 Bytes moved: each key and value once, 2 * context * kv heads * head_dim elements; partial results
 add 1.5% (chunks of 128) or less. Bound by memory.
 """
 
-from bisect import bisect_left, bisect_right
-from itertools import pairwise
+from heapq import heapreplace
 from typing import NamedTuple
 
 import numpy as np
@@ -83,43 +82,49 @@ def plan_decode(
     finest = 64 if fused else 128
     chunk = np.where(cached <= 512, finest, 2 * finest)
     if padded_rows > MANY_ROWS:
-        chunk[:] = 512
+        chunk[:] = 1024
     long = cached > chunk * MAX_CHUNKS
     chunk[long] = -(-cached[long] // (MAX_CHUNKS * tile)) * tile
     per_chunk = chunk // tile
-    ends = np.cumsum(counts)
-    row = np.repeat(np.arange(len(counts)), counts)
-    index = np.arange(ends[-1]) - (ends - counts)[row]  # of a tile in its row
-    start = index * tile
-    first = index % per_chunk[row] == 0
-    newest = start // chunk[row] == (counts - 1)[row] * tile // chunk[row]
-    last = np.append(first[1:], True)
+    chunk_counts = -(-counts // per_chunk)
+
+    # Of each chunk: its row, its place in the row, its tiles.
+    ends = np.cumsum(chunk_counts)
+    row = np.repeat(np.arange(len(counts)), chunk_counts)
+    index = np.arange(ends[-1]) - (ends - chunk_counts)[row]
+    length = np.minimum(per_chunk[row], counts[row] - index * per_chunk[row])
+    range_of = _balance(length, num_ranges)
+    bounds = np.zeros(num_ranges + 1, dtype=np.int32)
+    bounds[1:] = np.bincount(range_of, length, num_ranges).cumsum()
+
+    # Of each tile, range by range: its chunk, and its place there.
+    order = np.argsort(range_of, kind="stable")
+    ends = np.cumsum(length[order])
+    chunk_of = np.repeat(order, length[order])
+    place = np.arange(ends[-1]) - np.repeat(ends - length[order], length[order])
+    row, index = row[chunk_of], index[chunk_of]
+    start = (index * per_chunk[row] + place) * tile
     tiles = np.empty((len(row), 2), dtype=np.int32)
     tiles[:, 0] = block_tables[row, start // block_size] * block_size + start % block_size
-    tiles[:, 1] = row << 16 | (start // chunk[row]) << 10 | np.minimum(cached[row] - start, tile)
-    tiles[:, 1] += first * _FIRST + last * _LAST + newest * _NEWEST
-    borders = np.append(np.flatnonzero(first), len(row))
-    if fused or padded_rows > MANY_ROWS:
-        bounds = np.array(_shortest_ranges(borders.tolist(), num_ranges), dtype=np.int32)
-    else:
-        even = np.arange(num_ranges + 1) * len(row) / num_ranges
-        bounds = borders[np.searchsorted(borders, even)].astype(np.int32)
-    return DecodePlan(bounds, (-(-counts // per_chunk)).astype(np.int32), tiles)
+    tiles[:, 1] = row << 16 | index << 10 | np.minimum(cached[row] - start, tile)
+    tiles[:, 1] += (place == 0) * _FIRST + (place == length[chunk_of] - 1) * _LAST
+    tiles[:, 1] += (index == chunk_counts[row] - 1) * _NEWEST
+    return DecodePlan(bounds, chunk_counts.astype(np.int32), tiles)
 
 
-def _shortest_ranges(borders: list[int], num_ranges: int) -> list[int]:
-    """Cut at `borders` so that the longest range is as short as can be; empty ones come last."""
+def _balance(lengths: np.ndarray, num_ranges: int) -> np.ndarray:
+    """The range of each chunk: the longest chunk first, each to the range with the least so far.
 
-    def fill(longest: int) -> list[int]:
-        bounds = [0]
-        for _ in range(num_ranges):
-            bounds.append(borders[bisect_right(borders, bounds[-1] + longest) - 1])
-        return bounds
-
-    tiles, share = borders[-1], -(-borders[-1] // num_ranges)
-    longest_chunk = max(end - start for start, end in pairwise(borders))
-    lengths = range(share, share + longest_chunk)  # the last is enough
-    return fill(lengths[bisect_left(lengths[:-1], tiles, key=lambda length: fill(length)[-1])])
+    Graham's rule (1969, doi:10.1137/0117039).
+    """
+    range_of = np.empty(len(lengths), dtype=np.int64)
+    loads = list(range(num_ranges))  # a heap of load * num_ranges + range
+    weights = (lengths + 1) * num_ranges  # the ends of a chunk cost as much as a tile
+    order = np.argsort(-lengths, kind="stable")
+    for chunk, weight in zip(order.tolist(), weights[order].tolist()):
+        range_of[chunk] = loads[0] % num_ranges
+        heapreplace(loads, loads[0] + weight)
+    return range_of
 
 
 def num_decode_ranges(device: torch.device, num_kv_heads: int) -> int:
