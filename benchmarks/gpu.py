@@ -8,9 +8,10 @@
 mix      256 requests, 100 to 1024 tokens in, 100 to 1024 out: seconds of the call
 batch    1 and 32 requests, 128 in, 512 out: the mean decode step
 prefill  64 requests, 1024 in, 1 out: seconds of the call
-ready    the imports of torch, transformers and nanovllm, one after the other, `LLM(...)` on a real
-         checkpoint and a first request of 16 tokens, in a fresh process: first with an empty
-         Triton cache, then again. The checkpoint is in the page cache.
+ready    the imports of torch and nanovllm, one after the other, `LLM(...)` on a real checkpoint
+         (which imports transformers, for the tokenizer) and a first request of 16 tokens, in a
+         fresh process: first with an empty Triton cache, then again. The checkpoint is in the page
+         cache.
 host     what the host does for a decode step: schedule, launch and postprocess, without waiting
 scaling  the mean decode step by batch, by context, and of larger models
 

@@ -15,13 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bench import write_shape
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("import torch", "import transformers", "import nanovllm", "LLM(...)", "first request")
+STAGES = ("import torch", "import nanovllm", "LLM(...)", "first request")
 SCRIPT = """
 import json, sys, time
 times = [time.perf_counter()]
 import torch
-times.append(time.perf_counter())
-import transformers
 times.append(time.perf_counter())
 from nanovllm import LLM, SamplingParams
 times.append(time.perf_counter())

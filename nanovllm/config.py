@@ -8,17 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
 
+from nanovllm.utils.hf_config import Qwen3Config
 from nanovllm.utils.loader import checkpoint_dtype
 from nanovllm.utils.validation import as_integer, as_number
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "torch")
-SIZES = (  # of config.json: transformers 4 takes any value for them
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings",
-)  # fmt: skip
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
 
@@ -65,7 +61,7 @@ class Config:
     async_scheduling: bool | None = None
 
     model_dir: Path = field(init=False)
-    hf_config: PretrainedConfig = field(init=False)
+    hf_config: Qwen3Config = field(init=False)
     torch_device: torch.device = field(init=False)
     torch_dtype: torch.dtype = field(init=False)
     generation_config: dict[str, Any] = field(init=False)
@@ -87,7 +83,6 @@ class Config:
         self.torch_device = _resolve_device(self.device)
         self.model_dir = _resolve_model(self.model)
         self.hf_config = _load_hf_config(self.model_dir)
-        check_supported(self.hf_config)
         self.torch_dtype = _resolve_dtype(self.dtype, self.hf_config, self.model_dir)
         self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
         if self.max_model_len < 2:
@@ -123,27 +118,6 @@ class Config:
         if not at_least <= value < below:
             raise ValueError(f"{name} must be at least {at_least} and below {below}, got {value}")
         setattr(self, name, value)
-
-
-def check_supported(hf_config: PretrainedConfig) -> None:
-    """Refuse, by name, an option of Qwen3 that the engine does not compute."""
-    refused = [name for name in SIZES if not _is_size(getattr(hf_config, name, None))]
-    if not refused:
-        unsupported = {
-            "use_sliding_window": bool(getattr(hf_config, "use_sliding_window", False)),
-            "hidden_act": hf_config.hidden_act != "silu",
-            "quantization_config": getattr(hf_config, "quantization_config", None) is not None,
-            "num_key_value_heads": hf_config.num_attention_heads % hf_config.num_key_value_heads,
-            "head_dim": hf_config.head_dim % 2,
-        }
-        refused = [name for name in unsupported if unsupported[name]]
-    if refused:
-        value = getattr(hf_config, refused[0], None)
-        raise ValueError(f"the model's config has {refused[0]}={value!r}, which is not supported")
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_choice(name: str, value: object, choices: Iterable[object]) -> None:
@@ -200,29 +174,18 @@ def _resolve_model(model: str) -> Path:
         ) from error
 
 
-def _load_hf_config(model_dir: Path) -> PretrainedConfig:
+def _load_hf_config(model_dir: Path) -> Qwen3Config:
     path = model_dir / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{model_dir} has no config.json: it is not a checkpoint directory")
-    content = _read_json_object(path)
-    architectures = content.get("architectures") or []
-    if content.get("model_type") != "qwen3" or architectures not in ([], ["Qwen3ForCausalLM"]):
-        name = architectures or content.get("model_type")
-        name = name[0] if isinstance(name, list) else name
-        raise ValueError(f"architecture {name!r} is not supported; nanovllm runs Qwen3ForCausalLM")
-    try:
-        return AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a Qwen3 config: {error}") from error
+    return Qwen3Config.from_json(_read_json_object(path))
 
 
-def _resolve_dtype(name: str, hf_config: PretrainedConfig, model_dir: Path) -> torch.dtype:
+def _resolve_dtype(name: str, hf_config: Qwen3Config, model_dir: Path) -> torch.dtype:
     """The dtype asked for; for "auto" that of config.json, or of the weights if it has none."""
     if name != "auto":
         return DTYPES[name]
-    dtype = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None)
-    if dtype is None:
-        dtype = checkpoint_dtype(model_dir) or torch.float32
+    dtype = hf_config.dtype or checkpoint_dtype(model_dir) or torch.float32
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
     if dtype not in DTYPES.values():
@@ -249,7 +212,7 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _eos_token_ids(generation_config: dict[str, Any], hf_config: PretrainedConfig) -> set[int]:
+def _eos_token_ids(generation_config: dict[str, Any], hf_config: Qwen3Config) -> set[int]:
     """The end-of-sequence ids of generation_config.json, or of config.json if it has none.
 
     The tokenizer's own is added by the engine, which has the tokenizer.

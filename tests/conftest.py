@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+DEMO = Path(__file__).parent.parent / "demo" / "tiny-qwen3"
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:  # before anything imports triton: its kernels run in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -62,6 +63,14 @@ def tiny_copy(tiny: Path, tmp_path: Path) -> Path:
     from checkpoints import link_checkpoint
 
     return link_checkpoint(tiny, tmp_path / "model")
+
+
+@pytest.fixture
+def demo_copy(tmp_path: Path) -> Path:
+    """The trained checkpoint, in a directory whose JSON files a test may change."""
+    from checkpoints import link_checkpoint
+
+    return link_checkpoint(DEMO, tmp_path / "demo")
 
 
 @pytest.fixture(scope="session")

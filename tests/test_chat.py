@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import VOCAB_SIZE, Reference, edit_json, link_checkpoint, random_tokens
+from checkpoints import VOCAB_SIZE, Reference, edit_json, random_tokens
 from test_engine import GREEDY, PROMPTS, assert_empty, build
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -49,11 +49,6 @@ def llm(engine: LLM):
     assert_empty(engine)
     (output,) = engine.chat(SUM, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
     assert "47 + 38".startswith(output["text"].strip())
-
-
-@pytest.fixture
-def demo_copy(tmp_path: Path) -> Path:
-    return link_checkpoint(DEMO, tmp_path / "demo")
 
 
 def templated(llm: LLM, messages: list[Any], **options: Any) -> str:

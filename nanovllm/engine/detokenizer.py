@@ -1,6 +1,6 @@
 """Text as it grows, token by token: whole characters only, and stop strings found on the way."""
 
-from transformers import PreTrainedTokenizerBase
+from nanovllm.engine.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character
 
@@ -24,7 +24,7 @@ class Detokenizer:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         skip_special_tokens: bool = True,
         stop: tuple[str, ...] = (),
         include_stop: bool = False,

@@ -7,11 +7,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import count
 
-from transformers import PreTrainedTokenizerBase
-
 from nanovllm.config import Config
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.tokenizer import Tokenizer
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.validation import as_integer
 
@@ -44,7 +43,7 @@ class InputProcessor:
     def __init__(
         self,
         config: Config,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Tokenizer | None,
         eos_token_ids: set[int],
     ) -> None:
         self.config = config

@@ -4,20 +4,19 @@ import os
 import time
 import warnings
 from collections import deque
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.input_processor import InputProcessor, Prompt, Request
-from nanovllm.engine.model_runner import Launch, ModelRunner
+from nanovllm.engine.model_runner import Launch, ModelRunner, load_libraries
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
+from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -41,7 +40,9 @@ class LLMEngine:
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         self.model_runner: ModelRunner | None = None
         self.config = Config.from_options(model, options)
-        self.tokenizer = _load_tokenizer(self.config.model_dir)
+        with ThreadPoolExecutor(1) as pool:  # the GPU gets ready while this thread imports
+            pool.submit(load_libraries, self.config.torch_device, self.config.torch_dtype)
+            self.tokenizer = load_tokenizer(self.config.model_dir)
         self.model_runner = ModelRunner(self.config)
         self._fit_to_cache(self.model_runner.num_kvcache_blocks)
         eos_token_ids = self._eos_token_ids()
@@ -223,18 +224,3 @@ class LLMEngine:
     def _check_open(self) -> None:
         if self.model_runner is None:
             raise RuntimeError("this LLM is closed: build a new one")
-
-
-def _load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's tokenizer, None if it has none.
-
-    Raises:
-        ValueError: if it has one that cannot be read.
-    """
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-    if not any((model_dir / name).is_file() for name in names):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except Exception as error:
-        raise ValueError(f"the tokenizer in {model_dir} cannot be read: {error}") from error

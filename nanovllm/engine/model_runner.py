@@ -46,6 +46,18 @@ class Launch:
     prompt_logprobs: list[tuple[int, int, Logprobs]] = field(default_factory=list)
 
 
+@torch.inference_mode()
+def load_libraries(device: torch.device, dtype: torch.dtype) -> None:
+    """Use a GPU a first time, for which its context is made, and cuBLAS and torch's kernels load.
+
+    That takes some 0.3 s, in which other threads of Python may run.
+    """
+    if device.type == "cuda":
+        ones = torch.ones(16, 16, dtype=dtype, device=device)
+        compute_logprobs(ones @ ones, ones[0].long(), 1)
+        torch.cuda.synchronize(device)
+
+
 class ModelRunner:
     """Weights, KV cache and the execution of steps on one device.
 
@@ -109,9 +121,7 @@ class ModelRunner:
             self._capture_stream = torch.cuda.Stream(self.device)
             # The largest first: what its tensors leave in the pool holds those of all others.
             # After smaller ones each would add to it (measured, 512 rows: 2.4 GB in place of 0.3).
-            largest = self.inputs.decode_shape(config.max_num_seqs)
-            self._run(largest)
-            self._capture(largest)
+            self._capture(self.inputs.decode_shape(config.max_num_seqs))
         self._launched_rows: dict[int, int] = {}  # seq_id -> row of the last launch
 
     def on_device(self) -> AbstractContextManager:
@@ -174,8 +184,13 @@ class ModelRunner:
         config = self.config
         with torch.device("meta"):
             model = Qwen3ForCausalLM(config.hf_config, BACKENDS[self.attention_backend])
-        model = model.to(config.torch_dtype).to_empty(device=self.device).requires_grad_(False)
-        model.tie_weights()
+        # As `to_empty` would do, which imports sympy.
+        memory = {
+            name: torch.empty(parameter.shape, dtype=config.torch_dtype, device=self.device)
+            for name, parameter in model.named_parameters()
+        }
+        model.load_state_dict(memory, strict=False, assign=True)
+        model.requires_grad_(False).tie_weights()
         if config.load_format == "dummy":
             fill_with_noise(model, config.hf_config.initializer_range, config.seed)
         else:
@@ -255,7 +270,7 @@ class ModelRunner:
             activations = self._activation_bytes() + self._graph_bytes
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info(self.device)
-            in_use = gpu_memory_in_use(self.device) - in_use_before
+            in_use = total - free - in_use_before
             share = int(total * config.gpu_memory_utilization) - in_use
             num_blocks = (min(share, free) - activations - GPU_RESERVE) // block_bytes
         if num_blocks < 1:

@@ -1,7 +1,5 @@
 """From finished sequences to what the person gets."""
 
-from transformers import PreTrainedTokenizerBase
-
 from nanovllm.engine.input_processor import Request
 from nanovllm.engine.model_runner import Launch
 from nanovllm.engine.outputs import (
@@ -13,6 +11,7 @@ from nanovllm.engine.outputs import (
 )
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.tokenizer import Tokenizer
 from nanovllm.layers.logits import Logprobs
 
 
@@ -23,7 +22,7 @@ class OutputProcessor:
         tokenizer: transformers' tokenizer, or None if the checkpoint has none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
         self._texts: dict[int, str] = {}  # of single tokens
 

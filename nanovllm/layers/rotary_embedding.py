@@ -1,45 +1,57 @@
 """Rotary position embedding: the table of cosines and sines, in every form transformers knows."""
 
-import copy
-
 import torch
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from nanovllm.utils.hf_config import Qwen3Config
 
 
-def rope_cos_sin(config: PretrainedConfig, max_len: int, device: torch.device) -> torch.Tensor:
+def rope_cos_sin(config: Qwen3Config, max_len: int, device: torch.device) -> torch.Tensor:
     """The rotations of positions 0 to max_len - 1: [max_len, head_dim] float32, cos then sin.
 
     Frequencies that depend on the length of the text ("dynamic", "longrope") are taken for
     `max_len`, once, so that a sequence's result does not change as it grows.
 
     Raises:
-        ValueError: for a rope type that transformers does not know.
+        ValueError: for a rope type that transformers does not know, or its parameters.
     """
-    # transformers 5 keeps theta and scaling in rope_parameters, 4 apart.
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    parameters = parameters or {}
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise ValueError(f"config.json has rope parameters for kinds of layers: {parameters}")
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    theta = parameters.get("rope_theta") or getattr(config, "rope_theta", 10000.0)
-    if rope_type == "default":
+    if config.rope_parameters["rope_type"] == "default":
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-        inv_freq, scaling = 1.0 / theta**exponents, 1.0
-    elif rope_type in ROPE_INIT_FUNCTIONS:
-        if "default" in ROPE_INIT_FUNCTIONS:  # transformers 4 looks for its own names
-            config = copy.copy(config)
-            config.rope_scaling, config.rope_theta = parameters, theta
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](
-            config, torch.device("cpu"), seq_len=max_len
-        )
+        inv_freq, scaling = 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
     else:
+        inv_freq, scaling = _scaled_frequencies(config, max_len)
+    angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq.float().cpu())
+    return (torch.cat((angles.cos(), angles.sin()), dim=-1) * scaling).to(device)
+
+
+def _scaled_frequencies(config: Qwen3Config, max_len: int) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies [head_dim / 2], and the factor of cosines and sines, of every rope type
+    that transformers knows but the plain one."""
+    from transformers import PretrainedConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters, rope_type = config.rope_parameters, config.rope_parameters["rope_type"]
+    if rope_type not in ROPE_INIT_FUNCTIONS:
         known = sorted({"default", *ROPE_INIT_FUNCTIONS})
         raise ValueError(f"config.json asks for rope_type={rope_type!r}; known are {known}")
+    theirs = PretrainedConfig()
+    for name in ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings"):
+        setattr(theirs, name, getattr(config, name))
+    if config.original_max_position_embeddings is not None:
+        theirs.original_max_position_embeddings = config.original_max_position_embeddings
+    theirs.rope_parameters = dict(parameters)
+    if "default" in ROPE_INIT_FUNCTIONS:  # transformers 4 looks for its own names
+        theirs.rope_scaling, theirs.rope_theta = dict(parameters), parameters["rope_theta"]
+    try:
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](
+            theirs, torch.device("cpu"), seq_len=max_len
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"config.json has rope parameters of no use, {parameters}: {error!r}"
+        ) from error
     if len(inv_freq) != config.head_dim // 2:
         raise ValueError(
             f"config.json rotates {2 * len(inv_freq)} of head_dim={config.head_dim} dimensions; "
             "only rotary embeddings of the whole head are supported"
         )
-    angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq.float().cpu())
-    return (torch.cat((angles.cos(), angles.sin()), dim=-1) * scaling).to(device)
+    return inv_freq, scaling

@@ -6,13 +6,13 @@ projections name their parts (see `checkpoint_views`).
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from nanovllm.layers.attention import Attend
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import Residual, RMSNorm
 from nanovllm.layers.linear import GatedLinear, Linear, PackedLinear
 from nanovllm.utils.context import Context
+from nanovllm.utils.hf_config import Qwen3Config
 
 LayerCache = tuple[torch.Tensor, torch.Tensor]  # one layer's keys and values
 
@@ -20,7 +20,7 @@ LayerCache = tuple[torch.Tensor, torch.Tensor]  # one layer's keys and values
 class Qwen3Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys."""
 
-    def __init__(self, config: PretrainedConfig, attend: Attend) -> None:
+    def __init__(self, config: Qwen3Config, attend: Attend) -> None:
         super().__init__()
         head_dim, bias = config.head_dim, config.attention_bias
         q_size = config.num_attention_heads * head_dim
@@ -53,7 +53,7 @@ class Qwen3Attention(nn.Module):
 class Qwen3MLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         inner = config.intermediate_size
         self.gate_up_proj = GatedLinear(config.hidden_size, {"gate_proj": inner, "up_proj": inner})
@@ -69,7 +69,7 @@ class Qwen3DecoderLayer(nn.Module):
     With `keep` only these tokens go on once all have their keys and values.
     """
 
-    def __init__(self, config: PretrainedConfig, attend: Attend) -> None:
+    def __init__(self, config: Qwen3Config, attend: Attend) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Qwen3Attention(config, attend)
@@ -90,7 +90,7 @@ class Qwen3DecoderLayer(nn.Module):
 class Qwen3Model(nn.Module):
     """Token ids to the residual stream after the last layer; the head applies the final norm."""
 
-    def __init__(self, config: PretrainedConfig, attend: Attend) -> None:
+    def __init__(self, config: Qwen3Config, attend: Attend) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -118,11 +118,11 @@ class Qwen3ForCausalLM(nn.Module):
     """The whole network: `forward` runs the layers, `compute_logits` scores the next token.
 
     Args:
-        config: of transformers' Qwen3 (see `nanovllm.config.check_supported`).
+        config: the sizes.
         attend: the attention backend.
     """
 
-    def __init__(self, config: PretrainedConfig, attend: Attend) -> None:
+    def __init__(self, config: Qwen3Config, attend: Attend) -> None:
         super().__init__()
         self.model = Qwen3Model(config, attend)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size)
