@@ -10,6 +10,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
+from nanovllm.kernels.embed import embed
 from nanovllm.kernels.gumbel_sample import gumbel_sample
 from nanovllm.kernels.paged_decode import num_decode_ranges
 from nanovllm.kernels.truncate import truncation_thresholds
@@ -50,12 +51,14 @@ class Launch:
 def load_libraries(device: torch.device, dtype: torch.dtype) -> None:
     """Use a GPU a first time, for which its context is made, and cuBLAS and torch's kernels load.
 
-    That takes some 0.3 s, in which other threads of Python may run.
+    Triton finds its compiler, too. Much of that goes on while other threads of Python run.
     """
     if device.type == "cuda":
-        ones = torch.ones(16, 16, dtype=dtype, device=device)
-        compute_logprobs(ones @ ones, ones[0].long(), 1)
-        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):
+            ones = torch.ones(16, 16, dtype=dtype, device=device)
+            compute_logprobs(ones @ ones, ones[0].long(), 1)
+            embed(ones[0].int(), ones[0].long(), ones)
+            torch.cuda.synchronize()
 
 
 class ModelRunner:
@@ -187,9 +190,9 @@ class ModelRunner:
         # As `to_empty` would do, which imports sympy.
         memory = {
             name: torch.empty(parameter.shape, dtype=config.torch_dtype, device=self.device)
-            for name, parameter in model.named_parameters()
+            for name, parameter in model.state_dict().items()
         }
-        model.load_state_dict(memory, strict=False, assign=True)
+        model.load_state_dict(memory, assign=True)
         model.requires_grad_(False).tie_weights()
         if config.load_format == "dummy":
             fill_with_noise(model, config.hf_config.initializer_range, config.seed)
