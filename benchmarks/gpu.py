@@ -10,8 +10,8 @@ batch    1 and 32 requests, 128 in, 512 out: the mean decode step
 prefill  64 requests, 1024 in, 1 out: seconds of the call
 ready    the imports of torch and nanovllm, one after the other, `LLM(...)` on a real checkpoint
          (which imports transformers, for the tokenizer) and a first request of 16 tokens, in a
-         fresh process: first with an empty Triton cache, then again. The checkpoint is in the page
-         cache.
+         fresh process: once with the caches of Triton and of Python's bytecode empty, then with
+         both full. The checkpoint is in the page cache. The first request is not counted in.
 host     what the host does for a decode step: schedule, launch and postprocess, without waiting
 scaling  the mean decode step by batch, by context, and of larger models
 
@@ -229,11 +229,14 @@ class Bench:
 
     def ready(self) -> None:
         model = self.checkpoint()
-        with tempfile.TemporaryDirectory() as triton_cache:
-            for state in ("cold", "warm"):
-                times = seconds_to_ready(model, self.options, triton_cache)
-                for stage, seconds in zip(STAGES, times, strict=True):
-                    self.add(Row("ready", f"ready, {state}: {stage}", "nanovllm", "s", [seconds]))
+        with tempfile.TemporaryDirectory() as caches:
+            for state, runs in (("cold", 1), ("warm", self.args.runs)):
+                times = [seconds_to_ready(model, self.options, caches) for _ in range(runs)]
+                ready = [sum(stages[:-1]) for stages in times]
+                self.add(Row("ready", f"ready, {state}", "nanovllm", "s", ready))
+                for stage, seconds in zip(STAGES, zip(*times, strict=True), strict=True):
+                    name = f"ready, {state}: {stage}"
+                    self.add(Row("ready", name, "nanovllm", "s", list(seconds)))
 
     def host(self, llm: LLM) -> None:
         for batch in self.sizes.host_batches:

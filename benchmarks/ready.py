@@ -31,12 +31,19 @@ print(json.dumps([end - start for start, end in zip(times, times[1:])]))
 """
 
 
-def seconds_to_ready(model: Path, options: dict[str, Any], triton_cache: str) -> list[float]:
-    """Seconds of each of `STAGES` in a process of its own, Triton's cache being a directory."""
+def seconds_to_ready(model: Path, options: dict[str, Any], caches: str) -> list[float]:
+    """Seconds of each of `STAGES` in a process of its own.
+
+    `caches` is the directory of Triton's cache, and of Python's bytecode, whatever the environment
+    says: without that cache every import compiles its modules anew.
+    """
+    environment = {
+        "TRITON_CACHE_DIR": f"{caches}/triton", "PYTHONPYCACHEPREFIX": f"{caches}/bytecode",
+        "PYTHONDONTWRITEBYTECODE": "",
+    }  # fmt: skip
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(model), json.dumps(options)], cwd=ROOT,
-        env=os.environ | {"TRITON_CACHE_DIR": triton_cache}, stdout=subprocess.PIPE, text=True,
-        check=True,
+        env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     return json.loads(process.stdout.splitlines()[-1])
 

@@ -48,14 +48,23 @@ def test_gpu_counts_decode_steps(report: Path) -> None:
     assert four - two == pytest.approx(2 * (two - one))
 
 
-def test_gpu_times_a_fresh_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpu_times_a_fresh_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     path = tmp_path / "ready.json"
-    gpu.main(["--tiny", "--only", "ready", "--json", str(path), "--runs", "1"])
+    gpu.main(["--tiny", "--only", "ready", "--json", str(path), "--runs", "2"])
     rows = json.loads(path.read_text())["rows"]
+    stages = [f": {stage}" for stage in gpu.STAGES]
     assert [row["name"] for row in rows] == [
-        f"ready, {state}: {stage}" for state in ("cold", "warm") for stage in gpu.STAGES
+        f"ready, {state}{stage}" for state in ("cold", "warm") for stage in ("", *stages)
     ]
-    assert all(row["seconds"] > 0 for row in rows)
+    assert all(seconds > 0 for row in rows for seconds in row["runs"])
+    assert [len(row["runs"]) for row in rows] == [1] * 5 + [2] * 5
+    for whole, *parts, _ in (rows[:5], rows[5:]):  # the first request is not counted
+        times = zip(*(part["runs"] for part in parts))
+        assert whole["runs"] == pytest.approx([sum(run) for run in times])
+    assert rows[5]["seconds"] < rows[0]["seconds"]  # bytecode is kept whatever the environment says
     assert "| ready, warm: LLM(...) | nanovllm | " in capsys.readouterr().out
 
 
