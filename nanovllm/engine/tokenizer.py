@@ -33,6 +33,8 @@ def load_tokenizer(model_dir: Path) -> Tokenizer | None:
     try:
         path = model_dir / "tokenizer_config.json"
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(content, dict):
+            raise ValueError(f"{path.name} is not an object")
         name = _CLASSES.get(content.get("tokenizer_class"), "AutoTokenizer")
         tokenizer_class = getattr(transformers, name)
         return tokenizer_class.from_pretrained(model_dir, local_files_only=True)

@@ -1,5 +1,7 @@
 """Rotary position embedding: the table of cosines and sines, in every form transformers knows."""
 
+import math
+
 import torch
 
 from nanovllm.utils.hf_config import Qwen3Config
@@ -12,7 +14,7 @@ def rope_cos_sin(config: Qwen3Config, max_len: int, device: torch.device) -> tor
     `max_len`, once, so that a sequence's result does not change as it grows.
 
     Raises:
-        ValueError: for a rope type that transformers does not know, or its parameters.
+        ValueError: for a rope type that transformers does not know, or parameters of no use to it.
     """
     if config.rope_parameters["rope_type"] == "default":
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
@@ -45,7 +47,9 @@ def _scaled_frequencies(config: Qwen3Config, max_len: int) -> tuple[torch.Tensor
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](
             theirs, torch.device("cpu"), seq_len=max_len
         )
-    except (KeyError, TypeError, ValueError) as error:
+        if not (inv_freq.isfinite().all() and math.isfinite(scaling)):
+            raise ValueError("frequencies are not finite")
+    except Exception as error:  # it checks little, and so may end in any way
         raise ValueError(
             f"config.json has rope parameters of no use, {parameters}: {error!r}"
         ) from error

@@ -1,5 +1,6 @@
 """config.json, as far as the engine reads it."""
 
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -8,6 +9,7 @@ SIZES = (
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
 _NUMBERS = ("rms_norm_eps", "initializer_range")
+_FLAGS = ("attention_bias", "tie_word_embeddings")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class Qwen3Config:
     initializer_range: float = 0.02
     attention_bias: bool = False
     tie_word_embeddings: bool = False
-    rope_parameters: dict[str, Any] = field(default_factory=dict)
+    rope_parameters: dict[str, Any] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
     original_max_position_embeddings: int | None = None
     dtype: Any = None
     eos_token_id: Any = None
@@ -68,6 +72,9 @@ class Qwen3Config:
                 raise _refusal(name, value)
         for name in _NUMBERS:
             if not _is_number(getattr(self, name)):
+                raise _refusal(name, getattr(self, name))
+        for name in _FLAGS:
+            if getattr(self, name) not in (False, True, None):
                 raise _refusal(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise _refusal("num_key_value_heads", self.num_key_value_heads)
@@ -104,14 +111,18 @@ def _rope_parameters(content: dict[str, Any]) -> dict[str, Any]:
     if any(isinstance(value, dict) for value in given.values()):
         raise ValueError(f"config.json has rope parameters for kinds of layers: {given}")
     theta = given.get("rope_theta") or content.get("rope_theta", 10000.0)
-    if not _is_number(theta):
+    if not _is_number(theta) or theta == 0:
         raise _refusal("rope_theta", theta)
     rope_type = given.get("rope_type", given.get("type", "default"))
+    if not isinstance(rope_type, str):
+        raise _refusal("rope_type", rope_type)
     return {**given, "rope_type": rope_type, "rope_theta": theta}
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    """Whether it is one that is not negative, and finite."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 <= value <= sys.float_info.max
 
 
 def _refusal(name: str, value: Any) -> ValueError:
