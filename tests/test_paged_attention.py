@@ -28,6 +28,7 @@ from nanovllm.kernels.paged_decode import (
     FUSED_ROWS,
     MANY_ROWS,
     MAX_CHUNKS,
+    _balance,
     max_tiles,
     paged_decode_torch,
     paged_decode_triton,
@@ -101,7 +102,7 @@ def test_paged_prefill_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
 # Decode: the plan
 
 
-@pytest.mark.parametrize("padded_rows", [FUSED_ROWS, 40, MANY_ROWS + 1])
+@pytest.mark.parametrize("padded_rows", [FUSED_ROWS, 40, MANY_ROWS + 1, 2 * MANY_ROWS + 1])
 @pytest.mark.parametrize("num_ranges", [1, 7, 66])
 @pytest.mark.parametrize("block_size", [16, 48, 64, 256])
 @pytest.mark.parametrize("seed", range(4))
@@ -151,6 +152,26 @@ def test_plan_holds_every_token_once(
     alone = plan_decode(context_lens[5:6], tables[5:6], block_size, num_ranges, padded_rows).tiles
     alone = alone[np.argsort(alone[:, 1] >> 10, kind="stable")]
     assert (alone + np.array([0, 5 << 16])).tolist() == in_order[rows == 5].tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "counts"),
+    [
+        (1, [1, 2, 8, 5, 10, 32]), (FUSED_ROWS + 1, [1, 1, 4, 3, 5, 32]),
+        (MANY_ROWS + 1, [1, 1, 1, 2, 3, 32]), (2 * MANY_ROWS + 1, [1, 1, 1, 1, 2, 32]),
+    ],
+)  # fmt: skip
+def test_chunks_depend_on_the_context_and_the_class_of_the_batch(rows: int, counts: list[int]):
+    context_lens = np.array([64, 128, 512, 600, 1200, 40000]) + (rows <= FUSED_ROWS)
+    tables = np.arange(6 * 157, dtype=np.int32).reshape(6, 157)
+    plan = plan_decode(context_lens, tables, 256, 33, rows)
+    assert plan.chunk_counts.tolist() == counts
+
+
+def test_chunks_are_dealt_out_longest_first_and_their_ends_count():
+    assert _balance(np.array([1, 1, 2]), 2).tolist() == [1, 1, 0]  # not 1 and 2 against 1
+    # Four chunks of 2 cost 12, one of 10 costs 11: the fifth goes there, though it has more tiles.
+    assert _balance(np.array([10, 2, 2, 2, 2, 2]), 2).tolist() == [0, 1, 1, 1, 1, 0]
 
 
 # Decode: the kernel

@@ -1,15 +1,15 @@
 """Decode attention over a paged KV cache: one query a sequence, to all its tokens so far.
 
 FlashAttention-style online softmax (Dao 2023, arXiv:2307.08691) in base 2. The context is cut into
-chunks at fixed places, which depend on its own length alone (128 tokens of a short context, at most
-32 chunks of any), and so a row's result does not depend on who shares its batch. The query heads
-that share a kv head go together, padded to the 16 rows of a matrix instruction. Each chunk leaves a
-partial result; the combine kernel, grid (sequence, query head), merges them.
+chunks at fixed places, which depend on its own length (at most 32 chunks of any) and on whether the
+batch has up to 4, 64, 128 or more rows: within these classes a row's result does not depend on who
+shares its batch, between them it does in the last bits. The query heads that share a kv head go
+together, padded to the 16 rows of a matrix instruction. Each chunk leaves a partial result; the
+combine kernel, grid (sequence, query head), merges them.
 
 With up to `FUSED_ROWS` sequences, where a kernel more would cost as much as it does, the kernel
 also does what comes before: QK-norm and RoPE of the new queries and keys, and the KV store. The
-newest token then enters its row's last chunk from registers, and the plan leaves it out. Chunks are
-half as long there, for more programs: only there do results change, in the last bits.
+newest token then enters its row's last chunk from registers, and the plan leaves it out.
 
 Grid: (kv head, range). `plan_decode` deals the chunks out to ranges of about equal length, two
 programs for each multiprocessor, and lists the tiles of each: the load is even however ragged the
@@ -78,11 +78,12 @@ def plan_decode(
     fused = padded_rows <= FUSED_ROWS
     cached = context_lens - 1 if fused else context_lens
     counts = np.maximum(1, -(-cached // tile))  # tiles of a row
-    # Tokens of a row's chunks: finer ones give more programs, coarser ones fewer partial results.
+    # Tokens of a row's chunks: finer ones give more programs and ranges of more even lengths,
+    # coarser ones fewer partial results.
     finest = 64 if fused else 128
     chunk = np.where(cached <= 512, finest, 2 * finest)
     if padded_rows > MANY_ROWS:
-        chunk[:] = 1024
+        chunk[:] = 512 if padded_rows <= 2 * MANY_ROWS else 1024
     long = cached > chunk * MAX_CHUNKS
     chunk[long] = -(-cached[long] // (MAX_CHUNKS * tile)) * tile
     per_chunk = chunk // tile
