@@ -1,6 +1,7 @@
 """Ctrl-C, or an exception, in the middle of a run: the engine is empty after, and works."""
 
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from checkpoints import Reference
 from test_engine import BOTH_ORDERS, GREEDY, PROMPTS, assert_empty, build
 
 from nanovllm import LLM
+from nanovllm.engine.model_runner import load_libraries
 
 
 @pytest.fixture
@@ -107,6 +109,24 @@ def test_tokenizer_that_fails_on_a_prompt_queues_nothing(llm: LLM, monkeypatch):
     with pytest.raises(KeyError):
         llm.generate([[1], "t1"], GREEDY, use_tqdm=False)
     assert_empty(llm)
+
+
+def test_without_a_gpu_no_thread_is_needed(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which an interpreter that shuts down would not start, nor a system that has no more."""
+
+    def refuse(self: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Thread, "start", refuse)
+    with build(tiny) as llm:
+        assert llm.generate([[1, 2]], GREEDY, use_tqdm=False)[0]["token_ids"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_libraries_load(dtype: torch.dtype):
+    """Of an error in the thread that does it an engine says nothing."""
+    load_libraries(torch.device("cuda"), dtype)
 
 
 @pytest.mark.gpu

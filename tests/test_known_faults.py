@@ -142,6 +142,7 @@ def test_running_padding_rows_changes_no_other_slot_and_no_token(
     with build(tiny) as llm:
         runner = llm.model_runner
         prompts = [random_tokens(length, seed=length) for length in (5, 6, 7)]
+        fill_cache(llm, 7.0)
         prefilled(llm, [5, 6, 7])
         batch = llm.scheduler.schedule()
         before = runner.kv_cache.clone()

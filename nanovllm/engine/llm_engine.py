@@ -41,7 +41,8 @@ class LLMEngine:
         self.model_runner: ModelRunner | None = None
         self.config = Config.from_options(model, options)
         with ThreadPoolExecutor(1) as pool:  # the GPU gets ready while this thread imports
-            pool.submit(load_libraries, self.config.torch_device, self.config.torch_dtype)
+            if self.config.torch_device.type == "cuda":  # what fails there fails again below
+                pool.submit(load_libraries, self.config.torch_device, self.config.torch_dtype)
             self.tokenizer = load_tokenizer(self.config.model_dir)
         self.model_runner = ModelRunner(self.config)
         self._fit_to_cache(self.model_runner.num_kvcache_blocks)

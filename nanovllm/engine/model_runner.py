@@ -53,12 +53,11 @@ def load_libraries(device: torch.device, dtype: torch.dtype) -> None:
 
     Triton finds its compiler, too. Much of that goes on while other threads of Python run.
     """
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            ones = torch.ones(16, 16, dtype=dtype, device=device)
-            compute_logprobs(ones @ ones, ones[0].long(), 1)
-            embed(ones[0].int(), ones[0].long(), ones)
-            torch.cuda.synchronize()
+    with torch.cuda.device(device):
+        ones = torch.ones(16, 16, dtype=dtype, device=device)
+        compute_logprobs(ones @ ones, ones[0].long(), 1)
+        embed(ones[0].int(), ones[0].long(), ones)
+        torch.cuda.synchronize()
 
 
 class ModelRunner:
@@ -187,7 +186,8 @@ class ModelRunner:
         config = self.config
         with torch.device("meta"):
             model = Qwen3ForCausalLM(config.hf_config, BACKENDS[self.attention_backend])
-        # As `to_empty` would do, which imports sympy.
+        # As `to_empty` would do, which imports sympy. A tied head has memory, too, for a moment:
+        # what comes after lies where a step of one row takes 1% less (see docs/performance.md).
         memory = {
             name: torch.empty(parameter.shape, dtype=config.torch_dtype, device=self.device)
             for name, parameter in model.state_dict().items()

@@ -102,7 +102,8 @@ def fill_with_noise(model: nn.Module, std: float, seed: int) -> None:
     far faster than drawing billions.
     """
     generator = torch.Generator().manual_seed(seed)
-    pool = torch.randn(2**22 + 1, generator=generator).mul_(std)  # odd: rows do not repeat
+    size = 2**22 + 1  # odd: rows do not repeat
+    pool = torch.randn(size, generator=generator, dtype=torch.float32).mul_(std)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data.fill_(1.0 if "norm" in name else 0.0)
