@@ -1,11 +1,11 @@
-"""Chats: the template decides what the model reads, and the checkpoint when it has said it all."""
+"""Chats: the template decides what the model reads."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import VOCAB_SIZE, Reference, edit_json, random_tokens
+from checkpoints import VOCAB_SIZE, Reference, edit_json
 from test_engine import GREEDY, PROMPTS, assert_empty, build
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from nanovllm import LLM, SamplingParams
 
 DEMO = Path(__file__).parent.parent / "demo" / "tiny-qwen3"
-DISTINCT = random_tokens(5, seed=15)  # no two of the 12 greedy tokens after it are the same
 ANSWER = SamplingParams(temperature=0, max_tokens=40)
 SUM = [{"role": "user", "content": "47+38="}]
 CONVERSATIONS = [
@@ -448,137 +447,3 @@ def test_a_closed_engine_refuses_chats():
     for use in (llm.chat, llm.chat_prompt):
         with pytest.raises(RuntimeError, match="closed"):
             use(SUM)
-
-
-# When an answer ends
-
-
-@pytest.mark.parametrize(
-    ("generation", "config", "tokenizer", "ends_at"),
-    [
-        (None, None, None, 12), (3, None, None, 4), (None, 3, None, 4), (None, None, 3, 4),
-        ([9, 3], None, None, 4), (None, [9, 3], None, 4), (3, 9, None, 4), (9, 3, None, 10),
-        (9, None, 3, 4), (3, None, 9, 4), (None, 9, 3, 4), (None, 3, 9, 4), (9, 3, 5, 6),
-        ([9, 8], 3, 5, 6), ([], 3, 5, 6), ([], 3, None, 12), (3, 3, 3, 4),
-    ],
-)  # fmt: skip
-def test_answers_end_at_the_tokens_of_generation_config_and_tokenizer(
-    tiny_copy: Path,
-    tiny_reference: Reference,
-    generation: int | list[int] | None,
-    config: int | list[int] | None,
-    tokenizer: int | None,
-    ends_at: int,
-):
-    """Numbers are places in the answer. config.json counts if generation_config.json has none."""
-    from checkpoints import add_tokenizer
-
-    tokens = tiny_reference.tokens(DISTINCT, 12)
-    assert len(set(tokens)) == 12
-
-    def at(places: int | list[int] | None) -> int | list[int] | None:
-        if isinstance(places, list):
-            return [tokens[place] for place in places]
-        return None if places is None else tokens[places]
-
-    edit_json(tiny_copy / "generation_config.json", eos_token_id=at(generation))
-    edit_json(tiny_copy / "config.json", eos_token_id=at(config))
-    if tokenizer is not None:
-        add_tokenizer(tiny_copy, eos_token=f"t{tokens[tokenizer]}")
-    with build(tiny_copy) as llm:
-        outputs = llm.generate(
-            [DISTINCT] * 2,
-            [GREEDY, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)],
-            use_tqdm=False,
-        )
-    assert [output["token_ids"] for output in outputs] == [tokens[:ends_at], tokens]
-    assert outputs[0]["finish_reason"] == ("length" if ends_at == 12 else "stop")
-    assert outputs[0]["stop_reason"] is None
-
-
-def test_an_answer_ends_where_the_template_ends_messages(demo_copy: Path):
-    """By the tokenizer's end-of-sequence token, which generation_config.json does not name."""
-    edit_json(demo_copy / "generation_config.json", eos_token_id=0)
-    edit_json(demo_copy / "config.json", eos_token_id=0)
-    with build_demo(demo_copy) as llm:
-        (output,) = llm.chat(SUM, ANSWER, use_tqdm=False)
-    assert (output["text"], output["finish_reason"]) == ("47 + 38 = 85", "stop")
-
-
-# What the checkpoint recommends
-
-
-def recommended(path: Path, **content: Any) -> SamplingParams:
-    edit_json(path / "generation_config.json", **content)
-    with build(path) as llm:
-        return llm.get_default_sampling_params()
-
-
-def test_recommended_params_are_those_of_generation_config(tiny_copy: Path):
-    found = recommended(
-        tiny_copy, do_sample=True, temperature=0.6, top_k=20, top_p=0.95, min_p=0.05,
-        repetition_penalty=1.05, max_new_tokens=321,
-    )  # fmt: skip
-    assert found == SamplingParams(
-        temperature=0.6, top_k=20, top_p=0.95, min_p=0.05, repetition_penalty=1.05, max_tokens=321
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ({"temperature": 0.6}, {"temperature": 0.6}), ({"top_k": 7}, {"top_k": 7}),
-        ({"top_p": 0.5}, {"top_p": 0.5}), ({"min_p": 0.5}, {"min_p": 0.5}),
-        ({"repetition_penalty": 2}, {"repetition_penalty": 2}),
-        ({"max_new_tokens": 3}, {"max_tokens": 3}),
-        ({"temperature": None, "top_k": None, "max_new_tokens": None}, {}),
-        ({"temperature": 0, "top_k": 0, "min_p": 0}, {"temperature": 0}),
-        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0, "top_p": 0.9}),
-        ({"do_sample": True, "top_k": 7}, {"top_k": 7}), ({"do_sample": None}, {}),
-        ({"n": 5, "stop": "x", "seed": 3, "max_tokens": 9, "num_beams": 4, "x": {}}, {}),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_what_is_not_recommended_is_the_default(
-    tiny_copy: Path, content: dict[str, Any], expected: dict[str, Any]
-):
-    assert recommended(tiny_copy, **content) == SamplingParams(**expected)
-
-
-def test_without_the_file_recommended_params_are_the_defaults(tiny_copy: Path):
-    (tiny_copy / "generation_config.json").unlink(missing_ok=True)
-    with build(tiny_copy) as llm:
-        assert llm.get_default_sampling_params() == SamplingParams()
-
-
-@pytest.mark.parametrize(
-    ("content", "error", "name"),
-    [
-        ({"temperature": -1}, ValueError, "temperature"),
-        ({"temperature": "hot"}, TypeError, "temperature"),
-        ({"top_p": 0}, ValueError, "top_p"), ({"top_p": 1.5}, ValueError, "top_p"),
-        ({"top_k": -2}, ValueError, "top_k"), ({"top_k": 2.5}, TypeError, "top_k"),
-        ({"min_p": 2}, ValueError, "min_p"), ({"min_p": []}, TypeError, "min_p"),
-        ({"repetition_penalty": 0}, ValueError, "repetition_penalty"),
-        ({"max_new_tokens": 0}, ValueError, "max_tokens"),
-        ({"max_new_tokens": "9"}, TypeError, "max_tokens"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_recommended_values_that_cannot_work_are_refused_when_asked_for(
-    tiny_copy: Path, content: dict[str, Any], error: type, name: str
-):
-    edit_json(tiny_copy / "generation_config.json", **content)
-    with build(tiny_copy) as llm:
-        (output,) = llm.generate([1, 2], GREEDY, use_tqdm=False)  # which does not need them
-        assert len(output["token_ids"]) == 12
-        with pytest.raises(error, match=name):
-            llm.get_default_sampling_params()
-
-
-def test_recommended_params_can_be_used_as_they_are(demo_copy: Path) -> None:
-    edit_json(demo_copy / "generation_config.json", temperature=0.1, top_k=5, max_new_tokens=30)
-    with build_demo(demo_copy) as llm:
-        params = llm.get_default_sampling_params()
-        (output,) = llm.chat(SUM, params, use_tqdm=False)
-        assert output["text"] == "47 + 38 = 85"

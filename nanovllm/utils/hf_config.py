@@ -35,9 +35,7 @@ class Qwen3Config:
     initializer_range: float = 0.02
     attention_bias: bool = False
     tie_word_embeddings: bool = False
-    rope_parameters: dict[str, Any] = field(
-        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
-    )
+    rope_parameters: dict[str, Any] = field(default_factory=lambda: _rope_parameters({}))
     original_max_position_embeddings: int | None = None
     dtype: Any = None
     eos_token_id: Any = None
