@@ -75,7 +75,8 @@ def main() -> None:
         precision = "tf32" if wide else "ieee"
         for fused in (True, False):
             compile_kernel(
-                paged_decode._decode_kernel, {"num_warps": 4, "num_stages": 3 if wide else 1},
+                paged_decode._decode_kernel,
+                {"num_warps": 4, "num_stages": (4 if fused else 3) if wide else 1},
                 dtype, **SIZES, GROUP=2, BLOCK_G=16, BLOCK_D=128, BLOCK_N=64 if wide else 16,
                 MAX_CHUNKS=32, FUSED=fused, FIRST=128, LAST=256, NEWEST=512, PRECISION=precision,
                 PDL=True,
@@ -86,10 +87,11 @@ def main() -> None:
             BLOCK_N=64 if wide else 16, PRECISION=precision, PDL=True,
         )  # fmt: skip
         compile_kernel(truncate._thresholds_kernel, {"num_warps": 16}, dtype, LANES=4096, PDL=True)
-    compile_kernel(
-        paged_decode._combine_kernel, {"num_warps": 2}, MAX_CHUNKS=32, BLOCK_C=16, BLOCK_D=128,
-        PDL=True,
-    )  # fmt: skip
+    for fused in (True, False):
+        compile_kernel(
+            paged_decode._combine_kernel, {"num_warps": 1}, MAX_CHUNKS=32, BLOCK_C=8, BLOCK_D=128,
+            FUSED=fused, PDL=True,
+        )  # fmt: skip
     compile_kernel(
         qk_norm_rope_store._qk_norm_rope_store_kernel, {"num_warps": 4}, **SIZES, num_heads=16,
         HEADS=8, BLOCK_D=128, PDL=True,
@@ -106,10 +108,11 @@ def main() -> None:
         compile_kernel(
             rms_norm._rms_norm_kernel, {"num_warps": 2}, SPLITS=splits, BLOCK=1024, PDL=True
         )
-    compile_kernel(
-        split_k._split_k_kernel, {"num_warps": 4, "num_stages": 5}, out="fp32", n=1024, k=3072,
-        slice_k=384, ROWS=32, TILE=64, BLOCK_K=128, PDL=True,
-    )  # fmt: skip
+    for gated in (False, True):
+        compile_kernel(
+            split_k._split_k_kernel, {"num_warps": 4, "num_stages": 5}, out="fp32", n=1024, k=3072,
+            slice_k=384, ROWS=32, TILE=64, BLOCK_K=128, GATED=gated, PDL=True,
+        )  # fmt: skip
     for gated in (False, True):
         outputs = 32 if gated else 64
         compile_kernel(

@@ -1,5 +1,8 @@
 """The kernels of small decode batches: matrix times a few vectors, and the embedding."""
 
+import ctypes
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kernel_inputs import (
@@ -15,6 +18,12 @@ from kernel_inputs import (
     rms_norm_float64,
 )
 
+from nanovllm.kernels import gemv, split_k
+from nanovllm.kernels._triton import (
+    has_large_shared_memory,
+    has_pdl,
+    prefer_shared_memory,
+)
 from nanovllm.kernels.embed import embed_torch, embed_triton
 from nanovllm.kernels.gemv import MAX_ROWS, gemv_torch, gemv_triton
 from nanovllm.kernels.split_k import split_k_torch, split_k_triton
@@ -95,6 +104,21 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     assert torch.equal(both[0], other[0])
 
 
+@pytest.mark.gpu
+def test_gemv_leaves_shared_memory_to_others_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    monkeypatch.setattr(gemv, "prefer_shared_memory", launched.append)
+    gemv_triton(
+        normal(1, 512, dtype=BF16, device="cuda"), normal(8, 512, dtype=BF16, device="cuda")
+    )
+    prefer_shared_memory(launched[0])
+    percent = ctypes.c_int()
+    error = ctypes.CDLL("libcuda.so.1").cuFuncGetAttribute(
+        ctypes.byref(percent), 9, ctypes.c_void_p(launched[0].function)
+    )
+    assert (error, percent.value) == (0, 100)
+
+
 def check_split_k(function, rows: int, shape: tuple[int, int], splits, dtype, device="cpu"):
     n, k = shape
     x = normal(rows, k, dtype=dtype, device=device)
@@ -113,19 +137,59 @@ def check_split_k(function, rows: int, shape: tuple[int, int], splits, dtype, de
 @interpreted
 @pytest.mark.parametrize("function", [split_k_triton, split_k_torch])
 @pytest.mark.parametrize("splits", [None, 1, 3, 8])
-@pytest.mark.parametrize(("rows", "shape"), [(5, (64, 256)), (20, (65, 300)), (64, (3, 1000))])
-def test_split_k(function, rows: int, shape: tuple[int, int], splits: int | None) -> None:
-    check_split_k(function, rows, shape, splits, FP16)
+@pytest.mark.parametrize("rows_and_shape", [(5, (64, 256)), (20, (65, 300)), (65, (3, 1000))])
+def test_split_k(function, rows_and_shape: tuple[int, tuple[int, int]], splits: int | None) -> None:
+    check_split_k(function, *rows_and_shape, splits, FP16)
+    if splits is None:
+        check_gate(function, *rows_and_shape, FP16)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("splits", [None, 3, 8])
 @pytest.mark.parametrize(
-    ("rows", "shape"), [(5, (1024, 3072)), (32, (4096, 1024)), (128, (1000, 9000))]
+    ("rows", "shape", "dtype"),
+    [
+        (3, (1024, 3072), BF16), (16, (4096, 1024), BF16), (32, (9728, 2560), BF16),
+        (64, (1000, 9000), BF16), (128, (4096, 1024), BF16), (128, (1000, 9000), FP16),
+    ],
+)  # fmt: skip
+def test_split_k_gpu(rows: int, shape: tuple[int, int], dtype) -> None:
+    for splits in (None, 8):
+        check_split_k(split_k_triton, rows, shape, splits, dtype, "cuda")
+    check_gate(split_k_triton, rows, shape, dtype, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("weight_shape", "in_parts", "most"),
+    [((4096, 1024), False, 128), ((2**15 + 1, 1024), False, 64), ((2**15 + 1, 1024), True, 128)],
 )
-def test_split_k_gpu(rows: int, shape: tuple[int, int], splits: int | None, dtype) -> None:
-    check_split_k(split_k_triton, rows, shape, splits, dtype, "cuda")
+def test_split_k_takes_few_rows(
+    monkeypatch: pytest.MonkeyPatch, weight_shape: tuple[int, int], in_parts: bool, most: int
+) -> None:
+    monkeypatch.setattr(split_k, "has_large_shared_memory", lambda x: True)
+    weight = torch.empty(weight_shape, dtype=BF16, device="meta")
+    for rows in (1, most, most + 1):
+        x = torch.empty(rows, 1024, dtype=BF16, device="meta")
+        assert split_k.can_split_k(x, weight, in_parts) == (rows <= most)
+    assert not split_k.can_split_k(x[:1].float(), weight, in_parts)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kibibytes", "is_large"),
+    [((8, 0), 164, False), ((9, 0), 228, True), ((10, 0), 228, True), ((12, 0), 100, False)],
+)
+def test_tiles_for_hopper_go_to_no_smaller_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kibibytes: int, is_large: bool
+) -> None:
+    properties = SimpleNamespace(shared_memory_per_multiprocessor=kibibytes * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), get_device=lambda: 0)
+    has_pdl.cache_clear()
+    try:
+        assert has_large_shared_memory(tensor) == is_large
+    finally:
+        has_pdl.cache_clear()
+    assert not has_large_shared_memory(torch.zeros(1))
 
 
 def check_gate(function, rows: int, shape: tuple[int, int], dtype, device="cpu") -> None:

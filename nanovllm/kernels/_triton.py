@@ -8,7 +8,8 @@ place of 2.5. Of every kernel with PDL at least one program must wait, or the or
 kernels after it.
 """
 
-from functools import lru_cache
+import ctypes
+from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,8 +30,8 @@ except ImportError:  # not there, or too old
     triton: Any = SimpleNamespace(jit=lambda function=None, **_: function or (lambda later: later))
 
 __all__ = [
-    "HAS_TRITON", "TensorDescriptor", "has_pdl", "launch_next", "pdl", "tl", "triton",
-    "wait_for_previous",
+    "HAS_TRITON", "TensorDescriptor", "has_large_shared_memory", "launch_next", "pdl",
+    "prefer_shared_memory", "prefetch", "tl", "triton", "wait_for_previous",
 ]  # fmt: skip
 
 
@@ -46,6 +47,34 @@ def has_pdl(device_index: int) -> bool:
     return HAS_TRITON and torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
+def has_large_shared_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on a GPU with PDL and with the shared memory of Hopper, for which some
+    tiles are made: 228 KiB a multiprocessor. Consumer cards have 100."""
+    if not tensor.is_cuda or not has_pdl(tensor.get_device()):
+        return False
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return properties.shared_memory_per_multiprocessor >= 228 * 1024
+
+
+def prefer_shared_memory(kernel: Any) -> None:
+    """Let a kernel just launched divide a multiprocessor's memory as attention needs it, from its
+    next launch on.
+
+    One memory is both first-level cache and shared memory, and is divided anew only while nothing
+    runs there. A kernel that needs no shared memory would turn it all into cache, and the next one,
+    which does, could not start beside it.
+    """
+    if kernel is not None:  # with Triton's interpreter
+        _carve_out(kernel.function)
+
+
+@cache
+def _carve_out(function: int) -> None:
+    preferred_shared_memory_carveout, percent = 9, 100  # CUfunction_attribute, in cuda.h
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuFuncSetAttribute(ctypes.c_void_p(function), preferred_shared_memory_carveout, percent)
+
+
 @triton.jit
 def launch_next(PDL: tl.constexpr):
     if PDL:
@@ -56,3 +85,13 @@ def launch_next(PDL: tl.constexpr):
 def wait_for_previous(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(addresses, num_bytes: tl.constexpr, PDL: tl.constexpr):
+    """Have bytes at each address fetched into the second-level cache; both multiples of 16."""
+    if PDL:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+            [addresses, num_bytes], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip

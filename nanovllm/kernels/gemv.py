@@ -17,7 +17,15 @@ Grid: (slice of the output). Bytes moved: the weights once. Bound by memory.
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import HAS_TRITON, launch_next, pdl, tl, triton, wait_for_previous
+from nanovllm.kernels._triton import (
+    HAS_TRITON,
+    launch_next,
+    pdl,
+    prefer_shared_memory,
+    tl,
+    triton,
+    wait_for_previous,
+)
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.kernels.silu_and_mul import silu_and_mul_torch
 
@@ -72,13 +80,14 @@ def gemv_triton(
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device) if add_to is None else add_to
     blocks, ahead, per_warp = tiling(k, norm_weight is not None, gated, x.element_size())
-    _gemv_kernel[(triton.cdiv(n, _WARPS * per_warp),)](
+    kernel = _gemv_kernel[(triton.cdiv(n, _WARPS * per_warp),)](
         x, weight, bias, norm_weight, y, eps, n, k,
         GATED=gated, ADD=add_to is not None,
         HAS_BIAS=bias is not None, HAS_NORM=norm_weight is not None,
         WARPS=_WARPS, ROWS=rows, PER_WARP=per_warp, BLOCKS=blocks, AHEAD=ahead,
         num_warps=_WARPS, **pdl(x),
     )  # fmt: skip
+    prefer_shared_memory(kernel)
     return y
 
 
@@ -128,16 +137,16 @@ def _gemv_kernel(
     for i in tl.static_range(-AHEAD, len(BLOCKS)):
         if i + AHEAD < len(BLOCKS):
             start = (i + AHEAD) * BLOCKS[0]
-            w += (_load(weights, start, k, out < n, BLOCKS[i + AHEAD]),)
+            w += (_load(weights, start, k, out < n, BLOCKS[i + AHEAD], ".cg"),)
             if GATED:
                 ups = weights + n.to(tl.int64) * k
-                w_up += (_load(ups, start, k, out < n, BLOCKS[i + AHEAD]),)
+                w_up += (_load(ups, start, k, out < n, BLOCKS[i + AHEAD], ".cg"),)
             if HAS_NORM:
-                g += (_load(norm_ptr, start + zero, k, True, BLOCKS[i + AHEAD]),)
+                g += (_load(norm_ptr, start + zero, k, True, BLOCKS[i + AHEAD], ""),)
         if i == -1:
             wait_for_previous(PDL)
         if i >= 0:
-            x = _load(x_ptr + row * k, i * BLOCKS[0] + zero, k, True, BLOCKS[i]).to(tl.float32)
+            x = _load(x_ptr + row * k, i * BLOCKS[0] + zero, k, True, BLOCKS[i], "").to(tl.float32)
             if HAS_NORM:
                 squares += tl.sum(x * x, axis=3)
                 x *= g[i].to(tl.float32)
@@ -162,7 +171,7 @@ def _gemv_kernel(
 
 
 @triton.jit
-def _load(rows_ptr, start, k: tl.constexpr, mask, SIZE: tl.constexpr):
+def _load(rows_ptr, start, k: tl.constexpr, mask, SIZE: tl.constexpr, CACHE: tl.constexpr):
     lane = tl.arange(0, 256)[None, None, None, None, :]
     at = start + tl.arange(0, SIZE // 256)[None, None, None, :, None] * 256 + lane
-    return tl.load(rows_ptr + at, mask=mask & (at < k), other=0.0)
+    return tl.load(rows_ptr + at, mask=mask & (at < k), other=0.0, cache_modifier=CACHE)

@@ -4,8 +4,8 @@ FlashAttention-style online softmax (Dao 2023, arXiv:2307.08691) in base 2. The 
 chunks at fixed places, which depend on its own length (at most 32 chunks of any) and on whether the
 batch has up to 4, 64, 128 or more rows: within these classes a row's result does not depend on who
 shares its batch, between them it does in the last bits. The query heads that share a kv head go
-together, padded to the 16 rows of a matrix instruction. Each chunk leaves a partial result; the
-combine kernel, grid (sequence, query head), merges them.
+together, padded to the 16 rows of a matrix instruction. Each chunk leaves a partial result, unless
+it is all of its row; the combine kernel, grid (sequence, query head), merges them.
 
 With up to `FUSED_ROWS` sequences, where a kernel more would cost as much as it does, the kernel
 also does what comes before: QK-norm and RoPE of the new queries and keys, and the KV store. The
@@ -27,7 +27,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import launch_next, pdl, tl, triton, wait_for_previous
+from nanovllm.kernels._triton import (
+    has_large_shared_memory,
+    launch_next,
+    pdl,
+    prefer_shared_memory,
+    tl,
+    triton,
+    wait_for_previous,
+)
 from nanovllm.kernels.paged_cache import LOG2_E, gather, tile_tokens
 from nanovllm.kernels.qk_norm_rope_store import (
     norm_rope,
@@ -189,30 +197,32 @@ def paged_decode_triton(
     wide = qkv.element_size() == 2
     block_d = triton.next_power_of_2(head_dim)
     fused = rows <= FUSED_ROWS
+    stages = 4 if fused and has_large_shared_memory(qkv) else 3
     queries = qkv if fused else qk_norm_rope_store_triton(
         qkv, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping
     )  # fmt: skip
     _decode_kernel[(num_kv_heads, bounds.shape[0] - 1)](
         queries, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping,
-        bounds, tiles, partial, stats[0], stats[1], scale * LOG2_E,
+        bounds, tiles, out, partial, stats[0], stats[1], scale * LOG2_E,
         num_kv_heads, head_dim,
         GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
         BLOCK_N=tile_tokens(block_size), MAX_CHUNKS=MAX_CHUNKS,
         FUSED=fused, FIRST=_FIRST, LAST=_LAST, NEWEST=_NEWEST,
         PRECISION="tf32" if wide else "ieee", num_warps=4 if wide else 8,
-        num_stages=3 if wide else 1, **pdl(qkv),
+        num_stages=stages if wide else 1, **pdl(qkv),
     )  # fmt: skip
-    _combine_kernel[(rows, num_heads)](
+    kernel = _combine_kernel[(rows, num_heads)](
         partial, stats[0], stats[1], out, chunk_counts, head_dim,
-        MAX_CHUNKS=MAX_CHUNKS, BLOCK_C=16, BLOCK_D=block_d, num_warps=2, **pdl(qkv),
+        MAX_CHUNKS=MAX_CHUNKS, BLOCK_C=8, BLOCK_D=block_d, FUSED=fused, num_warps=1, **pdl(qkv),
     )  # fmt: skip
+    prefer_shared_memory(kernel)
     return out
 
 
 @triton.jit
 def _decode_kernel(
     q_ptr, q_weight_ptr, k_weight_ptr, eps, cos_sin_ptr, positions_ptr, k_ptr, v_ptr, slots_ptr,
-    bounds_ptr, tiles_ptr, partial_ptr, best_ptr, total_ptr, scale_log2,
+    bounds_ptr, tiles_ptr, out_ptr, partial_ptr, best_ptr, total_ptr, scale_log2,
     num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     MAX_CHUNKS: tl.constexpr, FUSED: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
@@ -305,18 +315,29 @@ def _decode_kernel(
             best = new_best
 
             if info & LAST:
-                place = (row.to(tl.int64) * num_heads + heads) * MAX_CHUNKS + ((info >> 10) & 63)
-                tl.store(best_ptr + place, best, mask=real)
-                tl.store(total_ptr + place, tl.sum(total, axis=1), mask=real)
-                partials = partial_ptr + place[:, None] * head_dim + dims[None, :]
-                tl.store(partials, acc, mask=real[:, None] & dim_mask)
+                # A row with few others mostly has several chunks: no branch for it.
+                is_whole_row = (info & (NEWEST | 63 << 10)) == NEWEST
+                head_of_row = row.to(tl.int64) * num_heads + heads
+                mask = real[:, None] & dim_mask
+                chunk_total = tl.sum(total, axis=1)
+                if not FUSED and is_whole_row:
+                    result = (acc / chunk_total[:, None]).to(out_ptr.dtype.element_ty)
+                    cells_out = head_of_row[:, None] * head_dim + dims[None, :]
+                    tl.store(out_ptr + cells_out, result, mask=mask)
+                else:
+                    place = head_of_row * MAX_CHUNKS + ((info >> 10) & 63)
+                    tl.store(best_ptr + place, best, mask=real)
+                    tl.store(total_ptr + place, chunk_total, mask=real)
+                    partials = partial_ptr + place[:, None] * head_dim + dims[None, :]
+                    tl.store(partials, acc, mask=mask)
             slot, info = next_slot, next_info
 
 
 @triton.jit
 def _combine_kernel(
     partial_ptr, best_ptr, total_ptr, out_ptr, chunk_counts_ptr, head_dim,
-    MAX_CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, FUSED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
     row = tl.program_id(0)
@@ -324,6 +345,8 @@ def _combine_kernel(
     dims = tl.arange(0, BLOCK_D)
     num_chunks = tl.load(chunk_counts_ptr + row)
     wait_for_previous(PDL)
+    if not FUSED and num_chunks == 1:
+        return  # attention has written the result itself
     best = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     acc = tl.zeros([BLOCK_D], tl.float32)

@@ -1,10 +1,12 @@
 """Matrix times a few dozen vectors: partial products over slices of K.
 
-With 5 to 64 rows (128 where it comes in parts) a matrix product is still the reading of its
-weights, and a library's kernels are made for more. Here each program streams a tile of 64 outputs
-by a slice of K through a deep pipeline, and there are as many slices as give every multiprocessor
-one. The partial sums stay float32 and are added up, in a fixed order, by the kernel that comes next
-(the residual add of `rms_norm`): results are deterministic, and no kernel is launched for the sum.
+With 3 to 64 rows, of all but large matrices 128, a product is still the reading of its weights, and
+a library's kernels are made for more. Here each program streams a tile of 64 outputs by a slice of
+K through a deep pipeline, and has the first of its weights fetched into the second-level cache
+while the kernel before it still runs. The gate of the MLP is applied on the way out. What goes back
+into the residual stream is cut into as many slices as give every multiprocessor a program. The
+partial sums stay float32 and are added up, in a fixed order, by the kernel that comes next (the
+residual add of `rms_norm`): results are deterministic, and no kernel is launched for the sum.
 
 Grid: (tile of outputs, slice of K). Bytes moved: the weights once. Bound by memory.
 """
@@ -12,20 +14,28 @@ Grid: (tile of outputs, slice of K). Bytes moved: the weights once. Bound by mem
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import has_pdl, launch_next, pdl, tl, triton, wait_for_previous
+from nanovllm.kernels._triton import (
+    has_large_shared_memory,
+    launch_next,
+    pdl,
+    prefetch,
+    tl,
+    triton,
+    wait_for_previous,
+)
+from nanovllm.kernels.silu_and_mul import silu_and_mul_torch
 
-MAX_ROWS, MAX_OUTPUTS = 64, 32768
-MAX_ROWS_IN_PARTS = 128
+MAX_ROWS, MAX_ROWS_OF_LARGE = 128, 64
+_LARGE = 2**25  # elements of a weight
 _TILE, _BLOCK_K, _PROGRAMS = 64, 128, 128
 
 
-def can_split_k(x: torch.Tensor, out_features: int, in_parts: bool) -> bool:
-    """Whether `x` [rows, in] has few enough rows, and is where the kernel runs."""
-    # The tiles are made for the shared memory of Hopper, and were measured there alone.
-    if not x.is_cuda or x.element_size() != 2 or not has_pdl(x.get_device()):
+def can_split_k(x: torch.Tensor, weight: torch.Tensor, in_parts: bool = False) -> bool:
+    """Whether `x` [rows, in] has few enough rows for `weight`, and is where the kernel runs."""
+    if x.element_size() != 2 or not has_large_shared_memory(x):
         return False
-    max_rows = MAX_ROWS_IN_PARTS if in_parts else MAX_ROWS
-    return x.shape[0] <= max_rows and out_features <= MAX_OUTPUTS
+    is_large = weight.numel() > _LARGE and not in_parts
+    return x.shape[0] <= (MAX_ROWS_OF_LARGE if is_large else MAX_ROWS)
 
 
 def num_splits(out_features: int) -> int:
@@ -33,7 +43,11 @@ def num_splits(out_features: int) -> int:
     return max(1, min(8, _PROGRAMS // -(-out_features // _TILE)))
 
 
-def split_k_torch(x: torch.Tensor, weight: torch.Tensor, splits: int | None = None) -> torch.Tensor:
+def split_k_torch(
+    x: torch.Tensor, weight: torch.Tensor, splits: int | None = None, gated: bool = False
+) -> torch.Tensor:
+    if gated:
+        return silu_and_mul_torch(F.linear(x, weight))
     if splits is None:
         return F.linear(x, weight)
     size = _slice_size(x.shape[1], splits)
@@ -44,28 +58,33 @@ def split_k_torch(x: torch.Tensor, weight: torch.Tensor, splits: int | None = No
 
 
 def split_k_triton(
-    x: torch.Tensor, weight: torch.Tensor, splits: int | None = None
+    x: torch.Tensor, weight: torch.Tensor, splits: int | None = None, gated: bool = False
 ) -> torch.Tensor:
-    """W x in parts.
+    """W x, whole or in parts.
 
     Args:
-        x: [rows, in], at most `MAX_ROWS` rows (`MAX_ROWS_IN_PARTS` with splits).
-        weight: [out, in].
+        x: [rows, in], at most `MAX_ROWS` rows.
+        weight: [out, in]; with `gated` [2 * out, in], gate then up.
         splits: into how many slices the inner dimension is cut; None leaves it whole.
+        gated: return silu(gate) * up, without `splits`.
 
     Returns:
         [splits, rows, out] float32, whose sum is the product; without `splits` the product itself,
         [rows, out], in the dtype of x.
     """
     (rows, k), n = x.shape, weight.shape[0]
+    n, outputs = (n // 2, _TILE // 2) if gated else (n, _TILE)
     shape, dtype = ((rows, n), x.dtype) if splits is None else ((splits, rows, n), torch.float32)
     splits = splits or 1
     out = torch.empty(shape, dtype=dtype, device=x.device)
-    _split_k_kernel[(triton.cdiv(n, _TILE), splits)](
+    padded_rows = max(16, triton.next_power_of_2(rows))
+    _split_k_kernel[(triton.cdiv(n, outputs), splits)](
         x, weight, out, rows, n, k, _slice_size(k, splits),
-        ROWS=max(16, triton.next_power_of_2(rows)), TILE=_TILE,
-        BLOCK_K=_BLOCK_K if rows <= MAX_ROWS else _BLOCK_K // 2,
-        num_warps=4, num_stages=5, **pdl(x),
+        ROWS=padded_rows, TILE=_TILE, BLOCK_K=_BLOCK_K if padded_rows <= 64 else _BLOCK_K // 2,
+        GATED=gated, num_warps=4,
+        # So many that a multiprocessor's shared memory has no room for a second program: where two
+        # would share one, others had none.
+        num_stages=6 if padded_rows == 16 else 5, **pdl(x),
     )  # fmt: skip
     return out
 
@@ -78,16 +97,28 @@ def _slice_size(k: int, splits: int) -> int:
 @triton.jit
 def _split_k_kernel(
     x_ptr, weight_ptr, out_ptr, rows, n: tl.constexpr, k: tl.constexpr, slice_k: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     launch_next(PDL)
-    outs = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    lane = tl.arange(0, TILE)
+    outputs: tl.constexpr = TILE // 2 if GATED else TILE
+    outs = tl.program_id(0) * outputs
+    if GATED:  # 8 rows of gate, 8 of up, and so on: one thread gets both of a pair
+        outs += lane // 16 * 8 + lane % 8
+        weight_rows = (outs + lane // 8 % 2 * n).to(tl.int64)
+    else:
+        outs += lane
+        weight_rows = outs.to(tl.int64)
     row = tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_K)
     first = tl.program_id(1) * slice_k
-    weights = weight_ptr + outs.to(tl.int64)[:, None] * k + cols[None, :]
+    weights = weight_ptr + weight_rows[:, None] * k + cols[None, :]
     xs = x_ptr + row[:, None] * k + cols[None, :]
-    even: tl.constexpr = n % TILE == 0 and k % BLOCK_K == 0
+    even: tl.constexpr = n % outputs == 0 and k % BLOCK_K == 0
+    if even:  # two blocks; all of them would be slower (see docs/performance.md)
+        blocks = tl.minimum(first + tl.arange(0, 2) * BLOCK_K, k - BLOCK_K)
+        prefetch(weight_ptr + weight_rows[:, None] * k + blocks[None, :], 2 * BLOCK_K, PDL)
     acc = tl.zeros([TILE, ROWS], tl.float32)
     wait_for_previous(PDL)
     for start in range(first, tl.minimum(first + slice_k, k), BLOCK_K):
@@ -99,6 +130,11 @@ def _split_k_kernel(
             w = tl.load(weights + start, mask=(outs < n)[:, None] & inside, other=0.0)
             x = tl.load(xs + start, mask=(row < rows)[:, None] & inside, other=0.0)
         acc = tl.dot(w, tl.trans(x), acc)
+    if GATED:
+        pairs = tl.reshape(acc, [TILE // 16, 2, 8, ROWS])
+        gate, up = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
+        acc = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, [outputs, ROWS])
+        outs = tl.program_id(0) * outputs + tl.arange(0, outputs)
     cells = (tl.program_id(1) * rows + row)[None, :] * n + outs[:, None]
     mask = (row < rows)[None, :] & (outs < n)[:, None]
     tl.store(out_ptr + cells, acc.to(out_ptr.dtype.element_ty), mask=mask)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from nanovllm.kernels._triton import (
     TensorDescriptor,
-    has_pdl,
+    has_large_shared_memory,
     launch_next,
     pdl,
     tl,
@@ -32,8 +32,7 @@ _ROWS, _OUTPUTS, _BLOCK_K = 64, 64, 64
 
 def can_tile(x: torch.Tensor, out_features: int) -> bool:
     """Whether `x` [rows, in] has the rows, and is where the kernel runs."""
-    # The tiles are made for the shared memory of Hopper, and were measured there alone.
-    if not x.is_cuda or x.element_size() != 2 or not has_pdl(x.get_device()):
+    if x.element_size() != 2 or not has_large_shared_memory(x):
         return False
     (rows, k), n = x.shape, out_features
     return n * k <= _MAX_WEIGHT and k % 8 == 0 and MIN_ROWS <= rows <= MAX_ROWS

@@ -1,7 +1,7 @@
 """Linear layers between two states of the residual stream: out of it through a norm, or back in.
 
 On a GPU one row, and of small matrices two, are the business of `kernels.gemv`, which does all in
-one kernel, up to 64 (128 on the way back in) that of `kernels.split_k`, and 129 to 256 that of
+one kernel, up to 128 (of some large matrices 64) that of `kernels.split_k`, and 129 to 256 that of
 `kernels.tiled_gemm` if the matrix is small. The rest is a library's. What goes back in as partial
 sums comes out through a norm, which adds them up.
 """
@@ -44,7 +44,7 @@ class Linear(nn.Module):
         """W x + b, for x [tokens, in], added to the residual stream."""
         if can_gemv(x, self.weight, has_norm=False):
             gemv_triton(x, self.weight, self.bias, add_to=residual.x)
-        elif self.bias is None and can_split_k(x, self.out_features, in_parts=True):
+        elif self.bias is None and can_split_k(x, self.weight, in_parts=True):
             residual.partials = split_k_triton(x, self.weight, num_splits(self.out_features))
         elif self.bias is None and can_tile(x, self.out_features):
             residual.partials = tiled_gemm_triton(x, self.weight, SPLITS)
@@ -60,7 +60,7 @@ class Linear(nn.Module):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed_weight is not None and (self.weight is None or x.shape[0] > 1):
             return packed_linear(x, self._packed_weight, self.bias)
-        if self.bias is None and can_split_k(x, self.out_features, in_parts=False):
+        if self.bias is None and can_split_k(x, self.weight):
             return split_k_triton(x, self.weight)
         if self.bias is None and can_tile(x, self.out_features):
             return tiled_gemm_triton(x, self.weight)
@@ -105,6 +105,8 @@ class GatedLinear(PackedLinear):
                 residual.x, self.weight, norm_weight=norm.weight, eps=norm.eps, gated=True
             )
         x = norm(residual)
+        if can_split_k(x, self.weight):
+            return split_k_triton(x, self.weight, gated=True)
         if can_tile(x, self.out_features):
             return tiled_gemm_triton(x, self.weight, gated=True)
         return silu_and_mul(self._product(x))
