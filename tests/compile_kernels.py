@@ -2,6 +2,7 @@
 compiler may not (a variable that changes its type between branches, say). Run as a script, without
 TRITON_INTERPRET."""
 
+from itertools import product
 from typing import Any
 
 import triton
@@ -31,14 +32,17 @@ FLOATS = (
     "thresholds",
 )  # fmt: skip
 LONGS = ("seeds", "sampled", "copies")
+PROGRAM_LIMIT = 227 * 1024  # bytes of shared memory that a program may have on Hopper
 SIZES: dict[str, Any] = {"num_kv_heads": 8, "head_dim": 128}
 
 
 def compile_kernel(
     kernel: Any, options: dict[str, int], dtype: str = "bf16", out: str = "",
     boxes: dict[str, list[int]] | None = None, **constants: Any,
-) -> None:  # fmt: skip
-    """`constants` are the kernel's compile-time arguments, `boxes` its tensor descriptors; the
+) -> int:  # fmt: skip
+    """The shared memory that a program takes, in bytes.
+
+    `constants` are the kernel's compile-time arguments, `boxes` its tensor descriptors; the
     types of others go by their name."""
     signature = {}
     for name in kernel.arg_names:
@@ -66,7 +70,10 @@ def compile_kernel(
             if kind.startswith("*")
         },
     )
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    shared = compiled.metadata.shared
+    assert shared <= PROGRAM_LIMIT, f"{kernel.__name__} wants {shared} bytes of shared memory"
+    return shared
 
 
 def main() -> None:
@@ -76,8 +83,10 @@ def main() -> None:
         for fused in (True, False):
             compile_kernel(
                 paged_decode._decode_kernel,
-                {"num_warps": 4, "num_stages": (4 if fused else 3) if wide else 1},
-                dtype, **SIZES, GROUP=2, BLOCK_G=16, BLOCK_D=128, BLOCK_N=64 if wide else 16,
+                {"num_warps": 4, "num_stages": 4 if fused else 3}
+                if wide
+                else {"num_warps": 8, "num_stages": 1},
+                dtype, **SIZES, GROUP=2, BLOCK_G=16, BLOCK_D=128, BLOCK_N=64,
                 MAX_CHUNKS=32, FUSED=fused, FIRST=128, LAST=256, NEWEST=512, PRECISION=precision,
                 PDL=True,
             )  # fmt: skip
@@ -108,17 +117,20 @@ def main() -> None:
         compile_kernel(
             rms_norm._rms_norm_kernel, {"num_warps": 2}, SPLITS=splits, BLOCK=1024, PDL=True
         )
-    for gated in (False, True):
-        compile_kernel(
-            split_k._split_k_kernel, {"num_warps": 4, "num_stages": 5}, out="fp32", n=1024, k=3072,
-            slice_k=384, ROWS=32, TILE=64, BLOCK_K=128, GATED=gated, PDL=True,
+    for rows, gated in product((3, 32, 64, 128), (False, True)):
+        padded_rows, block_k, stages = split_k.tiling(rows)
+        shared = compile_kernel(
+            split_k._split_k_kernel, {"num_warps": 4, "num_stages": stages}, out="fp32", n=1024,
+            k=3072, slice_k=3072, ROWS=padded_rows, TILE=64, BLOCK_K=block_k, GATED=gated, PDL=True,
         )  # fmt: skip
+        assert 2 * shared > PROGRAM_LIMIT, f"two programs of {rows} rows share a multiprocessor"
     for gated in (False, True):
         outputs = 32 if gated else 64
         compile_kernel(
-            tiled_gemm._tiled_gemm_kernel, {"num_warps": 4, "num_stages": 4}, out="fp32", n=1024,
-            k=3072, slice_k=768, ROWS=64, OUTPUTS=outputs, BLOCK_K=64, GATED=gated, LATE=gated,
-            PDL=True, boxes={"x_desc": [64, 64], "weight_desc": [outputs, 64]},
+            tiled_gemm._tiled_gemm_kernel, {"num_warps": 4, "num_stages": 4 if gated else 6},
+            out="fp32", n=1024, k=3072, slice_k=768, ROWS=64, OUTPUTS=outputs, BLOCK_K=64,
+            GATED=gated, LATE=gated, PDL=True,
+            boxes={"x_desc": [64, 64], "weight_desc": [outputs, 64]},
         )  # fmt: skip
     compile_kernel(silu_and_mul._silu_and_mul_kernel, {"num_warps": 4}, BLOCK=1024, PDL=True)
     compile_kernel(embed._embed_kernel, {"num_warps": 2}, BLOCK=1024, PDL=True)

@@ -18,7 +18,7 @@ from kernel_inputs import (
     rms_norm_float64,
 )
 
-from nanovllm.kernels import gemv, split_k
+from nanovllm.kernels import _triton, gemv, split_k, tiled_gemm
 from nanovllm.kernels._triton import (
     has_large_shared_memory,
     has_pdl,
@@ -137,7 +137,10 @@ def check_split_k(function, rows: int, shape: tuple[int, int], splits, dtype, de
 @interpreted
 @pytest.mark.parametrize("function", [split_k_triton, split_k_torch])
 @pytest.mark.parametrize("splits", [None, 1, 3, 8])
-@pytest.mark.parametrize("rows_and_shape", [(5, (64, 256)), (20, (65, 300)), (65, (3, 1000))])
+@pytest.mark.parametrize(
+    "rows_and_shape",
+    [(5, (64, 256)), (5, (64, 300)), (5, (65, 256)), (20, (65, 300)), (65, (3, 1000))],
+)
 def test_split_k(function, rows_and_shape: tuple[int, tuple[int, int]], splits: int | None) -> None:
     check_split_k(function, *rows_and_shape, splits, FP16)
     if splits is None:
@@ -149,7 +152,7 @@ def test_split_k(function, rows_and_shape: tuple[int, tuple[int, int]], splits: 
     ("rows", "shape", "dtype"),
     [
         (3, (1024, 3072), BF16), (16, (4096, 1024), BF16), (32, (9728, 2560), BF16),
-        (64, (1000, 9000), BF16), (128, (4096, 1024), BF16), (128, (1000, 9000), FP16),
+        (64, (1000, 9000), BF16), (128, (4096, 1024), BF16), (128, (1024, 9000), FP16),
     ],
 )  # fmt: skip
 def test_split_k_gpu(rows: int, shape: tuple[int, int], dtype) -> None:
@@ -173,6 +176,52 @@ def test_split_k_takes_few_rows(
     assert not split_k.can_split_k(x[:1].float(), weight, in_parts)
 
 
+@interpreted
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (64, 1024), (96, 384), (128, 2560), (66, 256)])
+@pytest.mark.parametrize("form", [{}, {"splits": 8}, {"gated": True}], ids=str)
+def test_split_k_fetches_nothing_but_the_weight(
+    monkeypatch: pytest.MonkeyPatch, n: int, k: int, form: dict[str, int]
+) -> None:
+    fetched = []  # (address, bytes)
+
+    def record(addresses, num_bytes, PDL):
+        fetched.extend((int(at), int(num_bytes)) for at in addresses.handle.data.flat)
+
+    monkeypatch.setattr(split_k, "prefetch", record)
+    weight = normal(n, k, dtype=FP16)
+    start, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
+    for rows in (5, 128):
+        split_k_triton(normal(rows, k, dtype=FP16), weight, **form)
+        outputs = n // 2 if "gated" in form else n
+        is_even = outputs % (32 if "gated" in form else 64) == 0
+        assert bool(fetched) == is_even
+        for at, num_bytes in fetched:
+            assert at >= start
+            assert at + num_bytes <= end
+            assert (at - start) % 16 == num_bytes % 16 == 0
+        # the first two blocks of each row of the weight, where a slice has as many
+        block = split_k.tiling(rows)[1] * weight.itemsize
+        firsts = {start + row * k * weight.itemsize for row in range(n)} if is_even else set()
+        assert firsts <= {at for at, _ in fetched}
+        assert {num_bytes for _, num_bytes in fetched} <= {block}
+        if is_even and k * weight.itemsize > block:
+            assert {at + block for at in firsts} <= {at for at, _ in fetched}
+        fetched.clear()
+
+
+def test_tiled_gemm_takes_some_hundred_rows_of_small_matrices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.empty(257, 1024, dtype=BF16, device="meta")
+    assert not tiled_gemm.can_tile(x[:200], 4096)
+    monkeypatch.setattr(tiled_gemm, "has_large_shared_memory", lambda x: True)
+    for rows, fits in ((128, False), (129, True), (256, True), (257, False)):
+        assert tiled_gemm.can_tile(x[:rows], 8192) == fits
+    assert not tiled_gemm.can_tile(x[:200], 8193)
+    assert not tiled_gemm.can_tile(x[:200].float(), 4096)
+    assert not tiled_gemm.can_tile(x[:200, :100], 4096)
+
+
 @pytest.mark.parametrize(
     ("capability", "kibibytes", "is_large"),
     [((8, 0), 164, False), ((9, 0), 228, True), ((10, 0), 228, True), ((12, 0), 100, False)],
@@ -187,6 +236,9 @@ def test_tiles_for_hopper_go_to_no_smaller_gpu(
     has_pdl.cache_clear()
     try:
         assert has_large_shared_memory(tensor) == is_large
+        has_pdl.cache_clear()
+        monkeypatch.setattr(_triton, "HAS_TRITON", False)
+        assert not has_large_shared_memory(tensor)
     finally:
         has_pdl.cache_clear()
     assert not has_large_shared_memory(torch.zeros(1))

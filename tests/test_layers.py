@@ -71,11 +71,12 @@ def test_packed_weights_give_the_plain_product(rows: int, bias: bool):
     assert not torch.equal(total.x, out)
 
 
-def test_any_kernel_may_follow_any_other(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("bias", [False, True])
+def test_any_kernel_may_follow_any_other(monkeypatch: pytest.MonkeyPatch, bias: bool):
     """Two layers, their products by any mixture of the GPU's kernels, or rather their twins."""
     config = SimpleNamespace(
         hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, attention_bias=False, rms_norm_eps=1e-6,
+        head_dim=16, attention_bias=bias, rms_norm_eps=1e-6,
     )  # fmt: skip
     torch.manual_seed(0)
     layers = [Qwen3DecoderLayer(config, lambda qkv, *_: qkv[:, :64].tanh()) for _ in range(2)]

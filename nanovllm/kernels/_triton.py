@@ -9,6 +9,7 @@ kernels after it.
 """
 
 import ctypes
+from contextlib import suppress
 from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -71,8 +72,11 @@ def prefer_shared_memory(kernel: Any) -> None:
 @cache
 def _carve_out(function: int) -> None:
     preferred_shared_memory_carveout, percent = 9, 100  # CUfunction_attribute, in cuda.h
-    driver = ctypes.CDLL("libcuda.so.1")
-    driver.cuFuncSetAttribute(ctypes.c_void_p(function), preferred_shared_memory_carveout, percent)
+    with suppress(OSError):  # a driver of another name: it is only a hint
+        driver = ctypes.CDLL("libcuda.so.1")
+        driver.cuFuncSetAttribute(
+            ctypes.c_void_p(function), preferred_shared_memory_carveout, percent
+        )
 
 
 @triton.jit

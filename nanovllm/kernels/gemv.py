@@ -9,7 +9,8 @@ the gaps between many small kernels cost as much again. Here the norm is `(W (x 
 x^2 + eps)`, which needs x once; each warp owns whole rows of the weight, so that every thread has
 many 16-byte loads under way, and there is one reduction, nothing split over programs, no atomics:
 results are deterministic. A row is read in blocks, always `AHEAD` of them before they are used; the
-first are under way before the wait for the kernel that makes x.
+first are under way before the wait for the kernel that makes x. Weights, used once, go past the
+first-level cache, which is left to x and to the norm's weights.
 
 Grid: (slice of the output). Bytes moved: the weights once. Bound by memory.
 """

@@ -4,8 +4,9 @@ FlashAttention-style online softmax (Dao 2023, arXiv:2307.08691) in base 2. The 
 chunks at fixed places, which depend on its own length (at most 32 chunks of any) and on whether the
 batch has up to 4, 64, 128 or more rows: within these classes a row's result does not depend on who
 shares its batch, between them it does in the last bits. The query heads that share a kv head go
-together, padded to the 16 rows of a matrix instruction. Each chunk leaves a partial result, unless
-it is all of its row; the combine kernel, grid (sequence, query head), merges them.
+together, padded to the 16 rows of a matrix instruction. Each chunk leaves a partial result, and the
+combine kernel, grid (sequence, query head), merges them; a chunk that is all of its row is finished
+at once, but in the smallest batches.
 
 With up to `FUSED_ROWS` sequences, where a kernel more would cost as much as it does, the kernel
 also does what comes before: QK-norm and RoPE of the new queries and keys, and the KV store. The
@@ -17,7 +18,7 @@ batch, no program is launched for a context that might have been longer, and loa
 sequence to the next.
 
 Bytes moved: each key and value once, 2 * context * kv heads * head_dim elements; partial results
-add 1.5% (chunks of 128) or less. Bound by memory.
+add 1.5% (chunks of 128, two query heads a kv head; in proportion to the latter). Bound by memory.
 """
 
 from heapq import heapreplace

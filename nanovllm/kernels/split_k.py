@@ -1,12 +1,13 @@
 """Matrix times a few dozen vectors: partial products over slices of K.
 
-With 3 to 64 rows, of all but large matrices 128, a product is still the reading of its weights, and
-a library's kernels are made for more. Here each program streams a tile of 64 outputs by a slice of
-K through a deep pipeline, and has the first of its weights fetched into the second-level cache
-while the kernel before it still runs. The gate of the MLP is applied on the way out. What goes back
-into the residual stream is cut into as many slices as give every multiprocessor a program. The
-partial sums stay float32 and are added up, in a fixed order, by the kernel that comes next (the
-residual add of `rms_norm`): results are deterministic, and no kernel is launched for the sum.
+With up to 64 rows, and mostly up to 128 (see `can_split_k`), a product is still the reading of its
+weights, and a library's kernels are made for more. Here each program streams 64 rows of the weight
+by a slice of K through a deep pipeline, and has the first of them fetched into the second-level
+cache while the kernel before it still runs. The gate of the MLP is applied on the way out. What
+goes back into the residual stream is cut into as many slices as give every multiprocessor a
+program. The partial sums stay float32 and are added up, in a fixed order, by the kernel that comes
+next (the residual add of `rms_norm`): results are deterministic, and no kernel is launched for the
+sum.
 
 Grid: (tile of outputs, slice of K). Bytes moved: the weights once. Bound by memory.
 """
@@ -32,10 +33,9 @@ _TILE, _BLOCK_K, _PROGRAMS = 64, 128, 128
 
 def can_split_k(x: torch.Tensor, weight: torch.Tensor, in_parts: bool = False) -> bool:
     """Whether `x` [rows, in] has few enough rows for `weight`, and is where the kernel runs."""
-    if x.element_size() != 2 or not has_large_shared_memory(x):
+    if x.shape[0] > MAX_ROWS or x.element_size() != 2 or not has_large_shared_memory(x):
         return False
-    is_large = weight.numel() > _LARGE and not in_parts
-    return x.shape[0] <= (MAX_ROWS_OF_LARGE if is_large else MAX_ROWS)
+    return x.shape[0] <= MAX_ROWS_OF_LARGE or weight.numel() <= _LARGE or in_parts
 
 
 def num_splits(out_features: int) -> int:
@@ -77,16 +77,23 @@ def split_k_triton(
     shape, dtype = ((rows, n), x.dtype) if splits is None else ((splits, rows, n), torch.float32)
     splits = splits or 1
     out = torch.empty(shape, dtype=dtype, device=x.device)
-    padded_rows = max(16, triton.next_power_of_2(rows))
+    padded_rows, block_k, stages = tiling(rows)
     _split_k_kernel[(triton.cdiv(n, outputs), splits)](
         x, weight, out, rows, n, k, _slice_size(k, splits),
-        ROWS=padded_rows, TILE=_TILE, BLOCK_K=_BLOCK_K if padded_rows <= 64 else _BLOCK_K // 2,
-        GATED=gated, num_warps=4,
-        # So many that a multiprocessor's shared memory has no room for a second program: where two
-        # would share one, others had none.
-        num_stages=6 if padded_rows == 16 else 5, **pdl(x),
+        ROWS=padded_rows, TILE=_TILE, BLOCK_K=block_k, GATED=gated,
+        num_warps=4, num_stages=stages, **pdl(x),
     )  # fmt: skip
     return out
+
+
+def tiling(rows: int) -> tuple[int, int, int]:
+    """Padded rows, a block of K, and the stages of the pipeline.
+
+    There are so many stages that the shared memory of a multiprocessor has no room for a second
+    program: where two would share one, others had none.
+    """
+    padded_rows = max(16, triton.next_power_of_2(rows))
+    return padded_rows, _BLOCK_K if padded_rows <= 64 else 64, 6 if padded_rows == 16 else 5
 
 
 def _slice_size(k: int, splits: int) -> int:

@@ -32,10 +32,10 @@ _ROWS, _OUTPUTS, _BLOCK_K = 64, 64, 64
 
 def can_tile(x: torch.Tensor, out_features: int) -> bool:
     """Whether `x` [rows, in] has the rows, and is where the kernel runs."""
-    if x.element_size() != 2 or not has_large_shared_memory(x):
-        return False
     (rows, k), n = x.shape, out_features
-    return n * k <= _MAX_WEIGHT and k % 8 == 0 and MIN_ROWS <= rows <= MAX_ROWS
+    if n * k > _MAX_WEIGHT or k % 8 or not MIN_ROWS <= rows <= MAX_ROWS:
+        return False
+    return x.element_size() == 2 and has_large_shared_memory(x)
 
 
 def tiled_gemm_torch(
