@@ -163,7 +163,7 @@ def test_split_k_gpu(rows: int, shape: tuple[int, int], dtype) -> None:
 
 @pytest.mark.parametrize(
     ("weight_shape", "in_parts", "most"),
-    [((4096, 1024), False, 128), ((2**15 + 1, 1024), False, 64), ((2**15 + 1, 1024), True, 128)],
+    [((2**15, 1024), False, 128), ((2**15 + 1, 1024), False, 64), ((2**15 + 1, 1024), True, 128)],
 )
 def test_split_k_takes_few_rows(
     monkeypatch: pytest.MonkeyPatch, weight_shape: tuple[int, int], in_parts: bool, most: int
@@ -174,6 +174,11 @@ def test_split_k_takes_few_rows(
         x = torch.empty(rows, 1024, dtype=BF16, device="meta")
         assert split_k.can_split_k(x, weight, in_parts) == (rows <= most)
     assert not split_k.can_split_k(x[:1].float(), weight, in_parts)
+
+
+def test_slices_give_each_multiprocessor_a_program() -> None:
+    splits = {outputs: split_k.num_splits(outputs) for outputs in (64, 1024, 1025, 4096, 8193)}
+    assert splits == {64: 8, 1024: 8, 1025: 7, 4096: 2, 8193: 1}
 
 
 @interpreted

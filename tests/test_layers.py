@@ -15,7 +15,7 @@ from nanovllm.kernels.gemv import gemv_torch
 from nanovllm.kernels.split_k import split_k_torch
 from nanovllm.layers import linear as layers_linear
 from nanovllm.layers.layernorm import Residual, RMSNorm
-from nanovllm.layers.linear import Linear, can_pack
+from nanovllm.layers.linear import GatedLinear, Linear, can_pack
 from nanovllm.models.qwen3 import Qwen3DecoderLayer
 
 
@@ -102,3 +102,30 @@ def test_any_kernel_may_follow_any_other(monkeypatch: pytest.MonkeyPatch, bias: 
                 layers_linear, name, lambda x, *_, sizes=sizes, **__: sizes[x.shape[1]]
             )
         torch.testing.assert_close(run(), expected)
+
+
+def test_what_goes_to_split_k_and_how(monkeypatch: pytest.MonkeyPatch):
+    asked, made = [], []
+
+    def can_split_k(x, weight, in_parts=False):
+        asked.append((weight.shape[0], in_parts))
+        return True
+
+    def split_k(x, weight, splits=None, gated=False):
+        made.append((weight.shape[0], splits, gated))
+        return split_k_torch(x, weight, splits, gated)
+
+    monkeypatch.setattr(layers_linear, "can_split_k", can_split_k)
+    monkeypatch.setattr(layers_linear, "split_k_triton", split_k)
+    norm, linear = RMSNorm(32, 1e-6), Linear(32, 32)
+    gated = GatedLinear(32, {"gate_proj": 48, "up_proj": 48})
+    for module in (norm, linear, gated):
+        for parameter in module.requires_grad_(False).parameters():
+            parameter.normal_()
+    residual = Residual(torch.randn(3, 32))
+    x = linear(residual, norm)
+    gated(residual, norm)
+    linear.add_to(residual, x)
+    assert asked == [(32, False), (96, False), (32, True)]
+    assert made == [(32, None, False), (96, None, True), (32, 8, False)]
+    assert residual.partials.shape == (8, 3, 32)

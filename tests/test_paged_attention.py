@@ -23,6 +23,7 @@ from kernel_inputs import (
     relative_error,
 )
 
+from nanovllm.kernels import paged_decode
 from nanovllm.kernels.paged_cache import tile_tokens
 from nanovllm.kernels.paged_decode import (
     FUSED_ROWS,
@@ -236,6 +237,14 @@ DECODES = [
 @pytest.mark.parametrize(("context_lens", "sizes"), DECODES)
 def test_paged_decode(function, context_lens, sizes: Sizes, dtype: torch.dtype) -> None:
     check_decode(function, context_lens, sizes, dtype)
+
+
+@interpreted
+def test_combine_leaves_shared_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    monkeypatch.setattr(paged_decode, "prefer_shared_memory", launched.append)
+    decode(paged_decode_triton, decode_batch([5], (16, 2, 1, 32), FP32))
+    assert launched == [None]  # the interpreter's launch
 
 
 @interpreted
