@@ -107,8 +107,8 @@ def test_any_kernel_may_follow_any_other(monkeypatch: pytest.MonkeyPatch, bias: 
 def test_what_goes_to_split_k_and_how(monkeypatch: pytest.MonkeyPatch):
     asked, made = [], []
 
-    def can_split_k(x, weight, in_parts=False):
-        asked.append((weight.shape[0], in_parts))
+    def can_split_k(x, out_features, in_parts=False):
+        asked.append((out_features, in_parts))
         return True
 
     def split_k(x, weight, splits=None, gated=False):

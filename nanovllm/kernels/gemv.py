@@ -28,7 +28,7 @@ from nanovllm.kernels._triton import (
     wait_for_previous,
 )
 from nanovllm.kernels.rms_norm import rms_norm_torch
-from nanovllm.kernels.silu_and_mul import silu_and_mul_torch
+from nanovllm.kernels.silu_and_mul import silu_and_mul_torch, silu_times
 
 MAX_ROWS = 2
 # In-features, with a norm and without: of more, registers spill.
@@ -162,7 +162,7 @@ def _gemv_kernel(
     out = tl.arange(0, WARPS)[:, None, None] * PER_WARP + tl.arange(0, PER_WARP)[None, None, :]
     out += tl.program_id(0) * WARPS * PER_WARP
     if GATED:
-        y = y / (1.0 + tl.exp(-y)) * (tl.sum(acc_up, axis=3) * scale)
+        y = silu_times(y, tl.sum(acc_up, axis=3) * scale)
     if HAS_BIAS:
         y += tl.load(bias_ptr + out, mask=out < n, other=0.0).to(tl.float32)
     target = y_ptr + row * n + out

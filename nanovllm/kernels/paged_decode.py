@@ -317,7 +317,8 @@ def _decode_kernel(
 
             if info & LAST:
                 # A row with few others mostly has several chunks: no branch for it.
-                is_whole_row = (info & (NEWEST | 63 << 10)) == NEWEST
+                chunk = (info >> 10) & 63
+                is_whole_row = (chunk == 0) & ((info & NEWEST) != 0)
                 head_of_row = row.to(tl.int64) * num_heads + heads
                 mask = real[:, None] & dim_mask
                 chunk_total = tl.sum(total, axis=1)
@@ -326,7 +327,7 @@ def _decode_kernel(
                     cells_out = head_of_row[:, None] * head_dim + dims[None, :]
                     tl.store(out_ptr + cells_out, result, mask=mask)
                 else:
-                    place = head_of_row * MAX_CHUNKS + ((info >> 10) & 63)
+                    place = head_of_row * MAX_CHUNKS + chunk
                     tl.store(best_ptr + place, best, mask=real)
                     tl.store(total_ptr + place, chunk_total, mask=real)
                     partials = partial_ptr + place[:, None] * head_dim + dims[None, :]

@@ -34,6 +34,12 @@ def silu_and_mul_triton(x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def silu_times(gate, up):
+    """silu(gate) * up, in float32."""
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
 def _silu_and_mul_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
     launch_next(PDL)
     wait_for_previous(PDL)
@@ -42,5 +48,5 @@ def _silu_and_mul_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, PDL: tl.constexpr
     mask = cols < n
     gate = tl.load(x_ptr + row * 2 * n + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * n + n + cols, mask=mask, other=0.0).to(tl.float32)
-    y = gate / (1.0 + tl.exp(-gate)) * up
+    y = silu_times(gate, up)
     tl.store(y_ptr + row * n + cols, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -24,18 +24,20 @@ from nanovllm.kernels._triton import (
     triton,
     wait_for_previous,
 )
-from nanovllm.kernels.silu_and_mul import silu_and_mul_torch
+from nanovllm.kernels.silu_and_mul import silu_and_mul_torch, silu_times
 
 MAX_ROWS, MAX_ROWS_OF_LARGE = 128, 64
 _LARGE = 2**25  # elements of a weight
 _TILE, _BLOCK_K, _PROGRAMS = 64, 128, 128
 
 
-def can_split_k(x: torch.Tensor, weight: torch.Tensor, in_parts: bool = False) -> bool:
-    """Whether `x` [rows, in] has few enough rows for `weight`, and is where the kernel runs."""
-    if x.shape[0] > MAX_ROWS or x.element_size() != 2 or not has_large_shared_memory(x):
+def can_split_k(x: torch.Tensor, out_features: int, in_parts: bool = False) -> bool:
+    """Whether `x` [rows, in] has few enough rows, and is where the kernel runs."""
+    rows, k = x.shape
+    is_large = k * out_features > _LARGE and not in_parts
+    if rows > (MAX_ROWS_OF_LARGE if is_large else MAX_ROWS):
         return False
-    return x.shape[0] <= MAX_ROWS_OF_LARGE or weight.numel() <= _LARGE or in_parts
+    return x.element_size() == 2 and has_large_shared_memory(x)
 
 
 def num_splits(out_features: int) -> int:
@@ -110,22 +112,23 @@ def _split_k_kernel(
     launch_next(PDL)
     lane = tl.arange(0, TILE)
     outputs: tl.constexpr = TILE // 2 if GATED else TILE
-    outs = tl.program_id(0) * outputs
+    first_out = tl.program_id(0) * outputs
     if GATED:  # 8 rows of gate, 8 of up, and so on: one thread gets both of a pair
-        outs += lane // 16 * 8 + lane % 8
-        weight_rows = (outs + lane // 8 % 2 * n).to(tl.int64)
+        outs = first_out + lane // 16 * 8 + lane % 8
+        weight_rows = outs + lane // 8 % 2 * n
     else:
-        outs += lane
-        weight_rows = outs.to(tl.int64)
+        outs = first_out + lane
+        weight_rows = outs
     row = tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_K)
     first = tl.program_id(1) * slice_k
-    weights = weight_ptr + weight_rows[:, None] * k + cols[None, :]
+    weight_starts = weight_ptr + weight_rows.to(tl.int64)[:, None] * k
+    weights = weight_starts + cols[None, :]
     xs = x_ptr + row[:, None] * k + cols[None, :]
     even: tl.constexpr = n % outputs == 0 and k % BLOCK_K == 0
     if even:  # two blocks; all of them would be slower (see docs/performance.md)
         blocks = tl.minimum(first + tl.arange(0, 2) * BLOCK_K, k - BLOCK_K)
-        prefetch(weight_ptr + weight_rows[:, None] * k + blocks[None, :], 2 * BLOCK_K, PDL)
+        prefetch(weight_starts + blocks[None, :], 2 * BLOCK_K, PDL)
     acc = tl.zeros([TILE, ROWS], tl.float32)
     wait_for_previous(PDL)
     for start in range(first, tl.minimum(first + slice_k, k), BLOCK_K):
@@ -140,8 +143,8 @@ def _split_k_kernel(
     if GATED:
         pairs = tl.reshape(acc, [TILE // 16, 2, 8, ROWS])
         gate, up = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
-        acc = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, [outputs, ROWS])
-        outs = tl.program_id(0) * outputs + tl.arange(0, outputs)
+        acc = tl.reshape(silu_times(gate, up), [outputs, ROWS])
+        outs = first_out + tl.arange(0, outputs)
     cells = (tl.program_id(1) * rows + row)[None, :] * n + outs[:, None]
     mask = (row < rows)[None, :] & (outs < n)[:, None]
     tl.store(out_ptr + cells, acc.to(out_ptr.dtype.element_ty), mask=mask)

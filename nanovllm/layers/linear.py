@@ -44,7 +44,7 @@ class Linear(nn.Module):
         """W x + b, for x [tokens, in], added to the residual stream."""
         if can_gemv(x, self.weight, has_norm=False):
             gemv_triton(x, self.weight, self.bias, add_to=residual.x)
-        elif self.bias is None and can_split_k(x, self.weight, in_parts=True):
+        elif self.bias is None and can_split_k(x, self.out_features, in_parts=True):
             residual.partials = split_k_triton(x, self.weight, num_splits(self.out_features))
         elif self.bias is None and can_tile(x, self.out_features):
             residual.partials = tiled_gemm_triton(x, self.weight, SPLITS)
@@ -60,7 +60,7 @@ class Linear(nn.Module):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed_weight is not None and (self.weight is None or x.shape[0] > 1):
             return packed_linear(x, self._packed_weight, self.bias)
-        if self.bias is None and can_split_k(x, self.weight):
+        if self.bias is None and can_split_k(x, self.out_features):
             return split_k_triton(x, self.weight)
         if self.bias is None and can_tile(x, self.out_features):
             return tiled_gemm_triton(x, self.weight)
@@ -105,7 +105,7 @@ class GatedLinear(PackedLinear):
                 residual.x, self.weight, norm_weight=norm.weight, eps=norm.eps, gated=True
             )
         x = norm(residual)
-        if can_split_k(x, self.weight):
+        if can_split_k(x, self.out_features):
             return split_k_triton(x, self.weight, gated=True)
         if can_tile(x, self.out_features):
             return tiled_gemm_triton(x, self.weight, gated=True)
