@@ -16,9 +16,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from nanovllm.engine.outputs import RequestOutput
 
 from nanovllm import LLM
-from nanovllm.engine.outputs import RequestOutput
 from nanovllm.engine.scheduler import Batch
 
 PREFILL, DECODE, WAITING, CACHE, PREEMPTION = "#d9730d", "#1f5fa8", "#7a7a7a", "#2f8f6b", "#c0271d"

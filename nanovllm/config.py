@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from nanovllm.utils.hf_config import Qwen3Config
+from nanovllm.models import CausalLM, model_class
+from nanovllm.models.config import ModelConfig
 from nanovllm.utils.loader import checkpoint_dtype
 from nanovllm.utils.validation import as_integer, as_number
 
@@ -61,7 +62,8 @@ class Config:
     async_scheduling: bool | None = None
 
     model_dir: Path = field(init=False)
-    hf_config: Qwen3Config = field(init=False)
+    model_class: type[CausalLM] = field(init=False)
+    hf_config: ModelConfig = field(init=False)
     torch_device: torch.device = field(init=False)
     torch_dtype: torch.dtype = field(init=False)
     generation_config: dict[str, Any] = field(init=False)
@@ -82,11 +84,19 @@ class Config:
         self._check_options()
         self.torch_device = _resolve_device(self.device)
         self.model_dir = _resolve_model(self.model)
-        self.hf_config = _load_hf_config(self.model_dir)
+        content = _load_config_json(self.model_dir)
+        self.model_class = model_class(content)
+        self.hf_config = self.model_class.config_class.from_json(content)
         self.torch_dtype = _resolve_dtype(self.dtype, self.hf_config, self.model_dir)
         self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
         if self.max_model_len < 2:
             raise ValueError("config.json has max_position_embeddings=1, and 2 is the least of use")
+        window = self.hf_config.sliding_window
+        if window is not None and window < self.max_model_len:
+            raise ValueError(
+                f"config.json has a sliding window of {window} tokens, which is not supported in "
+                f"sequences of {self.max_model_len}: give max_model_len={window} or less"
+            )
         self.generation_config = _load_generation_config(self.model_dir)
         self.eos_token_ids = _eos_token_ids(self.generation_config, self.hf_config)
         if self.async_scheduling is None:
@@ -174,14 +184,14 @@ def _resolve_model(model: str) -> Path:
         ) from error
 
 
-def _load_hf_config(model_dir: Path) -> Qwen3Config:
+def _load_config_json(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{model_dir} has no config.json: it is not a checkpoint directory")
-    return Qwen3Config.from_json(_read_json_object(path))
+    return _read_json_object(path)
 
 
-def _resolve_dtype(name: str, hf_config: Qwen3Config, model_dir: Path) -> torch.dtype:
+def _resolve_dtype(name: str, hf_config: ModelConfig, model_dir: Path) -> torch.dtype:
     """The dtype asked for; for "auto" that of config.json, or of the weights if it has none."""
     if name != "auto":
         return DTYPES[name]
@@ -212,7 +222,7 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _eos_token_ids(generation_config: dict[str, Any], hf_config: Qwen3Config) -> set[int]:
+def _eos_token_ids(generation_config: dict[str, Any], hf_config: ModelConfig) -> set[int]:
     """The end-of-sequence ids of generation_config.json, or of config.json if it has none.
 
     The tokenizer's own is added by the engine, which has the tokenizer.

@@ -1,16 +1,23 @@
 """The public face of the engine: whole lists of prompts, chats, streams."""
 
 import reprlib
-from collections.abc import Collection, Iterator
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
-from nanovllm.engine.input_processor import Prompt, Request
+from nanovllm.engine.input_processor import (
+    Params,
+    Prompt,
+    Prompts,
+    Request,
+    params_list,
+    prompt_list,
+)
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.outputs import RequestOutput, StreamOutput
 from nanovllm.engine.stats import StepStats
+from nanovllm.outputs import RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 
 Message = dict[str, Any]  # of a chat: "role" and "content", and whatever else the template knows
@@ -33,8 +40,8 @@ class LLM(LLMEngine):
 
     def generate(
         self,
-        prompts: Prompt | Collection[Prompt],
-        sampling_params: SamplingParams | Collection[SamplingParams] | None = None,
+        prompts: Prompts,
+        sampling_params: Params = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete one prompt or many; returns one dict a prompt, in their order.
@@ -50,7 +57,7 @@ class LLM(LLMEngine):
             RuntimeError: if the engine is closed, or still has requests from elsewhere.
         """
         self._check_idle("generate")
-        requests = self.input_processor.process(_as_list(prompts), sampling_params)
+        requests = self._requests_of(prompts, sampling_params)
         outputs: dict[int, RequestOutput] = {}
         before = replace(self.stats)
         try:
@@ -72,9 +79,9 @@ class LLM(LLMEngine):
 
     def stream(
         self,
-        prompts: Prompt | Collection[Prompt],
-        sampling_params: SamplingParams | Collection[SamplingParams] | None = None,
-    ) -> Iterator[StreamOutput]:
+        prompts: Prompts,
+        sampling_params: Params = None,
+    ) -> Generator[StreamOutput, None, None]:
         """Complete one prompt or many, and yield what is new as it comes.
 
         The pieces of a prompt, put together, are what `generate` returns: text in whole characters,
@@ -84,18 +91,18 @@ class LLM(LLMEngine):
         Nothing runs before the first piece is asked for.
         """
         self._check_idle("stream")
-        for params in sampling_params if _is_list(sampling_params) else [sampling_params]:
-            if isinstance(params, SamplingParams) and params.n > 1:
+        requests = self._requests_of(prompts, sampling_params)
+        for request in requests:
+            if len(request.sequences) > 1:
                 raise ValueError("n must be 1 to stream: give the prompt n times")
-            if isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
+            if request.sequences[0].sampling_params.prompt_logprobs is not None:
                 raise ValueError("prompt_logprobs do not come in a stream: use generate")
-        requests = self.input_processor.process(_as_list(prompts), sampling_params)
         return self._pieces(requests)
 
     def chat(
         self,
-        messages: list[Message] | list[list[Message]],
-        sampling_params: SamplingParams | Collection[SamplingParams] | None = None,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
         use_tqdm: bool = True,
         **template: Any,
     ) -> list[RequestOutput]:
@@ -106,14 +113,15 @@ class LLM(LLMEngine):
             sampling_params, use_tqdm: as in `generate`.
             **template: see `chat_prompt`.
         """
-        is_many = _is_list(messages) and messages and not isinstance(messages[0], dict)
-        conversations = messages if is_many else [messages]
+        conversations: list[Any] = [messages]
+        if _is_list(messages) and messages and not isinstance(messages[0], dict):
+            conversations = list(messages)
         prompts = [self.chat_prompt(conversation, **template) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def chat_prompt(
         self,
-        messages: list[Message],
+        messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -177,46 +185,30 @@ class LLM(LLMEngine):
             **{ours: found[name] for name, ours in names.items() if found.get(name) is not None}
         )
 
-    def _pieces(self, requests: list[Request]) -> Iterator[StreamOutput]:
+    def _requests_of(self, prompts: Prompts, params: Params) -> list[Request]:
+        many = prompt_list(prompts)
+        return self.input_processor.process(many, params_list(params, len(many)))
+
+    def _pieces(self, requests: list[Request]) -> Generator[StreamOutput, None, None]:
         self._check_idle("stream")
         self._is_streaming = True
-        live = {index: request.sequences[0] for index, request in enumerate(requests)}
-        shown = {index: (0, 0) for index in live}  # characters and tokens
+        live = []
         try:
-            for request, seq in zip(requests, live.values()):
-                if seq.detokenizer is None and self.tokenizer is not None:
-                    seq.detokenizer = self.input_processor.detokenizer(seq.sampling_params)
+            for index, request in enumerate(requests):
                 self._queue(request)
+                live.append(self.output_processor.stream(index, request.sequences[0]))
             while live:
                 self.step()
-                pieces = []
-                for index, seq in list(live.items()):
-                    text, end = "", 0
-                    if seq.detokenizer is not None:
-                        text = seq.detokenizer.text
-                        end = len(text) if seq.is_finished else seq.detokenizer.num_safe
-                    characters, tokens = shown[index]
-                    new_text, new_tokens = text[characters:end], seq.output_token_ids[tokens:]
-                    shown[index] = characters + len(new_text), tokens + len(new_tokens)
-                    if seq.is_finished:
-                        del live[index]
-                    if new_text or new_tokens or seq.is_finished:
-                        logprobs = seq.logprobs[tokens : tokens + len(new_tokens)]
-                        pieces.append(
-                            StreamOutput(
-                                index=index, text=new_text, token_ids=new_tokens,
-                                logprobs=None if seq.sampling_params.logprobs is None else logprobs,
-                                finish_reason=seq.finish_reason, stop_reason=seq.stop_reason,
-                            )
-                        )  # fmt: skip
+                pieces = [piece for stream in live if (piece := stream.next_piece()) is not None]
+                live = [stream for stream in live if not stream.seq.is_finished]
                 self._is_streaming = bool(live)
                 yield from pieces
         finally:
             if live:
                 self._is_streaming = False
-                if self.model_runner is not None:
-                    for seq in live.values():
-                        self.abort(seq.seq_id)
+                if not self.is_closed:
+                    for stream in live:
+                        self.abort(stream.seq.seq_id)
 
     def _check_idle(self, method: str) -> None:
         self._check_open()
@@ -225,20 +217,6 @@ class LLM(LLMEngine):
                 f"{self.scheduler.num_unfinished} requests from add_request or stream are "
                 f"unfinished: step() until is_finished(), or close the stream, before {method}()"
             )
-
-
-def _as_list(prompts: Prompt | Collection[Prompt]) -> list[Prompt]:
-    """One prompt or many -> a list of prompts. A list that begins with an integer is one prompt."""
-    if isinstance(prompts, (str, dict)):
-        return [prompts]
-    if not _is_list(prompts):
-        raise TypeError(
-            "prompts must be a string, a list of token ids, or a list of these, got "
-            f"{reprlib.repr(prompts)}"
-        )
-    if not prompts:
-        raise ValueError("prompts is empty: give at least one prompt")
-    return list(prompts) if isinstance(prompts[0], (str, list, tuple, dict)) else [list(prompts)]
 
 
 def _is_list(value: object) -> bool:

@@ -128,10 +128,9 @@ class SamplingParams:
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
         return penalties != (0, 0, 1)
 
-    @property
-    def edits_all_logits(self) -> bool:
-        """Whether logits are changed one by one before sampling, whichever token it is."""
-        return self.penalizes or bool(self.logit_bias or self.allowed_token_ids)
+    def needs_more_tokens(self, num_generated: int) -> bool:
+        """Whether after so many tokens nothing may end the request yet (`min_tokens`)."""
+        return num_generated < self.min_tokens
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -15,7 +15,7 @@ import xxhash
 
 from nanovllm.engine.sequence import Sequence
 
-ROOT = 0  # the content id of the empty prefix
+EMPTY_PREFIX = 0  # its content id, and its hash
 
 
 class Block:
@@ -34,10 +34,12 @@ class Block:
         self.ref_count = 0
         self.forget()
 
+    @property
+    def is_registered(self) -> bool:
+        return self.content_id != EMPTY_PREFIX
+
     def forget(self) -> None:
-        self.hash: int | None = None
-        self.content_id: int | None = None
-        self.parent_id: int | None = None
+        self.hash = self.content_id = self.parent_id = EMPTY_PREFIX
         self.token_ids: list[int] = []
 
 
@@ -55,19 +57,17 @@ class BlockManager:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
-        self.blocks = [Block(block_id) for block_id in range(num_blocks)]
-        self.block_of_hash: dict[int, Block] = {}
-        # Free blocks, the next one to be given out first.
-        self.free_blocks: OrderedDict[int, Block] = OrderedDict(enumerate(self.blocks))
         self.fewest_free = num_blocks
-        self._content_ids = count(ROOT + 1)
+        self._content_ids = count(EMPTY_PREFIX + 1)
+        self._clear(num_blocks)
 
     @property
     def num_free_blocks(self) -> int:
         return len(self.free_blocks)
 
-    def allocate(self, seq: Sequence, headroom: int = 0) -> bool:
-        """Give a sequence blocks for all its tokens, sharing those of a cached prefix.
+    def allocate(self, seq: Sequence, headroom: int = 0, use_cache: bool = True) -> bool:
+        """Give a sequence blocks for all its tokens, with `use_cache` sharing those of a cached
+        prefix.
 
         Leaves `headroom` blocks free for others. Sets the sequence's block table and
         `num_computed_tokens` (the cached prefix). The last token is never taken from the cache,
@@ -77,7 +77,7 @@ class BlockManager:
         assert not seq.block_table and not seq.num_pending_tokens
         if headroom >= self.num_free_blocks:
             return False
-        cached = [] if seq.misses_prompt_logprobs else self._cached_prefix(seq.token_ids)
+        cached = self._cached_prefix(seq.token_ids) if use_cache else []
         num_blocks = -(-len(seq.token_ids) // self.block_size)
         num_taken = num_blocks - sum(block.ref_count > 0 for block in cached)
         if num_taken + headroom > self.num_free_blocks:
@@ -113,12 +113,12 @@ class BlockManager:
         """
         blocks = [self.blocks[i] for i in seq.block_table[: num_tokens // self.block_size]]
         first_new = len(blocks)
-        while first_new > 0 and blocks[first_new - 1].content_id is None:
+        while first_new > 0 and not blocks[first_new - 1].is_registered:
             first_new -= 1
         for index in range(first_new, len(blocks)):
             block = blocks[index]
-            parent = blocks[index - 1] if index else None
-            prefix_hash, parent_id = (parent.hash, parent.content_id) if parent else (0, ROOT)
+            prefix_hash = blocks[index - 1].hash if index else EMPTY_PREFIX
+            parent_id = blocks[index - 1].content_id if index else EMPTY_PREFIX
             tokens = seq.token_ids[index * self.block_size : (index + 1) * self.block_size]
             block.hash = hash_block(prefix_hash, tokens)
             block.token_ids, block.parent_id = tokens, parent_id
@@ -136,21 +136,25 @@ class BlockManager:
             block.ref_count -= 1
             if block.ref_count == 0:
                 self.free_blocks[block_id] = block
-                if block.hash is None or self.block_of_hash.get(block.hash) is not block:
+                if self.block_of_hash.get(block.hash) is not block:
                     self.free_blocks.move_to_end(block_id, last=False)  # nothing worth keeping
         seq.block_table.clear()
         seq.num_computed_tokens = 0
 
     def reset(self) -> None:
         """Free all blocks and forget what they hold: after a failed step nobody knows."""
-        fewest_free = self.fewest_free
-        self.__init__(len(self.blocks), self.block_size)
-        self.fewest_free = fewest_free
+        self._clear(len(self.blocks))
+
+    def _clear(self, num_blocks: int) -> None:
+        self.blocks = [Block(block_id) for block_id in range(num_blocks)]
+        self.block_of_hash: dict[int, Block] = {}
+        # Free blocks, the next one to be given out first.
+        self.free_blocks: OrderedDict[int, Block] = OrderedDict(enumerate(self.blocks))
 
     def _cached_prefix(self, token_ids: list[int]) -> list[Block]:
         """The longest run of known full blocks that `token_ids` starts with, last token apart."""
         found: list[Block] = []
-        prefix_hash, parent_id = 0, ROOT
+        prefix_hash, parent_id = EMPTY_PREFIX, EMPTY_PREFIX
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
             tokens = token_ids[start : start + self.block_size]
             prefix_hash = hash_block(prefix_hash, tokens)
@@ -163,7 +167,7 @@ class BlockManager:
 
     def _append_new_block(self, seq: Sequence) -> None:
         block_id, block = self.free_blocks.popitem(last=False)
-        if block.hash is not None and self.block_of_hash.get(block.hash) is block:
+        if self.block_of_hash.get(block.hash) is block:
             del self.block_of_hash[block.hash]
         block.forget()
         block.ref_count = 1

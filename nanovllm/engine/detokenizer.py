@@ -1,6 +1,6 @@
 """Text as it grows, token by token: whole characters only, and stop strings found on the way."""
 
-from nanovllm.engine.tokenizer import Tokenizer
+from nanovllm.engine.tokenizer import Tokenizer, decode
 
 UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character
 
@@ -35,29 +35,29 @@ class Detokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._stop = stop
         self._include_stop = include_stop
-        # Tokens that `text` shows, but for which the next ones may need as their left neighbours,
-        # and the tokens after them, of whose text `text` shows so many characters.
-        self._shown: list[int] = []
-        self._hidden: list[int] = []
-        self._num_ahead = 0
+        # The text of a token may depend on the token before it. So the newest tokens are decoded
+        # together with those before them, whose text is in `text` already.
+        self._context: list[int] = []
+        self._new: list[int] = []  # the tokens after them, whose text may still change
+        self._num_shown = 0  # characters of the new tokens' text that are in `text`
 
     def append(self, token_id: int, may_stop: bool = True) -> None:
         """Take in the next token. With `may_stop` false no stop string may end with it."""
-        self._hidden.append(token_id)
+        self._new.append(token_id)
         new = self._new_text()
         complete = new.rstrip(UNFINISHED)
-        self._show(complete[self._num_ahead :], may_stop)
-        self._num_ahead = max(self._num_ahead, len(complete))
+        self._show(complete[self._num_shown :], may_stop)
+        self._num_shown = max(self._num_shown, len(complete))
         if complete == new:
-            if new:  # a token without text is nobody's left neighbour
-                self._shown = self._hidden
-            self._hidden, self._num_ahead = [], 0
+            if new:  # a token without text is no context
+                self._context = self._new
+            self._new, self._num_shown = [], 0
 
     def finish(self) -> None:
         """Show what is left, as a broken character if need be."""
-        if self._hidden and self.stopped_by is None:
-            self._show(self._new_text()[self._num_ahead :], may_stop=False)
-            self._hidden = []
+        if self._new and self.stopped_by is None:
+            self._show(self._new_text()[self._num_shown :], may_stop=False)
+            self._new = []
 
     @property
     def num_safe(self) -> int:
@@ -84,8 +84,8 @@ class Detokenizer:
             self.text = self.text[: end if self._include_stop else start]
 
     def _new_text(self) -> str:
-        """That of the hidden tokens, as it is after the others."""
-        return self._decode(self._shown + self._hidden)[len(self._decode(self._shown)) :]
+        """The text of the new tokens, as it is after the context."""
+        return self._decode(self._context + self._new)[len(self._decode(self._context)) :]
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+        return decode(self._tokenizer, token_ids, self._skip_special_tokens)

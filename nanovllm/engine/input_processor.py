@@ -3,19 +3,21 @@
 import random
 import reprlib
 import time
-from collections.abc import Collection
+from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any, TypeAlias
 
 from nanovllm.config import Config
-from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.tokenizer import Tokenizer
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.validation import as_integer
 
-# Text, or a list or tuple of token ids, or a dict that has one of them as its only entry.
-Prompt = str | Collection[int] | dict[str, str | Collection[int]]
+# Text, or token ids, or a dict that has one of them as its only entry.
+Prompt: TypeAlias = str | List[int] | dict[str, str | List[int]]
+Prompts: TypeAlias = Prompt | List[Prompt]
+Params: TypeAlias = SamplingParams | List[SamplingParams | None] | None
 
 
 @dataclass
@@ -29,6 +31,45 @@ class Request:
     @property
     def request_id(self) -> int:
         return self.sequences[0].seq_id
+
+
+def prompt_list(prompts: Prompts) -> list[Prompt]:
+    """One prompt or many -> a list of prompts. A list that begins with an integer is one prompt.
+
+    Raises:
+        TypeError, ValueError: if there is none.
+    """
+    if isinstance(prompts, (str, dict)):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise TypeError(
+            "prompts must be a string, a list of token ids, or a list of these, got "
+            f"{reprlib.repr(prompts)}"
+        )
+    if not prompts:
+        raise ValueError("prompts is empty: give at least one prompt")
+    is_many = isinstance(prompts[0], (str, list, tuple, dict))
+    return list(prompts) if is_many else [list(prompts)]
+
+
+def params_list(params: Params, num_prompts: int) -> list[SamplingParams]:
+    """One for each prompt; None stands for the defaults.
+
+    Raises:
+        TypeError, ValueError: for something else, or a wrong number of them.
+    """
+    many: list[Any] = [params] * num_prompts
+    if isinstance(params, (list, tuple)):
+        many = list(params)
+    if len(many) != num_prompts:
+        raise ValueError(
+            f"{num_prompts} prompts need as many sampling_params (or a single one for all), got "
+            f"{len(many)}"
+        )
+    for index, one in enumerate(many):
+        if one is not None and not isinstance(one, SamplingParams):
+            raise TypeError(f"prompt {index}: sampling_params must be SamplingParams, got {one!r}")
+    return [SamplingParams() if one is None else one for one in many]
 
 
 class InputProcessor:
@@ -52,42 +93,24 @@ class InputProcessor:
         self._ids = count()
         self._seeds = random.Random(config.seed)
 
-    def process(
-        self, prompts: list[Prompt], params: SamplingParams | Collection[SamplingParams] | None
-    ) -> list[Request]:
+    def process(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[Request]:
         """Check every prompt with its parameters before any becomes a request.
 
         Raises:
             TypeError, ValueError: for one that cannot work, by its place in the list.
         """
-        if not isinstance(params, (list, tuple)):
-            params = [params] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts need as many sampling_params (or a single one for all), "
-                f"got {len(params)}"
-            )
         checked = []
-        for index, (prompt, param) in enumerate(zip(prompts, params)):
-            name, param = f"prompt {index}", SamplingParams() if param is None else param
-            prompt = _unwrapped(prompt, name)
-            if not isinstance(param, SamplingParams):
-                raise TypeError(f"{name}: sampling_params must be SamplingParams, got {param!r}")
-            token_ids = self._token_ids(prompt, name)
+        for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+            name = f"prompt {index}"
+            content = _unwrapped(prompt, name)
+            token_ids = self._token_ids(content, name)
             try:
                 self._check_params(param)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-            checked.append((prompt if isinstance(prompt, str) else None, token_ids, param))
+            checked.append((content if isinstance(content, str) else None, token_ids, param))
         now = time.time()
         return [Request(text, self._sequences(ids, param), now) for text, ids, param in checked]
-
-    def detokenizer(self, params: SamplingParams) -> Detokenizer:
-        """A new one for a sequence with such parameters. There must be a tokenizer."""
-        return Detokenizer(
-            self.tokenizer, params.skip_special_tokens, params.stop,
-            params.include_stop_str_in_output,
-        )  # fmt: skip
 
     def _sequences(self, token_ids: list[int], params: SamplingParams) -> list[Sequence]:
         drawn = self._seeds.getrandbits(63)
@@ -97,13 +120,12 @@ class InputProcessor:
             max_len = min(max_len, len(token_ids) + params.max_tokens)
         sequences = []
         for index in range(params.n):
-            # What is said of the prompt, the first one says for all.
+            # The first one reports the prompt's log probabilities for all.
             own = params if index == 0 else replace(params, prompt_logprobs=None)
             signed = (seed + index + 2**63) % 2**64 - 2**63  # the same 64 bits as an int64
-            seq = Sequence(next(self._ids), token_ids, own, max_len, signed)
-            if params.stop:
-                seq.detokenizer = self.detokenizer(params)
-            sequences.append(seq)
+            sequences.append(
+                Sequence(next(self._ids), token_ids, own, max_len, signed, self.eos_token_ids)
+            )
         return sequences
 
     def _check_params(self, params: SamplingParams) -> None:
@@ -127,13 +149,13 @@ class InputProcessor:
             )
         if params.min_tokens:
             allowed = params.allowed_token_ids or range(vocab_size)
-            if self.eos_token_ids.union(params.stop_token_ids).issuperset(allowed):
+            if self.eos_token_ids.union(params.stop_token_ids or ()).issuperset(allowed):
                 raise ValueError(
                     "min_tokens leaves no token to sample: all of allowed_token_ids, or of the "
                     "vocabulary, end the request"
                 )
 
-    def _token_ids(self, prompt: Prompt, name: str) -> list[int]:
+    def _token_ids(self, prompt: str | List[int], name: str) -> list[int]:
         """The tokens of a prompt, checked against the model."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -171,7 +193,7 @@ class InputProcessor:
         return token_ids
 
 
-def _unwrapped(prompt: Prompt, name: str) -> str | Collection[int]:
+def _unwrapped(prompt: Prompt, name: str) -> str | List[int]:
     """What a dict stands for, by its key."""
     if not isinstance(prompt, dict):
         return prompt

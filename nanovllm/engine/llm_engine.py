@@ -5,26 +5,29 @@ import time
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.input_processor import InputProcessor, Prompt, Request
-from nanovllm.engine.model_runner import Launch, ModelRunner, load_libraries
+from nanovllm.engine.input_processor import InputProcessor, Prompt, Request, params_list
+from nanovllm.engine.model_runner import ModelRunner, PendingStep, load_libraries
 from nanovllm.engine.output_processor import OutputProcessor
-from nanovllm.engine.outputs import RequestOutput
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
 from nanovllm.engine.tokenizer import load_tokenizer
+from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class LLMEngine:
     """Scheduler, block manager and model runner, wired together.
 
     Args:
-        model: a local directory with a Qwen3 checkpoint, or a hub id to fetch.
+        model: a local directory with a checkpoint, or a hub id to fetch.
         **options: see :class:`nanovllm.config.Config`.
 
     Attributes:
@@ -38,30 +41,29 @@ class LLMEngine:
     """
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
-        self.model_runner: ModelRunner | None = None
         self.config = Config.from_options(model, options)
         with ThreadPoolExecutor(1) as pool:  # the GPU gets ready while this thread imports
             if self.config.torch_device.type == "cuda":  # what fails there fails again below
                 pool.submit(load_libraries, self.config.torch_device, self.config.torch_dtype)
             self.tokenizer = load_tokenizer(self.config.model_dir)
         self.model_runner = ModelRunner(self.config)
+        self.is_closed = False
         self._fit_to_cache(self.model_runner.num_kvcache_blocks)
         eos_token_ids = self._eos_token_ids()
         self.scheduler = Scheduler(
             BlockManager(self.model_runner.num_kvcache_blocks, self.config.kvcache_block_size),
             self.config.max_num_seqs,
             self.config.max_num_batched_tokens,
-            eos_token_ids,
         )
         self.input_processor = InputProcessor(self.config, self.tokenizer, eos_token_ids)
         self.output_processor = OutputProcessor(self.tokenizer)
         self.stats = StepStats()
         self._requests: dict[int, Request] = {}  # unfinished ones, by the ids of their sequences
-        self._in_flight: deque[tuple[Batch, Launch]] = deque()
+        self._in_flight: deque[tuple[Batch, PendingStep]] = deque()
         self._last_collect = 0.0
         self._num_finished = self._num_aborted = self._num_generated = 0
 
-    def __enter__(self) -> "LLMEngine":
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,12 +71,12 @@ class LLMEngine:
 
     def close(self) -> None:
         """Drop all requests and give the device's memory back. Calling it again does nothing."""
-        if self.model_runner is not None:
+        if not self.is_closed:
             try:
                 self.abort_all()
             finally:
+                self.is_closed = True
                 self.model_runner.close()
-                self.model_runner = None
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue one request and return its id; `step` until `is_finished` to run it.
@@ -83,7 +85,7 @@ class LLMEngine:
             TypeError, ValueError: for a request that cannot work; it is not queued.
         """
         self._check_open()
-        (request,) = self.input_processor.process([prompt], sampling_params)
+        (request,) = self.input_processor.process([prompt], params_list(sampling_params, 1))
         self._queue(request)
         return request.request_id
 
@@ -107,7 +109,7 @@ class LLMEngine:
             may_stay = 1 if batch is not None and self.config.async_scheduling else 0
             if len(self._in_flight) > may_stay:
                 outputs += self._collect()
-            self._drop_what_nobody_wants()
+            self._collect_leftovers()
             return outputs
         except BaseException:
             self.abort_all()
@@ -127,8 +129,9 @@ class LLMEngine:
             self._num_aborted += 1
             for seq in found.sequences:
                 self._requests.pop(seq.seq_id, None)
+                self.output_processor.drop(seq)
                 self.scheduler.abort(seq)
-        self._drop_what_nobody_wants()
+        self._collect_leftovers()
 
     def abort_all(self) -> None:
         """Drop every request; all KV blocks are free afterwards."""
@@ -136,6 +139,7 @@ class LLMEngine:
         self._num_aborted += len({id(request) for request in self._requests.values()})
         self._requests.clear()
         self._in_flight.clear()
+        self.output_processor.clear()
         self.scheduler.abort_all()
         self.model_runner.reset()
 
@@ -170,28 +174,31 @@ class LLMEngine:
         }
 
     def _queue(self, request: Request) -> None:
+        self.output_processor.add(request)
         for seq in request.sequences:
             self._requests[seq.seq_id] = request
             self.scheduler.add(seq)
 
-    def _drop_what_nobody_wants(self) -> None:
+    def _collect_leftovers(self) -> None:
         """When all requests have ended, wait for the step that is still under way."""
         while self._in_flight and not self.scheduler.num_unfinished:
             self._collect()
 
     def _needs_tokens(self) -> bool:
         """Whether the next step cannot be launched before the last one's tokens are known."""
-        return any(seq.penalizes for seq in self.scheduler.running)
+        return any(seq.sampling_params.penalizes for seq in self.scheduler.running)
 
     def _collect(self) -> list[RequestOutput]:
         """Wait for the oldest step under way, and take its tokens in."""
-        batch, launch = self._in_flight.popleft()
-        token_ids = self.model_runner.collect(launch)
+        batch, step = self._in_flight.popleft()
+        token_ids = self.model_runner.collect(step)
         now = time.perf_counter()
         self.stats.add(batch, now - self._last_collect)
         self._last_collect = now
-        self.output_processor.take_logprobs(batch, launch, token_ids)
-        ended = self.scheduler.postprocess(batch, token_ids)
+        rows = self.scheduler.postprocess(batch, token_ids)
+        for seq, stop_string in self.output_processor.process(batch, rows, step):
+            self.scheduler.stop(seq, stop_string)
+        ended = [batch.seqs[row] for row in rows if batch.seqs[row].is_finished]
         return [output for seq in ended if (output := self._end(seq)) is not None]
 
     def _end(self, seq: Sequence) -> RequestOutput | None:
@@ -202,6 +209,8 @@ class LLMEngine:
             return None
         self._num_finished += 1
         output = self.output_processor.output(request)
+        for other in request.sequences:
+            self.output_processor.drop(other)
         self._num_generated += sum(len(one["token_ids"]) for one in output["outputs"])
         return output
 
@@ -223,5 +232,5 @@ class LLMEngine:
         return {token_id for token_id in eos if 0 <= token_id < vocab_size}
 
     def _check_open(self) -> None:
-        if self.model_runner is None:
+        if self.is_closed:
             raise RuntimeError("this LLM is closed: build a new one")

@@ -1,40 +1,29 @@
-"""Turns a scheduled batch into tensors, runs the model, owns the KV cache and the CUDA Graphs."""
+"""Runs a model's steps on a device: load, launch, collect."""
 
 import gc
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from nanovllm.config import Config
+from nanovllm.engine.cuda_graphs import CudaGraphs
+from nanovllm.engine.kv_cache import allocate_kv_cache, num_fitting_blocks
 from nanovllm.engine.scheduler import Batch
-from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
-from nanovllm.kernels.embed import embed
-from nanovllm.kernels.gumbel_sample import gumbel_sample
-from nanovllm.kernels.paged_decode import num_decode_ranges
-from nanovllm.kernels.truncate import truncation_thresholds
-from nanovllm.layers.attention import BACKENDS, select_backend
-from nanovllm.layers.layernorm import Residual
-from nanovllm.layers.linear import Linear, can_pack
-from nanovllm.layers.logits import LogitEdits, Logprobs, compute_logprobs, edit_logits_
-from nanovllm.layers.rotary_embedding import rope_cos_sin
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.engine.step_inputs import InputBuffers, StepShape
+from nanovllm.layers.attention_backends import make_backend
+from nanovllm.layers.linear import Linear
+from nanovllm.layers.logits import Logprobs, RowEdits, compute_logprobs
+from nanovllm.layers.sampler import LOGPROB_ROWS, Sampler
+from nanovllm.models import CausalLM
 from nanovllm.utils.context import Context
+from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import fill_with_noise, load_weights
-from nanovllm.utils.memory import (
-    GPU_RESERVE,
-    available_host_memory,
-    gpu_memory_in_use,
-    to_device,
-)
-
-# Rows of logits whose log probabilities are computed at a time: in float32 they take much room.
-LOGPROB_ROWS = 128
+from nanovllm.utils.memory import gpu_memory_in_use, to_device
 
 
 @dataclass
-class Launch:
+class PendingStep:
     """A step under way: its tokens, and the event after which the host may read them.
 
     Log probabilities, too, may be read after that event: of some rows' new tokens, and of tokens of
@@ -56,7 +45,8 @@ def load_libraries(device: torch.device, dtype: torch.dtype) -> None:
     with torch.cuda.device(device):
         ones = torch.ones(16, 16, dtype=dtype, device=device)
         compute_logprobs(ones @ ones, ones[0].long(), 1)
-        embed(ones[0].int(), ones[0].long(), ones)
+        if has_kernels(ones):
+            kernels.embed(ones[0].int(), ones[0].long(), ones)
         torch.cuda.synchronize()
 
 
@@ -67,7 +57,7 @@ class ModelRunner:
         config: the engine's options.
 
     Attributes:
-        attention_backend: the one in use.
+        attention_backend: the name of the one in use.
         num_kvcache_blocks: size of the KV cache.
 
     Raises:
@@ -85,45 +75,39 @@ class ModelRunner:
 
     def _build(self) -> None:
         config, hf_config = self.config, self.config.hf_config
-        self.attention_backend = select_backend(
-            config.attention_backend, self.device, config.torch_dtype, hf_config.head_dim,
-            config.kvcache_block_size,
-        )  # fmt: skip
-        # The torch backend reads lengths on the host, which a graph cannot.
-        self.use_graphs = (
-            self.on_gpu and not config.enforce_eager and self.attention_backend != "torch"
-        )
-        self._graph_bytes = 0
         in_use_before = gpu_memory_in_use(self.device) if self.on_gpu else 0
-        self.model = self._load_model()
-        self.cos_sin = rope_cos_sin(hf_config, config.max_model_len, self.device)
-        num_ranges = 0
-        if self.attention_backend == "triton":
-            num_ranges = num_decode_ranges(self.device, hf_config.num_key_value_heads)
+        self.backend = make_backend(
+            config.attention_backend, self.device, config.torch_dtype,
+            hf_config.num_key_value_heads, hf_config.head_dim, config.kvcache_block_size,
+        )  # fmt: skip
+        self.attention_backend = self.backend.name
+        use_graphs = self.on_gpu and not config.enforce_eager and self.backend.can_capture
+        self.model = load_model(config)
+        self.cos_sin = self.model.rotary_table(config.max_model_len, self.device)
         try:
-            self.inputs = InputBuffers(config, num_ranges)
+            self.inputs = InputBuffers(config, self.backend)
         except RuntimeError as error:
             raise RuntimeError(
                 "no memory for the inputs of a step: lower max_num_batched_tokens "
                 f"({config.max_num_batched_tokens}) or max_num_seqs ({config.max_num_seqs})"
             ) from error
-        rows = config.max_num_seqs
-        # A step's tokens go where its turn says, since the host may not have read the last ones.
-        self.host_tokens = torch.zeros(2, rows, dtype=torch.int64, pin_memory=self.on_gpu)
-        self.sampled = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self.kv_cache = self._allocate_kv_cache(num_blocks=1)
-        if self.on_gpu:
-            self._warm_up()
-        self.num_kvcache_blocks = config.num_kvcache_blocks or self._fitting_blocks(in_use_before)
-        self.kv_cache = self._allocate_kv_cache(self.num_kvcache_blocks)
-        # Each with the residual stream that it leaves, if it ends before the head.
-        self.graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Residual | None]] = {}
-        if self.use_graphs:  # one of each: every new stream would bring a cuBLAS workspace
-            self._graph_pool = torch.cuda.graph_pool_handle()
-            self._capture_stream = torch.cuda.Stream(self.device)
-            # The largest first: what its tensors leave in the pool holds those of all others.
-            # After smaller ones each would add to it (measured, 512 rows: 2.4 GB in place of 0.3).
-            self._capture(self.inputs.decode_shape(config.max_num_seqs))
+        self.sampler = Sampler(config.max_num_seqs, self.device)
+        # Where graphs leave their logits: all in one place, not each in its own.
+        self.logits: torch.Tensor | None = None
+        if use_graphs:
+            shape = (config.max_num_seqs, hf_config.vocab_size)
+            self.logits = torch.empty(shape, dtype=config.torch_dtype, device=self.device)
+        specs = self.model.cache_specs()
+        self.kv_cache = allocate_kv_cache(config, specs, num_blocks=1)
+        step_bytes = self._warm_up(use_graphs) if self.on_gpu else 0
+        self.num_kvcache_blocks = config.num_kvcache_blocks or num_fitting_blocks(
+            config, specs, step_bytes, in_use_before
+        )
+        self.kv_cache = allocate_kv_cache(config, specs, self.num_kvcache_blocks)
+        self.graphs: CudaGraphs | None = None
+        if use_graphs:
+            self.graphs = CudaGraphs(self.device, config.max_num_seqs, self._run)
+            self.graphs.capture(self.inputs.decode_shape(config.max_num_seqs))
         self._launched_rows: dict[int, int] = {}  # seq_id -> row of the last launch
 
     def on_device(self) -> AbstractContextManager:
@@ -131,39 +115,33 @@ class ModelRunner:
         return torch.cuda.device(self.device) if self.on_gpu else nullcontext()
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> Launch:
+    def launch(self, batch: Batch) -> PendingStep:
         """Start a step; returns at once on a GPU. Tokens that the host does not know yet are taken
         on the device from the step launched before."""
         rows = len(batch.seqs)
-        for_graph = self.use_graphs and not batch.is_prefill
-        padded_rows = self._graph_size(rows) if for_graph else rows
+        graphs = None if batch.is_prefill else self.graphs
+        padded_rows = rows if graphs is None else graphs.padded_rows(rows)
         with self.on_device():
-            shape = self.inputs.send(batch, padded_rows, self._launched_rows, for_graph)
-            launch = Launch(self.host_tokens[self.inputs.turn, :rows], None)
-            if not shape.has_head and batch.misses_prompt_logprobs:
-                residual = self._run_for_prompt_logprobs(shape, batch, launch)
-            elif for_graph and shape in self.graphs:
-                graph, residual = self.graphs[shape]
-                graph.replay()
+            shape = self.inputs.send(
+                batch, padded_rows, self._launched_rows, for_graph=graphs is not None
+            )
+            step = PendingStep(self.sampler.host_tokens[self.inputs.buffer_index, :rows], None)
+            if batch.is_prefill and any(seq.needs_prompt_logprobs for seq in batch.seqs):
+                logits = self._run_with_prompt_logprobs(shape, batch, step)
             else:
-                residual = self._run(shape)
-                if for_graph:
-                    self._capture(shape)
-            if residual is not None:
-                # A copy, since the norm takes the partial sums out, and a graph's are to stay.
-                logits = self.model.compute_logits(replace(residual))
-                self._sample_edited(logits[:rows], shape, batch, launch)
+                logits = self._run(shape) if graphs is None else graphs.run(shape)
+            self._serve_rows(logits[:rows], shape, batch, step)
             self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
             if self.on_gpu:
-                launch.done = torch.cuda.Event()
-                launch.done.record()
-            return launch
+                step.done = torch.cuda.Event()
+                step.done.record()
+            return step
 
-    def collect(self, launch: Launch) -> list[int]:
+    def collect(self, step: PendingStep) -> list[int]:
         """Wait for a step's tokens, one a row. At most one newer step may be under way."""
-        if launch.done is not None:
-            launch.done.synchronize()
-        return launch.token_ids.tolist()
+        if step.done is not None:
+            step.done.synchronize()
+        return step.token_ids.tolist()
 
     def reset(self) -> None:
         """Wait for whatever is under way, and forget it."""
@@ -174,57 +152,95 @@ class ModelRunner:
     def close(self) -> None:
         """Give all memory back. The runner is of no use afterwards."""
         self.reset()
-        self.graphs.clear()
-        del self.model, self.kv_cache, self.cos_sin, self.sampled, self.inputs, self.host_tokens
+        del self.graphs, self.model, self.kv_cache, self.cos_sin, self.sampler, self.inputs
+        del self.logits
         gc.collect()
         if self.on_gpu:
             with self.on_device():
                 torch._C._cuda_clearCublasWorkspaces()
                 torch.cuda.empty_cache()
 
-    def _load_model(self) -> Qwen3ForCausalLM:
-        config = self.config
-        with torch.device("meta"):
-            model = Qwen3ForCausalLM(config.hf_config, BACKENDS[self.attention_backend])
-        # As `to_empty` would do, which imports sympy. A tied head has memory, too, for a moment:
-        # what comes after lies where a step of one row takes 1% less (see docs/performance.md).
-        memory = {
-            name: torch.empty(parameter.shape, dtype=config.torch_dtype, device=self.device)
-            for name, parameter in model.state_dict().items()
-        }
-        model.load_state_dict(memory, assign=True)
-        model.requires_grad_(False).tie_weights()
-        if config.load_format == "dummy":
-            fill_with_noise(model, config.hf_config.initializer_range, config.seed)
-        else:
-            ignored = frozenset(["lm_head.weight"] if model.is_tied else [])
-            load_weights(config.model_dir, model.checkpoint_views(), ignored)
-        for module in model.modules():
-            if isinstance(module, Linear) and can_pack(module.weight):
-                module.pack()
-        return model
+    def _run(self, shape: StepShape) -> torch.Tensor:
+        """The step itself, on the device from its inputs to the sampled tokens: what a graph
+        captures. Returns the logits, [rows, vocab]."""
+        inputs = self.inputs.view(shape)
+        stream = self.model(inputs.input_ids, self.sampler.tokens, self._context(shape))
+        out = None if self.logits is None else self.logits[: shape.rows]
+        logits = self.model.compute_logits(stream, out)
+        self.sampler.sample(logits, inputs.sampling(shape.truncates))
+        return logits
 
-    def _allocate_kv_cache(self, num_blocks: int) -> torch.Tensor:
-        """[2, layers, num_blocks, block_size, num_kv_heads, head_dim], keys then values.
+    def _serve_rows(
+        self, logits: torch.Tensor, shape: StepShape, batch: Batch, step: PendingStep
+    ) -> None:
+        """What some rows of a step want besides a token sampled from their logits as they are."""
+        edits: dict[int, RowEdits] = {}
+        reported: dict[int, int] = {}  # row -> how many of the most likely tokens
+        for row, seq in enumerate(batch.seqs):
+            sampling = seq.sampling
+            if not batch.samples[row] or (sampling.edits is None and sampling.logprobs is None):
+                continue
+            num_generated = batch.starts[row] + batch.lengths[row] - seq.num_prompt_tokens
+            if sampling.edits is not None and sampling.edits.apply_to(num_generated):
+                generated = seq.output_token_ids if seq.sampling_params.penalizes else []
+                edits[row] = RowEdits(sampling.edits, num_generated, generated)
+            if sampling.logprobs is not None:
+                reported[row] = sampling.logprobs
+        if edits:
+            inputs = self.inputs.view(shape).sampling(shape.truncates)
+            self.sampler.resample(logits, inputs, edits, self.inputs.buffer_index)
+        if reported:
+            step.logprobs = self.sampler.logprobs(logits, [*reported], max(reported.values()))
 
-        On a CPU a block's memory goes head by head, as attention reads it: the cache is a
-        transposed view.
-        """
-        hf_config = self.config.hf_config
-        block_size, num_kv_heads = self.config.kvcache_block_size, hf_config.num_key_value_heads
-        block = (block_size, num_kv_heads) if self.on_gpu else (num_kv_heads, block_size)
-        shape = (2, hf_config.num_hidden_layers, num_blocks, *block, hf_config.head_dim)
-        try:
-            cache = torch.empty(shape, dtype=self.config.torch_dtype, device=self.device)
-            return cache if self.on_gpu else cache.transpose(3, 4)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"no memory for a KV cache of {num_blocks} blocks of {block_size} tokens: lower "
-                "num_kvcache_blocks or kvcache_block_size"
-            ) from error
+    def _run_with_prompt_logprobs(
+        self, shape: StepShape, batch: Batch, step: PendingStep
+    ) -> torch.Tensor:
+        """A prefill step in which some rows may want to know of all their tokens."""
+        keep: list[int] = []  # of the step's tokens, those whose logits are needed
+        last: list[int] = []  # where each row's last token is among them
+        spans = []
+        first = 0  # of a row among the step's tokens
+        for row, seq in enumerate(batch.seqs):
+            start, length = batch.starts[row], batch.lengths[row]
+            wanted = min(length, seq.num_prompt_tokens - 1 - start)
+            k = seq.sampling_params.prompt_logprobs
+            if seq.needs_prompt_logprobs and k is not None and wanted > 0:
+                spans.append((row, k, len(keep), start + 1, wanted))
+                keep.extend(range(first, first + wanted))
+            first += length
+            keep.append(first - 1)
+            last.append(len(keep) - 1)
+        inputs, context = self.inputs.view(shape), self._context(shape)
+        context.logits_indices = to_device(keep, self.device)
+        stream = self.model(inputs.input_ids, self.sampler.tokens, context)
+        for row, k, at, position, wanted in spans:
+            token_ids = batch.seqs[row].token_ids
+            for start in range(0, wanted, LOGPROB_ROWS):
+                end, place = min(start + LOGPROB_ROWS, wanted), position + start
+                logits = self.model.compute_logits(stream[at + start : at + end])
+                own = to_device(token_ids[place : position + end], self.device)
+                step.prompt_logprobs.append((row, place, compute_logprobs(logits, own, k)))
+        logits = self.model.compute_logits(stream[to_device(last, self.device)])
+        self.sampler.sample(logits, inputs.sampling(shape.truncates))
+        return logits
 
-    def _warm_up(self) -> None:
-        """Run the largest steps of each kind once, on a cache of one block.
+    def _context(self, shape: StepShape) -> Context:
+        inputs, metadata = self.inputs.view(shape), None
+        if not shape.is_prefill:
+            metadata = self.backend.decode_metadata(inputs.decode_metadata, shape.rows)
+        return Context(
+            backend=self.backend, kv_cache=self.kv_cache, cos_sin=self.cos_sin,
+            is_prefill=shape.is_prefill, positions=inputs.positions,
+            slot_mapping=inputs.slot_mapping, context_lens=inputs.context_lens,
+            block_tables=inputs.block_tables, cu_seqlens_q=inputs.cu_seqlens_q,
+            max_seqlen_q=shape.max_seqlen_q, max_context_len=shape.max_context_len,
+            decode_metadata=metadata,
+            logits_indices=inputs.cu_seqlens_q[1:] - 1 if shape.is_prefill else None,
+        )  # fmt: skip
+
+    def _warm_up(self, use_graphs: bool) -> int:
+        """Run the largest steps of each kind once, on a cache of one block; returns the bytes that
+        a step needs at the most.
 
         Libraries load, kernels compile, and the allocator learns the peak. Nothing is written: all
         rows are padding as far as the KV cache is concerned.
@@ -236,165 +252,51 @@ class ModelRunner:
         prefill = StepShape(True, rows, tokens, width, length, context)
         decode = self.inputs.decode_shape(config.max_num_seqs)
         torch.cuda.reset_peak_memory_stats(self.device)
-        for shape in (decode, prefill, decode._replace(has_head=False)):
+        graph_bytes = 0  # of the first, a decode step
+        for shape in (decode, prefill, decode):
             inputs = self.inputs.view(shape)
             inputs.slot_mapping.fill_(-1)
             inputs.context_lens.fill_(shape.max_seqlen_q)
             starts = torch.arange(shape.rows + 1) * shape.max_seqlen_q
             inputs.cu_seqlens_q.copy_(starts.clamp_(max=shape.tokens))
-            residual = self._run(shape)
+            logits = self._run(shape)
             self.inputs.device.zero_()
-            if shape is decode and self.use_graphs:  # which the graphs' own pool holds again
-                self._graph_bytes = self._activation_bytes()
-        # What a step holds at once when requests want its logits changed, and to know of them.
-        logits = self.model.compute_logits(residual)
-        edited = logits.to(torch.float32, copy=True)
-        first_token = self.sampled[:1].expand(LOGPROB_ROWS)
+            graph_bytes = graph_bytes or self._activation_bytes()
+        # What a step holds at once when rows want their logits changed, and to know of them.
+        edited = logits.clone().float()
+        first_token = self.sampler.tokens[:1].expand(LOGPROB_ROWS)
         compute_logprobs(logits[:1].expand(LOGPROB_ROWS, -1), first_token, 1)
-        del residual, logits, edited
+        del logits, edited
         torch.cuda.synchronize(self.device)
+        # The graphs' own pool holds a decode step's memory once more.
+        return self._activation_bytes() + (graph_bytes if use_graphs else 0)
 
     def _activation_bytes(self) -> int:
         stats = torch.cuda.memory_stats(self.device)
         return stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
 
-    def _fitting_blocks(self, in_use_before: int) -> int:
-        """How many KV blocks the memory holds that is really free, within this engine's share."""
-        config, hf_config = self.config, self.config.hf_config
-        block_bytes = (
-            2 * hf_config.num_hidden_layers * config.kvcache_block_size
-            * hf_config.num_key_value_heads * hf_config.head_dim * config.torch_dtype.itemsize
-        )  # fmt: skip
-        if not self.on_gpu:
-            # A quarter of what is there; never more than all sequences at full length could use.
-            wanted = config.max_num_seqs * self.inputs.max_width
-            num_blocks = min(wanted, available_host_memory() // 4 // block_bytes)
-        else:
-            activations = self._activation_bytes() + self._graph_bytes
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info(self.device)
-            in_use = total - free - in_use_before
-            share = int(total * config.gpu_memory_utilization) - in_use
-            num_blocks = (min(share, free) - activations - GPU_RESERVE) // block_bytes
-        if num_blocks < 1:
-            way_out = (
-                "raise gpu_memory_utilization, lower max_num_batched_tokens or max_num_seqs, or "
-                "free memory on the device"
-                if self.on_gpu
-                else "lower kvcache_block_size, give num_kvcache_blocks, or free memory"
-            )
-            raise RuntimeError(f"no memory left for the KV cache: {way_out}")
-        return num_blocks
 
-    def _run(self, shape: StepShape) -> Residual | None:
-        """The step itself, on the device from its inputs to `sampled`: what a graph captures.
+def load_model(config: Config) -> CausalLM:
+    """The network with its weights, on the device.
 
-        If the shape says that tokens are not sampled from here, returns what the head needs.
-        """
-        inputs = self.inputs.view(shape)
-        context = self._context(inputs, shape)
-        residual = self.model(inputs.input_ids, self.sampled, self.kv_cache, context)
-        if not shape.has_head:
-            return residual
-        self._sample(self.model.compute_logits(residual), inputs, shape.truncates)
-        return None
-
-    def _sample(self, logits: torch.Tensor, inputs: StepInputs, truncates: bool) -> None:
-        rows = slice(len(logits))
-        temperatures, thresholds = inputs.temperatures[rows], None
-        if truncates:
-            thresholds = truncation_thresholds(
-                logits, temperatures, inputs.top_k[rows], inputs.top_p[rows], inputs.min_p[rows]
-            )
-        gumbel_sample(
-            logits, temperatures, inputs.seeds[rows], inputs.context_lens[rows],
-            self.sampled[rows], self.host_tokens, inputs.turn, thresholds,
-        )  # fmt: skip
-
-    def _sample_edited(
-        self, logits: torch.Tensor, shape: StepShape, batch: Batch, launch: Launch
-    ) -> None:
-        """Sample from logits [rows, vocab] that some rows want changed, or to know of."""
-        edits, wants = [], []
-        for row, seq in enumerate(batch.seqs):
-            length, params = batch.starts[row] + batch.lengths[row], seq.sampling_params
-            num_generated = length - seq.num_prompt_tokens
-            if not batch.samples[row]:
-                continue
-            if params.edits_all_logits or num_generated < params.min_tokens:
-                prompt, generated = np.empty(0), []
-                if seq.penalizes:
-                    prompt, generated = seq.distinct_prompt_tokens, seq.output_token_ids
-                ending = seq.ending_token_ids
-                edits.append(LogitEdits(row, params, ending, prompt, generated, num_generated))
-            if params.logprobs is not None:
-                wants.append(row)
-        edited = logits.to(torch.float32, copy=True)
-        edit_logits_(edited, edits)
-        self._sample(edited, self.inputs.view(shape), batch.truncates)
-        k = max((batch.seqs[row].sampling_params.logprobs for row in wants), default=0)
-        for start in range(0, len(wants), LOGPROB_ROWS):
-            rows = wants[start : start + LOGPROB_ROWS]
-            places = to_device(rows, self.device)
-            found = compute_logprobs(logits[places], self.sampled[places], k)
-            launch.logprobs.append((rows, found))
-
-    def _run_for_prompt_logprobs(self, shape: StepShape, batch: Batch, launch: Launch) -> Residual:
-        """A prefill step in which some rows may want to know of all their tokens; returns what the
-        head needs for the rows' next ones."""
-        inputs = self.inputs.view(shape)
-        keep: list[int] = []  # of the step's tokens, those whose logits are needed
-        last: list[int] = []  # where each row's last token is among them
-        spans = []
-        first = 0  # of a row among the step's tokens
-        for row, seq in enumerate(batch.seqs):
-            start, length = batch.starts[row], batch.lengths[row]
-            wanted = min(length, seq.num_prompt_tokens - 1 - start)
-            if seq.misses_prompt_logprobs and wanted > 0:
-                spans.append((row, len(keep), start + 1, wanted))
-                keep.extend(range(first, first + wanted))
-            first += length
-            keep.append(first - 1)
-            last.append(len(keep) - 1)
-        context = self._context(inputs, shape)
-        context.logits_indices = to_device(keep, self.device)
-        residual = self.model(inputs.input_ids, self.sampled, self.kv_cache, context)
-        for row, at, position, wanted in spans:
-            seq = batch.seqs[row]
-            for start in range(0, wanted, LOGPROB_ROWS):
-                end, place = min(start + LOGPROB_ROWS, wanted), position + start
-                logits = self.model.compute_logits(residual.rows(slice(at + start, at + end)))
-                own = to_device(seq.token_ids[place : position + end], self.device)
-                found = compute_logprobs(logits, own, seq.sampling_params.prompt_logprobs)
-                launch.prompt_logprobs.append((row, place, found))
-        return residual.rows(to_device(last, self.device))
-
-    def _context(self, inputs: StepInputs, shape: StepShape) -> Context:
-        plan = (inputs.bounds, inputs.chunk_counts, inputs.tiles) if shape.has_plan else None
-        return Context(
-            cos_sin=self.cos_sin, is_prefill=shape.is_prefill, positions=inputs.positions,
-            slot_mapping=inputs.slot_mapping, context_lens=inputs.context_lens,
-            block_tables=inputs.block_tables, cu_seqlens_q=inputs.cu_seqlens_q,
-            logits_indices=inputs.cu_seqlens_q[1:] - 1 if shape.is_prefill else None,
-            decode_plan=plan, max_seqlen_q=shape.max_seqlen_q,
-            max_context_len=shape.max_context_len,
-        )  # fmt: skip
-
-    def _graph_size(self, rows: int) -> int:
-        """The batch size whose graph runs `rows` rows: 1, 2, 4, 8, then multiples of 16."""
-        size = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 16) * 16
-        return min(size, self.config.max_num_seqs)
-
-    def _capture(self, shape: StepShape) -> None:
-        """Record the decode step of one shape, for the next time. All graphs share one pool."""
-        graph = torch.cuda.CUDAGraph()
-        # torch.cuda.graph would collect garbage and empty the allocator's cache each time.
-        torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(self._capture_stream):
-            graph.capture_begin(self._graph_pool)
-            try:
-                residual = self._run(shape)
-            finally:  # a stream left capturing would refuse everything after
-                graph.capture_end()
-        torch.cuda.synchronize(self.device)
-        self.graphs[shape] = graph, residual
+    Raises:
+        ValueError, FileNotFoundError: for a checkpoint that cannot be loaded.
+    """
+    with torch.device("meta"):
+        model = config.model_class(config.hf_config)
+    # As `to_empty` would do, which imports sympy. A tied head has memory, too, for a moment: what
+    # comes after lies where a step of one row takes 1% less (see docs/performance.md).
+    memory = {
+        name: torch.empty(parameter.shape, dtype=config.torch_dtype, device=config.torch_device)
+        for name, parameter in model.state_dict().items()
+    }
+    model.load_state_dict(memory, assign=True)
+    model.requires_grad_(False).tie_weights()
+    if config.load_format == "dummy":
+        fill_with_noise(model, config.hf_config.initializer_range, config.seed)
+    else:
+        load_weights(config.model_dir, model.checkpoint_views(), model.ignored_tensors())
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.pack()
+    return model

@@ -7,7 +7,6 @@ discarded row when a sequence turns out to have ended by EOS; one that ends by l
 
 import time
 from collections import deque
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from nanovllm.engine.block_manager import BlockManager
@@ -35,17 +34,7 @@ class Batch:
     @property
     def truncates(self) -> bool:
         """Whether any row samples by top_k, top_p or min_p."""
-        return any(seq.truncates for seq in self.seqs)
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether more has to be done with the logits of any row than to sample from them."""
-        return any(start < seq.logits_until for seq, start in zip(self.seqs, self.starts))
-
-    @property
-    def misses_prompt_logprobs(self) -> bool:
-        """Whether log probabilities of any row's prompt are still to be found."""
-        return self.is_prefill and any(seq.misses_prompt_logprobs for seq in self.seqs)
+        return any(seq.sampling.truncates for seq in self.seqs)
 
 
 class Scheduler:
@@ -55,20 +44,14 @@ class Scheduler:
         block_manager: the pool of KV blocks.
         max_num_seqs: the most sequences that run at once.
         max_num_batched_tokens: the most tokens of a prefill step; longer prompts run in chunks.
-        eos_token_ids: tokens that end a sequence (unless it ignores them).
     """
 
     def __init__(
-        self,
-        block_manager: BlockManager,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        eos_token_ids: Collection[int] = (),
+        self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int
     ) -> None:
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.eos_token_ids = frozenset(eos_token_ids)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission, the newest last
         self.num_preemptions = 0
@@ -80,7 +63,6 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence that fits the cache on its own (the engine has checked that)."""
-        seq.ending_token_ids = self.eos_token_ids.union(seq.sampling_params.stop_token_ids)
         self.waiting.append(seq)
 
     def schedule(self) -> Batch | None:
@@ -90,23 +72,39 @@ class Scheduler:
             batch = self._schedule_decode()
         return batch if batch.seqs else None
 
-    def postprocess(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
-        """Take in the tokens of a step, one per row; returns the sequences that ended with it."""
-        ended = []
-        for seq, samples, token_id in zip(batch.seqs, batch.samples, token_ids, strict=True):
+    def postprocess(self, batch: Batch, token_ids: list[int]) -> list[int]:
+        """Append a step's tokens, one per row, to their sequences, and finish those that end by it.
+
+        Returns the rows whose token counts: a chunk of a prompt yields none, and a sequence may
+        have ended while its row was already under way.
+        """
+        rows = []
+        for row, (seq, samples) in enumerate(zip(batch.seqs, batch.samples, strict=True)):
             if not samples:
                 continue
             seq.num_pending_tokens -= 1
-            if seq.is_finished:  # it ended while this row was already under way
+            if seq.is_finished:
                 continue
+            token_id = token_ids[row]
             if len(seq.token_ids) == seq.num_prompt_tokens:
                 seq.first_token_time = time.time()
             seq.token_ids.append(token_id)
+            rows.append(row)
             self._register_generated(seq)
-            may_end = token_id in seq.ending_token_ids or len(seq.token_ids) >= seq.max_len
-            if (may_end or seq.detokenizer is not None) and self._ends(seq, token_id):
-                ended.append(seq)
-        return ended
+            if token_id in seq.eos_token_ids:
+                self._finish(seq, "stop")
+            elif token_id in seq.stop_token_ids:
+                self._finish(seq, "stop", token_id)
+            elif len(seq.token_ids) >= seq.max_len:
+                self._finish(seq, "length")
+        return rows
+
+    def stop(self, seq: Sequence, stop_string: str) -> None:
+        """End a sequence in whose text a stop string has come with its newest token."""
+        if seq.is_finished:  # by its length, with the same token
+            seq.finish_reason, seq.stop_reason = "stop", stop_string
+        else:
+            self._finish(seq, "stop", stop_string)
 
     def abort(self, seq: Sequence) -> None:
         """End a sequence, if it has not ended; what a step under way yields for it is discarded."""
@@ -130,7 +128,9 @@ class Scheduler:
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             # Each running sequence may soon want a block: admit none that would be preempted next.
-            if not self.block_manager.allocate(seq, headroom=len(self.running)):
+            headroom = len(self.running)
+            use_cache = not seq.needs_prompt_logprobs
+            if not self.block_manager.allocate(seq, headroom, use_cache):
                 break
             if seq.num_cached_tokens is None:
                 seq.num_cached_tokens = seq.num_computed_tokens
@@ -176,22 +176,6 @@ class Scheduler:
         num_written = len(seq.token_ids) - 1
         if num_written % self.block_manager.block_size == 0 and seq.block_table:
             self.block_manager.register(seq, num_written)
-
-    def _ends(self, seq: Sequence, token_id: int) -> bool:
-        """Take the newest token into the text, and finish the sequence if it ends there."""
-        params, detokenizer = seq.sampling_params, seq.detokenizer
-        if token_id in seq.ending_token_ids:
-            is_eos = token_id in self.eos_token_ids and not params.ignore_eos
-            if is_eos or token_id in params.stop_token_ids:
-                self._finish(seq, "stop", None if is_eos else token_id)
-        if detokenizer is not None and (not seq.is_finished or params.include_stop_str_in_output):
-            is_late_enough = len(seq.token_ids) >= seq.num_prompt_tokens + params.min_tokens
-            detokenizer.append(token_id, may_stop=is_late_enough and not seq.is_finished)
-            if detokenizer.stopped_by is not None:
-                self._finish(seq, "stop", detokenizer.stopped_by)
-        if not seq.is_finished and len(seq.token_ids) >= seq.max_len:
-            self._finish(seq, "length")
-        return seq.is_finished
 
     def _preempt(self, seq: Sequence) -> None:
         """Send a sequence back to the head of the queue, to be computed again from its tokens."""

@@ -1,12 +1,11 @@
-"""One request on its way through the engine."""
+"""One completion of a request on its way through the engine."""
 
+from collections.abc import Collection
 from enum import Enum, auto
-from functools import cached_property
+from typing import NamedTuple
 
-import numpy as np
-
-from nanovllm.engine.detokenizer import Detokenizer
-from nanovllm.engine.outputs import PositionLogprobs
+from nanovllm.layers.logits import LogitEdits
+from nanovllm.outputs import PositionLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -18,29 +17,52 @@ class SequenceStatus(Enum):
     FINISHED = auto()
 
 
+class RowSampling(NamedTuple):
+    """What a step has to do for a sequence's row: resolved once, when the request is queued.
+
+    Attributes:
+        seed: 64 bits, as a signed integer.
+        temperature: what logits are divided by; 0 is greedy.
+        top_k, top_p, min_p: 0, 1 and 0 are off.
+        truncates: whether one of these three is on.
+        edits: what is changed in the logits first; None: nothing.
+        logprobs: report the token's log probability and so many of the most likely ones; None: no.
+    """
+
+    seed: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    truncates: bool
+    edits: LogitEdits | None
+    logprobs: int | None
+
+
 class Sequence:
-    """The tokens of one request, and how far the engine is with them.
+    """The tokens of one completion, and how far the engine is with them.
 
     The scheduler works with lengths alone, so it may plan a step whose input is a token that the
     previous step has not delivered yet: such a token is counted in `num_pending_tokens`.
 
+    Args:
+        seq_id: no other sequence has it.
+        prompt_token_ids: at least one.
+        sampling_params: of the request.
+        max_len: prompt and generated tokens together never exceed this.
+        seed: of its random choices, 64 bits as a signed integer.
+        eos_token_ids: the model's end-of-sequence tokens.
+
     Attributes:
         token_ids: prompt and generated tokens known so far.
-        temperature: what logits are divided by; 0 is greedy.
-        truncates: whether it samples by top_k, top_p or min_p.
-        penalizes: whether its tokens so far change the logits of the next.
-        logits_until: how many tokens it has when no more has to be done with its logits than to
-            sample from them.
+        sampling: what a step has to do for its row.
+        eos_token_ids, stop_token_ids: the tokens that end it: silently, or as its `stop_reason`.
         num_pending_tokens: sampled by a launched step, not yet collected.
         num_computed_tokens: leading tokens whose keys and values a launched step has written or
             the prefix cache held.
         num_cached_tokens: how many prompt tokens the prefix cache held at first admission.
-        max_len: prompt and generated tokens together never exceed this.
         block_table: KV blocks in token order.
-        ending_token_ids: the model's end-of-sequence tokens and its own stop tokens; set when it is
-            queued.
         finish_reason, stop_reason: see `outputs.CompletionOutput`.
-        detokenizer: where the text is needed as it grows.
         logprobs: of the tokens generated so far, if asked for.
         prompt_logprobs: of the prompt's tokens as far as they are known, if asked for.
         first_token_time, finished_time: in seconds, by `time.time`.
@@ -53,33 +75,32 @@ class Sequence:
         sampling_params: SamplingParams,
         max_len: int,
         seed: int,
+        eos_token_ids: Collection[int] = (),
     ) -> None:
+        params = sampling_params
         self.seq_id = seq_id
         self.status = SequenceStatus.WAITING
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
-        self.sampling_params = sampling_params
-        self.temperature = sampling_params.usable_temperature
-        self.truncates = sampling_params.truncates
-        self.penalizes = sampling_params.penalizes
+        self.sampling_params = params
         self.max_len = max_len
-        self.seed = seed
+        self.stop_token_ids = frozenset(params.stop_token_ids or ())
+        self.eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
+        withheld = self.stop_token_ids.union(eos_token_ids)  # EOS also where it would be ignored
+        self.sampling = RowSampling(
+            seed, params.usable_temperature, min(params.top_k, 2**31 - 1), params.top_p,
+            params.min_p, params.truncates, LogitEdits.of(params, withheld, prompt_token_ids),
+            params.logprobs,
+        )  # fmt: skip
         self.num_pending_tokens = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         self.block_table: list[int] = []
-        self.ending_token_ids: frozenset[int] = frozenset()
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.detokenizer: Detokenizer | None = None
         self.logprobs: list[PositionLogprobs] = []
-        wants_prompt = sampling_params.prompt_logprobs is not None
+        wants_prompt = params.prompt_logprobs is not None
         self.prompt_logprobs: list[PositionLogprobs | None] = [None] if wants_prompt else []
-        self.logits_until = self.num_prompt_tokens if wants_prompt else 0
-        if sampling_params.logprobs is not None or sampling_params.edits_all_logits:
-            self.logits_until = max_len
-        elif sampling_params.min_tokens:
-            self.logits_until = self.num_prompt_tokens + sampling_params.min_tokens - 1
         self.first_token_time = self.finished_time = 0.0
 
     @property
@@ -88,8 +109,13 @@ class Sequence:
         return len(self.token_ids) + self.num_pending_tokens
 
     @property
-    def misses_prompt_logprobs(self) -> bool:
-        """Whether its whole prompt has to be run, whatever the cache holds of it."""
+    def num_generated(self) -> int:
+        """Generated tokens that are known."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether its whole prompt has to be run, whatever the prefix cache holds of it."""
         return 0 < len(self.prompt_logprobs) < self.num_prompt_tokens
 
     @property
@@ -99,11 +125,6 @@ class Sequence:
     @property
     def prompt_token_ids(self) -> list[int]:
         return self.token_ids[: self.num_prompt_tokens]
-
-    @cached_property
-    def distinct_prompt_tokens(self) -> np.ndarray:
-        """Sorted, [distinct tokens] int64."""
-        return np.unique(self.prompt_token_ids)
 
     @property
     def output_token_ids(self) -> list[int]:

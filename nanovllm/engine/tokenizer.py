@@ -20,6 +20,13 @@ _CLASSES = {
 }
 
 
+def decode(tokenizer: Tokenizer, token_ids: list[int], skip_special_tokens: bool) -> str:
+    """The text of some tokens."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+    assert isinstance(text, str)  # a list for a list of lists
+    return text
+
+
 def load_tokenizer(model_dir: Path) -> Tokenizer | None:
     """The checkpoint's tokenizer, None if it has none.
 
@@ -35,7 +42,7 @@ def load_tokenizer(model_dir: Path) -> Tokenizer | None:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if not isinstance(content, dict):
             raise ValueError(f"{path.name} is not an object")
-        name = _CLASSES.get(content.get("tokenizer_class"), "AutoTokenizer")
+        name = _CLASSES.get(str(content.get("tokenizer_class")), "AutoTokenizer")
         tokenizer_class = getattr(transformers, name)
         return tokenizer_class.from_pretrained(model_dir, local_files_only=True)
     except Exception as error:

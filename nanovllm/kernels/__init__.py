@@ -1,0 +1,28 @@
+"""Triton kernels, one idea a file. Layers take them where they can run, by `utils.kernels`.
+
+Without this package, or without Triton, the engine is slower and still right: each layer has its
+formula in plain torch. A kernel's file opens with what it computes, its grid, the bytes that it
+moves and what bounds it.
+"""
+
+import triton
+
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
+    raise ImportError(f"nanovllm's kernels need triton 3.5 or later, found {triton.__version__}")
+
+from nanovllm.kernels.activation import silu_and_mul
+from nanovllm.kernels.decode_attention import num_decode_ranges, paged_decode
+from nanovllm.kernels.decode_plan import DecodePlan, max_plan_words, plan_decode
+from nanovllm.kernels.embedding import embed
+from nanovllm.kernels.gumbel import gumbel_sample
+from nanovllm.kernels.layernorm import rms_norm
+from nanovllm.kernels.linear import add_matmul, gated_matmul, matmul
+from nanovllm.kernels.prefill_attention import paged_prefill
+from nanovllm.kernels.rope_store import qk_norm_rope_store
+from nanovllm.kernels.truncate import truncation_thresholds
+
+__all__ = [
+    "DecodePlan", "add_matmul", "embed", "gated_matmul", "gumbel_sample", "matmul",
+    "max_plan_words", "num_decode_ranges", "paged_decode", "paged_prefill", "plan_decode",
+    "qk_norm_rope_store", "rms_norm", "silu_and_mul", "truncation_thresholds",
+]  # fmt: skip

@@ -1,8 +1,8 @@
 """Matrix times one vector or two, with the small operations around it in the same kernel.
 
-    y = W norm(x)                      norm: RMSNorm, optional
-    y = silu(W_gate norm(x)) * (W_up norm(x))
-    y += W x                           in place, the residual add
+    y = W norm(x) + b                  norm (RMSNorm) and b are optional
+    y = silu(W_gate norm(x) + b_gate) * (W_up norm(x) + b_up)
+    y += W x + b                       in place, the residual add
 
 For the one or two rows of a tiny decode batch a matrix product is the reading of its weights, and
 the gaps between many small kernels cost as much again. Here the norm is `(W (x * g)) * rsqrt(mean
@@ -16,45 +16,17 @@ Grid: (slice of the output). Bytes moved: the weights once. Bound by memory.
 """
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from nanovllm.kernels._triton import (
-    HAS_TRITON,
-    launch_next,
-    pdl,
-    prefer_shared_memory,
-    tl,
-    triton,
-    wait_for_previous,
-)
-from nanovllm.kernels.rms_norm import rms_norm_torch
-from nanovllm.kernels.silu_and_mul import silu_and_mul_torch, silu_times
+from nanovllm.kernels.activation import silu_times
+from nanovllm.kernels.launch import launch_dependents, pdl, prefer_shared_memory, wait
 
 MAX_ROWS = 2
-# In-features, with a norm and without: of more, registers spill.
-_MAX_NORMED, _MAX_PLAIN = 4096, 17408
-_SHORT_ROW, _SMALL = 2048, 2**23  # where two rows are faster here than in kernels for more
 _WARPS = 4
 
 
-def can_gemv(x: torch.Tensor, weight: torch.Tensor, has_norm: bool) -> bool:
-    """Whether `x` [rows, in] has few enough rows for `weight`, and is where the kernel runs."""
-    rows, k = x.shape
-    if not x.is_cuda or not HAS_TRITON or k > (_MAX_NORMED if has_norm else _MAX_PLAIN):
-        return False
-    return rows == 1 or (rows == MAX_ROWS and (k <= _SHORT_ROW or weight.numel() <= _SMALL))
-
-
-def gemv_torch(x, weight, bias=None, norm_weight=None, eps=0.0, gated=False, add_to=None):
-    if norm_weight is not None:
-        x = rms_norm_torch(x, norm_weight, eps)
-    y = F.linear(x, weight, bias)
-    if gated:
-        return silu_and_mul_torch(y)
-    return y if add_to is None else add_to.add_(y)
-
-
-def gemv_triton(
+def gemv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -62,24 +34,28 @@ def gemv_triton(
     eps: float = 0.0,
     gated: bool = False,
     add_to: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W x, with what comes before and after it.
+    """W x + b, with what comes before and after it.
 
     Args:
         x: [rows, in], `MAX_ROWS` rows at most.
-        weight: [out, in]; with `gated` [2 * out, in], gate then up, and no bias.
-        bias: [out].
+        weight: [out, in]; with `gated` [2 * out, in], gate then up.
+        bias: [out]; with `gated` [2 * out].
         norm_weight: [in], of an RMSNorm of x.
         eps: of that norm.
         gated: return silu(gate) * up.
-        add_to: [rows, out], the result is added into it in place.
+        add_to: [rows, out], the result is added to it in place.
+        out: [rows, out], the memory of the result if it is to be a given one.
 
     Returns:
-        [rows, out], in the dtype of x; `add_to` if given.
+        [rows, out], in the dtype of x; `add_to` or `out` if given.
     """
     rows, k = x.shape
     n = weight.shape[0] // 2 if gated else weight.shape[0]
-    y = torch.empty(rows, n, dtype=x.dtype, device=x.device) if add_to is None else add_to
+    y = add_to if add_to is not None else out
+    if y is None:
+        y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     blocks, ahead, per_warp = tiling(k, norm_weight is not None, gated, x.element_size())
     kernel = _gemv_kernel[(triton.cdiv(n, _WARPS * per_warp),)](
         x, weight, bias, norm_weight, y, eps, n, k,
@@ -95,7 +71,7 @@ def gemv_triton(
 def tiling(
     k: int, has_norm: bool, gated: bool, element_size: int
 ) -> tuple[tuple[int, ...], int, int]:
-    """Sizes of a row's blocks, how many are ahead, and the rows of the weight per warp.
+    """Sizes of a row's blocks, how many are loaded ahead, and the rows of the weight per warp.
 
     Enough loads are in flight for each thread, and no register is spilled (measured in the shapes
     of Qwen3-0.6B to 8B, in bf16).
@@ -121,7 +97,7 @@ def _gemv_kernel(
     WARPS: tl.constexpr, ROWS: tl.constexpr, PER_WARP: tl.constexpr, BLOCKS: tl.constexpr,
     AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    launch_next(PDL)
+    launch_dependents(PDL)
     # Tiles are [warp, row of x, output of the warp, K / 256, 256]; the last is one 16-byte load of
     # each of a warp's 32 lanes. With the warps in front, the compiler gives each one whole rows.
     warp = tl.arange(0, WARPS)[:, None, None, None, None]
@@ -145,7 +121,7 @@ def _gemv_kernel(
             if HAS_NORM:
                 g += (_load(norm_ptr, start + zero, k, True, BLOCKS[i + AHEAD], ""),)
         if i == -1:
-            wait_for_previous(PDL)
+            wait(PDL)
         if i >= 0:
             x = _load(x_ptr + row * k, i * BLOCKS[0] + zero, k, True, BLOCKS[i], "").to(tl.float32)
             if HAS_NORM:
@@ -161,10 +137,13 @@ def _gemv_kernel(
     row = tl.arange(0, ROWS)[None, :, None]
     out = tl.arange(0, WARPS)[:, None, None] * PER_WARP + tl.arange(0, PER_WARP)[None, None, :]
     out += tl.program_id(0) * WARPS * PER_WARP
-    if GATED:
-        y = silu_times(y, tl.sum(acc_up, axis=3) * scale)
     if HAS_BIAS:
         y += tl.load(bias_ptr + out, mask=out < n, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.sum(acc_up, axis=3) * scale
+        if HAS_BIAS:
+            up += tl.load(bias_ptr + n + out, mask=out < n, other=0.0).to(tl.float32)
+        y = silu_times(y, up)
     target = y_ptr + row * n + out
     if ADD:
         y += tl.load(target, mask=out < n, other=0.0).to(tl.float32)

@@ -13,31 +13,14 @@ Grid: (tile of outputs, slice of K). Bytes moved: the weights once. Bound by mem
 """
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from nanovllm.kernels._triton import (
-    has_large_shared_memory,
-    launch_next,
-    pdl,
-    prefetch,
-    tl,
-    triton,
-    wait_for_previous,
-)
-from nanovllm.kernels.silu_and_mul import silu_and_mul_torch, silu_times
+from nanovllm.kernels.activation import silu_times
+from nanovllm.kernels.launch import launch_dependents, pdl, prefetch, wait
 
-MAX_ROWS, MAX_ROWS_OF_LARGE = 128, 64
-_LARGE = 2**25  # elements of a weight
+MAX_ROWS = 128
 _TILE, _BLOCK_K, _PROGRAMS = 64, 128, 128
-
-
-def can_split_k(x: torch.Tensor, out_features: int, in_parts: bool = False) -> bool:
-    """Whether `x` [rows, in] has few enough rows, and is where the kernel runs."""
-    rows, k = x.shape
-    is_large = k * out_features > _LARGE and not in_parts
-    if rows > (MAX_ROWS_OF_LARGE if is_large else MAX_ROWS):
-        return False
-    return x.element_size() == 2 and has_large_shared_memory(x)
 
 
 def num_splits(out_features: int) -> int:
@@ -45,30 +28,23 @@ def num_splits(out_features: int) -> int:
     return max(1, min(8, _PROGRAMS // -(-out_features // _TILE)))
 
 
-def split_k_torch(
-    x: torch.Tensor, weight: torch.Tensor, splits: int | None = None, gated: bool = False
+def split_k(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    splits: int | None = None,
+    gated: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if gated:
-        return silu_and_mul_torch(F.linear(x, weight))
-    if splits is None:
-        return F.linear(x, weight)
-    size = _slice_size(x.shape[1], splits)
-    parts = zip(x.float().split(size, dim=1), weight.float().split(size, dim=1))
-    products = [F.linear(x_part, weight_part) for x_part, weight_part in parts]
-    products += [torch.zeros_like(products[0])] * (splits - len(products))
-    return torch.stack(products)
-
-
-def split_k_triton(
-    x: torch.Tensor, weight: torch.Tensor, splits: int | None = None, gated: bool = False
-) -> torch.Tensor:
-    """W x, whole or in parts.
+    """W x + b, whole or in parts.
 
     Args:
         x: [rows, in], at most `MAX_ROWS` rows.
         weight: [out, in]; with `gated` [2 * out, in], gate then up.
+        bias: [out]; with `gated` [2 * out].
         splits: into how many slices the inner dimension is cut; None leaves it whole.
         gated: return silu(gate) * up, without `splits`.
+        out: the memory of the result if it is to be a given one.
 
     Returns:
         [splits, rows, out] float32, whose sum is the product; without `splits` the product itself,
@@ -78,11 +54,12 @@ def split_k_triton(
     n, outputs = (n // 2, _TILE // 2) if gated else (n, _TILE)
     shape, dtype = ((rows, n), x.dtype) if splits is None else ((splits, rows, n), torch.float32)
     splits = splits or 1
-    out = torch.empty(shape, dtype=dtype, device=x.device)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=x.device)
     padded_rows, block_k, stages = tiling(rows)
     _split_k_kernel[(triton.cdiv(n, outputs), splits)](
-        x, weight, out, rows, n, k, _slice_size(k, splits),
-        ROWS=padded_rows, TILE=_TILE, BLOCK_K=block_k, GATED=gated,
+        x, weight, bias, out, rows, n, k, _slice_size(k, splits),
+        ROWS=padded_rows, TILE=_TILE, BLOCK_K=block_k, GATED=gated, HAS_BIAS=bias is not None,
         num_warps=4, num_stages=stages, **pdl(x),
     )  # fmt: skip
     return out
@@ -105,11 +82,11 @@ def _slice_size(k: int, splits: int) -> int:
 
 @triton.jit
 def _split_k_kernel(
-    x_ptr, weight_ptr, out_ptr, rows, n: tl.constexpr, k: tl.constexpr, slice_k: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr,
-    PDL: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, rows, n: tl.constexpr, k: tl.constexpr,
+    slice_k: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    launch_next(PDL)
+    launch_dependents(PDL)
     lane = tl.arange(0, TILE)
     outputs: tl.constexpr = TILE // 2 if GATED else TILE
     first_out = tl.program_id(0) * outputs
@@ -130,7 +107,7 @@ def _split_k_kernel(
         blocks = tl.minimum(first + tl.arange(0, 2) * BLOCK_K, k - BLOCK_K)
         prefetch(weight_starts + blocks[None, :], 2 * BLOCK_K, PDL)
     acc = tl.zeros([TILE, ROWS], tl.float32)
-    wait_for_previous(PDL)
+    wait(PDL)
     for start in range(first, tl.minimum(first + slice_k, k), BLOCK_K):
         if even:
             w = tl.load(weights + start)
@@ -140,6 +117,9 @@ def _split_k_kernel(
             w = tl.load(weights + start, mask=(outs < n)[:, None] & inside, other=0.0)
             x = tl.load(xs + start, mask=(row < rows)[:, None] & inside, other=0.0)
         acc = tl.dot(w, tl.trans(x), acc)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + weight_rows, mask=outs < n, other=0.0).to(tl.float32)
+        acc += tl.where(tl.program_id(1) == 0, bias, 0.0)[:, None]
     if GATED:
         pairs = tl.reshape(acc, [TILE // 16, 2, 8, ROWS])
         gate, up = tl.split(tl.permute(pairs, (0, 2, 3, 1)))

@@ -17,8 +17,10 @@ the one SM that has the row: it takes as long for one row as for one on every SM
 """
 
 import torch
+import triton
+import triton.language as tl
 
-from nanovllm.kernels._triton import HAS_TRITON, launch_next, pdl, tl, triton, wait_for_previous
+from nanovllm.kernels.launch import launch_dependents, pdl, wait
 
 LANES = 4096
 
@@ -41,37 +43,6 @@ def truncation_thresholds(
         top_p: [rows] float32 in (0, 1]; 1 is off.
         min_p: [rows] float32 in [0, 1]; 0 is off.
     """
-    if logits.is_cuda and HAS_TRITON:
-        return truncation_thresholds_triton(logits, temperatures, top_k, top_p, min_p)
-    return truncation_thresholds_torch(logits, temperatures, top_k, top_p, min_p)
-
-
-def truncation_thresholds_torch(logits, temperatures, top_k, top_p, min_p) -> torch.Tensor:
-    rows, vocab = logits.shape
-    thresholds = torch.full((rows,), float("-inf"), dtype=torch.float32, device=logits.device)
-    has_k = (top_k > 0) & (top_k < vocab)
-    is_on = (temperatures > 0) & (has_k | (top_p < 1) | (min_p > 0))
-    for row in is_on.nonzero().flatten().tolist():
-        x, temperature, p = logits[row].float(), temperatures[row], top_p[row]
-        x = x.where(x == x, float("-inf"))  # NaN, of a model that is broken
-        peak = x.max()
-        threshold = peak + temperature * min_p[row].log()  # -inf where min_p is 0
-        if has_k[row]:
-            threshold = torch.maximum(threshold, x.topk(int(top_k[row])).values[-1])
-        if p < 1 and peak > float("-inf"):
-            x = x[x >= threshold]
-            total = ((x - peak) / temperature).exp().sum(dtype=torch.float64).float()
-            # Tokens below `tail` have together less than half of what may be cut: no need to sort.
-            tail = peak + temperature * ((1 - p) / (2 * vocab)).log()
-            ordered = x[x >= tail].sort(descending=True).values
-            weights = ((ordered - peak) / temperature).exp()
-            sums = weights.cumsum(0, dtype=torch.float64).float()
-            threshold = ordered[(sums < p * total).sum()]
-        thresholds[row] = threshold
-    return thresholds
-
-
-def truncation_thresholds_triton(logits, temperatures, top_k, top_p, min_p) -> torch.Tensor:
     rows, vocab = logits.shape
     thresholds = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _thresholds_kernel[(rows,)](
@@ -86,12 +57,12 @@ def _thresholds_kernel(
     logits_ptr, temperatures_ptr, top_k_ptr, top_p_ptr, min_p_ptr, thresholds_ptr, vocab,
     LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    launch_next(PDL)
+    launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperatures_ptr + row)
     k, p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
     k = tl.where(k < vocab, k, 0)
-    wait_for_previous(PDL)
+    wait(PDL)
     threshold = tl.full([], float("-inf"), tl.float32)
     if (temperature > 0) & ((k > 0) | (p < 1) | (min_p > 0)):
         threshold = _threshold(logits_ptr + row * vocab, vocab, temperature, k, p, min_p, LANES)

@@ -1,46 +1,39 @@
-"""The residual stream, and RMSNorm."""
-
-from dataclasses import dataclass
+"""RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from nanovllm.kernels.rms_norm import rms_norm
-
-
-@dataclass
-class Residual:
-    """The residual stream, to which each sub-layer adds its output.
-
-    `x` is [tokens, hidden]. `partials` [splits, tokens, hidden] float32, if any, have still to
-    be added: the norm that comes next does it on the way.
-    """
-
-    x: torch.Tensor
-    partials: torch.Tensor | None = None
-
-    def rows(self, index: torch.Tensor | slice) -> "Residual":
-        """Some of the tokens, added up."""
-        x = self.x[index]
-        if self.partials is not None:
-            x = (x.float() + self.partials[:, index].sum(dim=0)).to(x.dtype)
-        return Residual(x)
-
-    def keep(self, tokens: torch.Tensor) -> None:
-        """Go on with some of the tokens. To be called after a norm, when nothing is left to add: so
-        few may go to a kernel that knows no partial sums."""
-        assert self.partials is None
-        self.x = self.x[tokens]
+from nanovllm.layers.deferred import Normed, Stream
+from nanovllm.utils.kernels import has_kernels, kernels
 
 
 class RMSNorm(nn.Module):
-    """Normalises the last dimension, `size`."""
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension, of `size`."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def forward(self, residual: Residual) -> torch.Tensor:
-        partials, residual.partials = residual.partials, None
-        return rms_norm(residual.x, self.weight, self.eps, partials)
+    def forward(self, stream: Stream) -> Normed:
+        """The stream as a projection takes it, to be normalised then."""
+        return Normed(self, stream)
+
+    def normalize(self, x: torch.Tensor, partials: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` [tokens, size] normalised, the mean in float32.
+
+        `partials` [splits, tokens, size] float32 are first added to `x`, in place.
+        """
+        if has_kernels(x):
+            return kernels.rms_norm(x, self.weight, self.eps, partials)
+        return rms_norm(x, self.weight, self.eps, partials)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, partials: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The formula in torch; see `RMSNorm.normalize`."""
+    if partials is not None:
+        x.copy_(x.float() + partials.sum(dim=0))
+    return F.rms_norm(x, weight.shape, weight, eps)

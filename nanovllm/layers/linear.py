@@ -1,115 +1,104 @@
-"""Linear layers between two states of the residual stream: out of it through a norm, or back in.
+"""Linear layers: projections, made when they are used (see `layers.deferred`)."""
 
-On a GPU one row, and of small matrices two, are the business of `kernels.gemv`, which does all in
-one kernel, up to 128 (of some large matrices 64) that of `kernels.split_k`, and 129 to 256 that of
-`kernels.tiled_gemm` if the matrix is small. The rest is a library's. What goes back in as partial
-sums comes out through a norm, which adds them up.
-"""
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovllm.kernels.gemv import can_gemv, gemv_triton
-from nanovllm.kernels.silu_and_mul import silu_and_mul
-from nanovllm.kernels.split_k import can_split_k, num_splits, split_k_triton
-from nanovllm.kernels.tiled_gemm import SPLITS, can_tile, tiled_gemm_triton
-from nanovllm.layers.layernorm import Residual, RMSNorm
+from nanovllm.layers.activation import activate_and_mul
+from nanovllm.layers.deferred import Input, Product, values_of
+from nanovllm.utils.kernels import has_kernels, kernels
 
 # oneDNN packs a weight for a number of rows; 32 is within a few per cent of the best for 1 to 256.
 _PACK_ROWS = 32
 
 
 class Linear(nn.Module):
-    """y = x W^T + b. On a CPU, `pack` lets oneDNN keep a bf16 weight in its own blocked layout.
+    """y = x W^T + b.
 
-    The plain call re-reads the weight in row order, at half the bandwidth (measured on a 2-core
-    AMD EPYC, one row: 15 against 23 GB/s; eight rows: 10 against 20).
+    Args:
+        in_features, out_features: W is [out_features, in_features].
+        bias: whether there is a b, [out_features].
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
-        self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._packed_weight: torch.Tensor | None = None
+        self._packs_every_row = False
 
-    def forward(self, residual: Residual, norm: RMSNorm) -> torch.Tensor:
-        """W norm(x) + b: [tokens, out]."""
-        if self._goes_to_gemv(residual):
-            return gemv_triton(residual.x, self.weight, self.bias, norm.weight, norm.eps)
-        return self._product(norm(residual))
+    def forward(self, x: Input, tokens: torch.Tensor | None = None) -> Product:
+        """The product, still to be made. `tokens`: see `Product`."""
+        return Product(self, x, tokens)
 
-    def add_to(self, residual: Residual, x: torch.Tensor) -> None:
-        """W x + b, for x [tokens, in], added to the residual stream."""
-        if can_gemv(x, self.weight, has_norm=False):
-            gemv_triton(x, self.weight, self.bias, add_to=residual.x)
-        elif self.bias is None and can_split_k(x, self.out_features, in_parts=True):
-            residual.partials = split_k_triton(x, self.weight, num_splits(self.out_features))
-        elif self.bias is None and can_tile(x, self.out_features):
-            residual.partials = tiled_gemm_triton(x, self.weight, SPLITS)
-        elif self.bias is None and x.is_cuda:
-            residual.x.addmm_(x, self.weight.t())  # the add is the product's epilogue
-        else:
-            residual.x.add_(self._product(x))
+    def multiply(self, x: Input, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[tokens, out_features], in the dtype of x; in the memory of `out` if that is given."""
+        if has_kernels(self.weight):
+            return kernels.matmul(x, self.weight, self.bias, out)
+        y = self._plain(values_of(x))
+        return y if out is None else out.copy_(y)
 
-    def _goes_to_gemv(self, residual: Residual) -> bool:
-        """Whether `kernels.gemv` is to make W norm(x): it adds no partial sums up."""
-        return residual.partials is None and can_gemv(residual.x, self.weight, has_norm=True)
+    def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
+        """activation(gate) * up, [tokens, out_features / 2], gate and up being the halves of y."""
+        if has_kernels(self.weight) and activation == "silu":
+            return kernels.gated_matmul(x, self.weight, self.bias)
+        return activate_and_mul(self.multiply(x), activation)
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed_weight is not None and (self.weight is None or x.shape[0] > 1):
-            return packed_linear(x, self._packed_weight, self.bias)
-        if self.bias is None and can_split_k(x, self.out_features):
-            return split_k_triton(x, self.weight)
-        if self.bias is None and can_tile(x, self.out_features):
-            return tiled_gemm_triton(x, self.weight)
-        return F.linear(x, self.weight, self.bias)
+    def multiply_add(self, x: Input, stream: torch.Tensor) -> torch.Tensor | None:
+        """Add y to `stream` [tokens, out_features], in place.
+
+        Returns:
+            None, or partial sums [splits, tokens, out_features] float32 that are still to be added.
+        """
+        if has_kernels(self.weight):
+            return kernels.add_matmul(stream, values_of(x), self.weight, self.bias)
+        stream.add_(self._plain(values_of(x)))
+        return None
 
     def pack(self) -> None:
-        """Replace the weight by its packed form. Call once, after loading.
+        """On a CPU, let oneDNN keep a bf16 weight in its own blocked layout, if it can. Call once,
+        after loading.
 
-        A packed form in float32 stands beside the weight: one row is faster with half the bytes
-        (measured, a decode step of Qwen3-0.6B on two cores: 92 against 114 ms).
+        The plain call reads the weight row by row, at half the bandwidth (measured on a 2-core AMD
+        EPYC, one row: 15 against 23 GB/s; eight rows: 10 against 20). A packed form in float32
+        stands beside the weight, as one row is faster with half the bytes (a decode step of
+        Qwen3-0.6B on two cores: 92 against 114 ms); one in bf16 replaces it.
         """
+        if not can_pack(self.weight):
+            return
         self._packed_weight = pack_weight(self.weight)
-        if self._packed_weight.dtype == self.weight.dtype:
-            self.weight = None
+        self._packs_every_row = self._packed_weight.dtype == self.weight.dtype
+        if self._packs_every_row:
+            # The old one may be the embedding's, too: it is dropped here, not emptied.
+            self.weight = nn.Parameter(self.weight[:0].clone(), requires_grad=False)
+
+    def _plain(self, x: torch.Tensor) -> torch.Tensor:
+        if self._packed_weight is not None and (self._packs_every_row or x.shape[0] > 1):
+            return packed_linear(x, self._packed_weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class PackedLinear(Linear):
     """Several projections of the same input, in one matrix: q/k/v, or gate/up.
 
-    `parts` maps each projection's name in the checkpoint to its number of output features.
+    Args:
+        parts: each projection's name in the checkpoint, and its number of output features.
     """
 
     def __init__(self, in_features: int, parts: dict[str, int], bias: bool = False) -> None:
         super().__init__(in_features, sum(parts.values()), bias)
         self.parts = parts
 
-    def checkpoint_views(self) -> dict[str, torch.Tensor]:
-        """Views of the parameters, by the names that their parts have in the checkpoint."""
-        views = {}
+    def checkpoint_views(self, path: str) -> dict[str, torch.Tensor]:
+        """The memory of each part, by its name in the checkpoint: beside `path`, this module's."""
+        parent, views = path.rpartition(".")[0], {}
         for kind, parameter in self.named_parameters():
             pieces = parameter.data.split(list(self.parts.values()))
-            views.update({f"{name}.{kind}": piece for name, piece in zip(self.parts, pieces)})
+            for name, piece in zip(self.parts, pieces, strict=True):
+                views[f"{parent}.{name}.{kind}"] = piece
         return views
-
-
-class GatedLinear(PackedLinear):
-    """silu(W_gate x) * (W_up x), the first half of the MLP; its two parts are equally wide."""
-
-    def forward(self, residual: Residual, norm: RMSNorm) -> torch.Tensor:
-        if self._goes_to_gemv(residual):
-            return gemv_triton(
-                residual.x, self.weight, norm_weight=norm.weight, eps=norm.eps, gated=True
-            )
-        x = norm(residual)
-        if can_split_k(x, self.out_features):
-            return split_k_triton(x, self.weight, gated=True)
-        if can_tile(x, self.out_features):
-            return tiled_gemm_triton(x, self.weight, gated=True)
-        return silu_and_mul(self._product(x))
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -139,5 +128,5 @@ def packed_linear(
     """x [rows, in] times a weight from `pack_weight`: [rows, out], in the dtype of x."""
     dtype = packed_weight.dtype
     bias = None if bias is None else bias.to(dtype)
-    y = torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed_weight, bias, "none", [], "")
-    return y.to(x.dtype)
+    linear: Any = torch.ops.mkldnn._linear_pointwise
+    return linear(x.to(dtype), packed_weight, bias, "none", [], "").to(x.dtype)

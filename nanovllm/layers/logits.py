@@ -1,5 +1,6 @@
 """What a request may want of the logits besides a token: changes before, likelihoods after."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,35 +10,75 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.memory import to_device
 
 
-class LogitEdits(NamedTuple):
-    """What a request wants changed in its row of the logits."""
+@dataclass(frozen=True)
+class LogitEdits:
+    """What a request changes in its logits before each sampling: resolved once, when it is queued.
 
-    row: int
+    Attributes:
+        params: the request's; `allowed_token_ids`, `logit_bias` and the penalties are read.
+        changes_all: whether every token is sampled from changed logits; if not, those that come
+            before `min_tokens` are.
+        withheld: tokens that would end the request: not sampled before `min_tokens`.
+        prompt: the prompt's distinct tokens, sorted, [any number] int64; empty without penalties.
+    """
+
     params: SamplingParams
-    ending_token_ids: frozenset[int]  # which end the request
-    prompt: np.ndarray  # its distinct tokens, and all that was generated, if there are penalties
-    generated: list[int]
+    changes_all: bool
+    withheld: frozenset[int]
+    prompt: np.ndarray
+
+    @classmethod
+    def of(
+        cls, params: SamplingParams, withheld: frozenset[int], prompt: list[int]
+    ) -> "LogitEdits | None":
+        """Those of a request; None if it wants nothing changed."""
+        changes_all = params.penalizes or bool(params.logit_bias or params.allowed_token_ids)
+        if not changes_all and not params.min_tokens:
+            return None
+        distinct = np.unique(prompt) if params.penalizes else np.empty(0, dtype=np.int64)
+        return cls(params, changes_all, withheld, distinct)
+
+    def apply_to(self, num_generated: int) -> bool:
+        """Whether the token after so many generated ones is sampled from changed logits."""
+        return self.changes_all or self.params.needs_more_tokens(num_generated)
+
+
+class RowEdits(NamedTuple):
+    """The edits of one row in one step.
+
+    `generated` are the tokens that its request has generated, which penalties read; without
+    penalties the newest of the `num_generated` may be missing.
+    """
+
+    edits: LogitEdits
     num_generated: int
+    generated: list[int]
 
 
-def edit_logits_(logits: torch.Tensor, edits: list[LogitEdits]) -> None:
-    """Change rows of float32 logits, [rows, vocab], in place, without waiting for the device.
+def edit_logits_(logits: torch.Tensor, edits: list[RowEdits]) -> None:
+    """Change float32 logits, [rows, vocab], in place, without waiting for the device.
 
     The formulas of the penalties are OpenAI's (presence, frequency) and those of Keskar et al.
     2019, arXiv:1909.05858 (repetition).
+
+    Args:
+        edits: one for each row.
     """
     restricted: list[int] = []  # rows; the places that follow are those in the flattened logits
     allowed: list[int] = []
     banned: list[int] = []
     biases: dict[int, float] = {}
-    repeated, divisors, counted, losses = ([np.empty(0)] for _ in range(4))
-    for row, params, ending_token_ids, prompt, generated, num_generated in edits:
-        first = row * logits.shape[1]
+    repeated: list[np.ndarray] = []
+    divisors: list[np.ndarray] = []
+    counted: list[np.ndarray] = []
+    losses: list[np.ndarray] = []
+    for row, (edit, num_generated, generated) in enumerate(edits):
+        first, params = row * logits.shape[1], edit.params
         if params.allowed_token_ids is not None:
             restricted.append(row)
             allowed += [first + token_id for token_id in params.allowed_token_ids]
-        if num_generated < params.min_tokens:
-            banned += [first + token_id for token_id in ending_token_ids]
+        if params.needs_more_tokens(num_generated):
+            banned += [first + token_id for token_id in edit.withheld]
         for token_id, bias in (params.logit_bias or {}).items():
             biases[first + token_id] = bias
         if params.penalizes:
@@ -45,7 +86,7 @@ def edit_logits_(logits: torch.Tensor, edits: list[LogitEdits]) -> None:
             counted.append(first + tokens)
             losses.append(params.frequency_penalty * times + params.presence_penalty)
             if params.repetition_penalty != 1:
-                seen = first + np.union1d(prompt, tokens)
+                seen = first + np.union1d(edit.prompt, tokens)
                 repeated.append(seen)
                 divisors.append(np.full(len(seen), params.repetition_penalty))
 
@@ -62,10 +103,11 @@ def edit_logits_(logits: torch.Tensor, edits: list[LogitEdits]) -> None:
         flat[sent(banned)] = float("-inf")
     if biases:
         flat[sent([*biases])] += sent([*biases.values()], np.float32)
-    if len(counted) > 1:
+    if repeated:
         places, divisor = sent(np.concatenate(repeated)), sent(np.concatenate(divisors), np.float32)
         values = flat[places]
         flat[places] = torch.where(values > 0, values / divisor, values * divisor)
+    if counted:
         flat[sent(np.concatenate(counted))] -= sent(np.concatenate(losses), np.float32)
 
 

@@ -47,15 +47,15 @@ def load_weights(
     plan = _plan(paths, views, ignored)
     for path, names in plan.items():
         with safe_open(path, framework="pt", device="cpu") as file:
-            for name in names:
-                views[name].copy_(file.get_tensor(name))
+            for name, view in names.items():
+                views[view].copy_(file.get_tensor(name))
 
 
 def _plan(
     paths: list[Path], views: dict[str, torch.Tensor], ignored: frozenset[str]
-) -> dict[Path, list[str]]:
-    """Which tensors to take from which file, everything checked."""
-    plan: dict[Path, list[str]] = {}
+) -> dict[Path, dict[str, str]]:
+    """Which tensors to take from which file, and the view that each goes to, everything checked."""
+    plan: dict[Path, dict[str, str]] = {}
     source: dict[str, Path] = {}
     for path in paths:
         try:
@@ -65,16 +65,18 @@ def _plan(
                 dtypes = {name: piece.get_dtype() for name, piece in slices.items()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-        plan[path] = []
+        plan[path] = {}
         for name, shape in shapes.items():
+            # A network saved without its head, as embedding models are, has names without "model.".
+            view = name if name in views else f"model.{name}"
             if name in ignored or name.endswith("rotary_emb.inv_freq"):
                 continue
-            if name not in views:
+            if view not in views:
                 raise ValueError(f"{path} holds an unexpected tensor {name!r}")
-            if name in source:
-                raise ValueError(f"tensor {name!r} is both in {source[name]} and in {path}")
-            if list(views[name].shape) != list(shape):
-                expected = list(views[name].shape)
+            if view in source:
+                raise ValueError(f"tensor {name!r} is both in {source[view]} and in {path}")
+            if list(views[view].shape) != list(shape):
+                expected = list(views[view].shape)
                 raise ValueError(
                     f"tensor {name!r} in {path} has shape {list(shape)}, config.json asks for "
                     f"{expected}"
@@ -84,8 +86,8 @@ def _plan(
                     f"tensor {name!r} in {path} has dtype {dtypes[name]}; supported are "
                     f"{[*_FLOATS]}"
                 )
-            source[name] = path
-            plan[path].append(name)
+            source[view] = path
+            plan[path][name] = view
     missing = [name for name in views if name not in source]
     if missing:
         raise ValueError(

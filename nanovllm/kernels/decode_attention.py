@@ -21,157 +21,40 @@ Bytes moved: each key and value once, 2 * context * kv heads * head_dim elements
 add 1.5% (chunks of 128, two query heads a kv head; in proportion to the latter). Bound by memory.
 """
 
-from heapq import heapreplace
-from typing import NamedTuple
-
-import numpy as np
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from nanovllm.kernels._triton import (
-    has_large_shared_memory,
-    launch_next,
+from nanovllm.kernels.decode_plan import FIRST, FUSED_ROWS, LAST, MAX_CHUNKS, NEWEST, DecodePlan
+from nanovllm.kernels.launch import (
+    gpu_of,
+    gpu_with,
+    launch_dependents,
     pdl,
     prefer_shared_memory,
-    tl,
-    triton,
-    wait_for_previous,
+    wait,
 )
-from nanovllm.kernels.paged_cache import LOG2_E, gather, tile_tokens
-from nanovllm.kernels.qk_norm_rope_store import (
-    norm_rope,
-    norm_rope_factors,
-    qk_norm_rope_store_triton,
-)
-
-MAX_CHUNKS = 32
-FUSED_ROWS = 4
-MANY_ROWS = 64
-_FIRST, _LAST, _NEWEST = 128, 256, 512  # flags of a tile
-
-
-class DecodePlan(NamedTuple):
-    """The work of a decode step, for `paged_decode_triton`. All int32.
-
-    `bounds`: [ranges + 1], where each range of tiles begins. `chunk_counts`: [rows]. `tiles`:
-    [tiles, 2], the first slot of a tile and what it is: row, chunk, flags, tokens, from the high
-    bits down.
-    """
-
-    bounds: np.ndarray
-    chunk_counts: np.ndarray
-    tiles: np.ndarray
-
-
-def max_tiles(rows: int, max_context_len: int, block_size: int) -> int:
-    """The most tiles that `plan_decode` makes."""
-    return rows * -(-max_context_len // tile_tokens(block_size))
-
-
-def plan_decode(
-    context_lens: np.ndarray,
-    block_tables: np.ndarray,
-    block_size: int,
-    num_ranges: int,
-    padded_rows: int,
-) -> DecodePlan:
-    """Cut the contexts of a step into tiles and ranges.
-
-    Args:
-        context_lens: [rows], the newest token included.
-        block_tables: [rows, width].
-        num_ranges: from `num_decode_ranges`.
-        padded_rows: the rows that the kernel will get.
-    """
-    tile = tile_tokens(block_size)
-    fused = padded_rows <= FUSED_ROWS
-    cached = context_lens - 1 if fused else context_lens
-    counts = np.maximum(1, -(-cached // tile))  # tiles of a row
-    # Tokens of a row's chunks: finer ones give more programs and ranges of more even lengths,
-    # coarser ones fewer partial results.
-    finest = 64 if fused else 128
-    chunk = np.where(cached <= 512, finest, 2 * finest)
-    if padded_rows > MANY_ROWS:
-        chunk[:] = 512 if padded_rows <= 2 * MANY_ROWS else 1024
-    long = cached > chunk * MAX_CHUNKS
-    chunk[long] = -(-cached[long] // (MAX_CHUNKS * tile)) * tile
-    per_chunk = chunk // tile
-    chunk_counts = -(-counts // per_chunk)
-
-    # Of each chunk: its row, its place in the row, its tiles.
-    ends = np.cumsum(chunk_counts)
-    row = np.repeat(np.arange(len(counts)), chunk_counts)
-    index = np.arange(ends[-1]) - (ends - chunk_counts)[row]
-    length = np.minimum(per_chunk[row], counts[row] - index * per_chunk[row])
-    range_of = _balance(length, num_ranges)
-    bounds = np.zeros(num_ranges + 1, dtype=np.int32)
-    bounds[1:] = np.bincount(range_of, length, num_ranges).cumsum()
-
-    # Of each tile, range by range: its chunk, and its place there.
-    order = np.argsort(range_of, kind="stable")
-    ends = np.cumsum(length[order])
-    chunk_of = np.repeat(order, length[order])
-    place = np.arange(ends[-1]) - np.repeat(ends - length[order], length[order])
-    row, index = row[chunk_of], index[chunk_of]
-    start = (index * per_chunk[row] + place) * tile
-    tiles = np.empty((len(row), 2), dtype=np.int32)
-    tiles[:, 0] = block_tables[row, start // block_size] * block_size + start % block_size
-    tiles[:, 1] = row << 16 | index << 10 | np.minimum(cached[row] - start, tile)
-    tiles[:, 1] += (place == 0) * _FIRST + (place == length[chunk_of] - 1) * _LAST
-    tiles[:, 1] += (index == chunk_counts[row] - 1) * _NEWEST
-    return DecodePlan(bounds, chunk_counts.astype(np.int32), tiles)
-
-
-def _balance(lengths: np.ndarray, num_ranges: int) -> np.ndarray:
-    """The range of each chunk: the longest chunk first, each to the range with the least so far.
-
-    Graham's rule (1969, doi:10.1137/0117039).
-    """
-    range_of = np.empty(len(lengths), dtype=np.int64)
-    loads = list(range(num_ranges))  # a heap of load * num_ranges + range
-    weights = (lengths + 1) * num_ranges  # the ends of a chunk cost as much as a tile
-    order = np.argsort(-lengths, kind="stable")
-    for chunk, weight in zip(order.tolist(), weights[order].tolist()):
-        range_of[chunk] = loads[0] % num_ranges
-        heapreplace(loads, loads[0] + weight)
-    return range_of
+from nanovllm.kernels.paged_cache import LOG2_E, tile_tokens
+from nanovllm.kernels.rope_store import norm_rope, norm_rope_factors, qk_norm_rope_store
 
 
 def num_decode_ranges(device: torch.device, num_kv_heads: int) -> int:
     """Ranges that give each multiprocessor two programs."""
-    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, programs // num_kv_heads)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return max(1, 2 * gpu_of(index).num_sms // num_kv_heads)
 
 
-def paged_decode_torch(q, k_cache, v_cache, context_lens, block_tables, scale):
-    """Attention of one query a sequence to its context; see `paged_prefill.paged_prefill_triton`
-    for the arguments. A context of 0 marks a padding row, whose output is zero."""
-    out = torch.zeros_like(q)
-    num_kv_heads, head_dim = k_cache.shape[2:]
-    # The heads of a group are the queries of one head, so that each key is read once.
-    groups = q.view(q.shape[0], num_kv_heads, -1, head_dim)
-    tables = block_tables.tolist()
-    for row, context_len in enumerate(context_lens.tolist()):
-        if context_len:
-            k, v = (gather(cache, tables[row], context_len) for cache in (k_cache, v_cache))
-            attended = F.scaled_dot_product_attention(
-                groups[row][None], k[None], v[None], scale=scale
-            )
-            out[row] = attended.reshape(-1, head_dim)
-    return out
-
-
-def paged_decode_triton(
+def paged_decode(
     qkv: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
     eps: float,
     cos_sin: torch.Tensor,
     positions: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    plan: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    plan: DecodePlan,
     scale: float,
 ) -> torch.Tensor:
     """QK-norm, RoPE and KV store of one new token a sequence, and attention to its context.
@@ -179,8 +62,7 @@ def paged_decode_triton(
     Equal to `qk_norm_rope_store`, whose arguments it takes, and attention after it.
 
     Args:
-        plan: a `DecodePlan` of the rows, on the device; rows without chunks are padding, and their
-            output is zero.
+        plan: of the rows, on the device; the output of padding rows is zero.
         scale: applied to the scores, usually head_dim ** -0.5.
 
     Returns:
@@ -198,8 +80,9 @@ def paged_decode_triton(
     wide = qkv.element_size() == 2
     block_d = triton.next_power_of_2(head_dim)
     fused = rows <= FUSED_ROWS
-    stages = 4 if fused and has_large_shared_memory(qkv) else 3
-    queries = qkv if fused else qk_norm_rope_store_triton(
+    gpu = gpu_with(qkv)
+    stages = 4 if fused and gpu is not None and gpu.is_hopper_class else 3
+    queries = qkv if fused else qk_norm_rope_store(
         qkv, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping
     )  # fmt: skip
     _decode_kernel[(num_kv_heads, bounds.shape[0] - 1)](
@@ -208,7 +91,7 @@ def paged_decode_triton(
         num_kv_heads, head_dim,
         GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
         BLOCK_N=tile_tokens(block_size), MAX_CHUNKS=MAX_CHUNKS,
-        FUSED=fused, FIRST=_FIRST, LAST=_LAST, NEWEST=_NEWEST,
+        FUSED=fused, HAS_NORM=q_weight is not None, FIRST=FIRST, LAST=LAST, NEWEST=NEWEST,
         PRECISION="tf32" if wide else "ieee", num_warps=4 if wide else 8,
         num_stages=stages if wide else 1, **pdl(qkv),
     )  # fmt: skip
@@ -223,13 +106,14 @@ def paged_decode_triton(
 @triton.jit
 def _decode_kernel(
     q_ptr, q_weight_ptr, k_weight_ptr, eps, cos_sin_ptr, positions_ptr, k_ptr, v_ptr, slots_ptr,
-    bounds_ptr, tiles_ptr, out_ptr, partial_ptr, best_ptr, total_ptr, scale_log2,
+    bounds_ptr, tiles_ptr, out_ptr, partial_ptr, m_ptr, l_ptr, scale_log2,
     num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    MAX_CHUNKS: tl.constexpr, FUSED: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    NEWEST: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr, FUSED: tl.constexpr, HAS_NORM: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, NEWEST: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    launch_next(PDL)
+    launch_dependents(PDL)
     kv_head = tl.program_id(0)
     first_tile = tl.load(bounds_ptr + tl.program_id(1))
     end_tile = tl.load(bounds_ptr + tl.program_id(1) + 1)
@@ -245,13 +129,13 @@ def _decode_kernel(
 
         cells = lanes[:, None] * token_stride + kv_head * head_dim + dims[None, :]
         q = tl.zeros([BLOCK_G, BLOCK_D], k_ptr.dtype.element_ty)
-        best = tl.full([BLOCK_G], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)  # summed over the tile at a chunk's end
+        m = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)  # summed over the tile at a chunk's end
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
         slot = tl.load(tiles_ptr + 2 * first_tile)
         info = tl.load(tiles_ptr + 2 * first_tile + 1)
         if not FUSED:
-            wait_for_previous(PDL)
+            wait(PDL)
         for tile in range(first_tile, end_tile):
             # Loaded a tile ahead: an address that depends on a load just made stalls the pipeline.
             following = tl.minimum(tile + 1, end_tile - 1)
@@ -269,51 +153,51 @@ def _decode_kernel(
                 q_mask = real[:, None] & dim_mask
                 q = tl.load(own + heads[:, None] * head_dim + dims[None, :], mask=q_mask, other=0.0)
                 is_first = (info & FIRST) != 0
-                best = tl.where(is_first, float("-inf"), best)
-                total = tl.where(is_first, 0.0, total)
+                m = tl.where(is_first, float("-inf"), m)
+                l = tl.where(is_first, 0.0, l)
                 acc = tl.where(is_first, 0.0, acc)
             elif info & FIRST:
                 position = tl.load(positions_ptr + row)
                 cell = tl.load(slots_ptr + row).to(tl.int64) * token_stride + kv_head * head_dim
                 q_own, q_partner = norm_rope_factors(
-                    q_weight_ptr, cos_sin_ptr, position, dims, head_dim
+                    q_weight_ptr, cos_sin_ptr, position, dims, head_dim, HAS_NORM
                 )
                 k_own, k_partner = norm_rope_factors(
-                    k_weight_ptr, cos_sin_ptr, position, dims, head_dim
+                    k_weight_ptr, cos_sin_ptr, position, dims, head_dim, HAS_NORM
                 )
                 qkv_row = q_ptr + row.to(tl.int64) * (num_heads + 2 * num_kv_heads) * head_dim
-                wait_for_previous(PDL)  # all loads so far are of step inputs and earlier steps
+                wait(PDL)  # all loads so far are of step inputs and earlier steps
                 v_new = tl.load(
                     qkv_row + (num_heads + num_kv_heads + kv_head) * head_dim + dims[None, :],
                     mask=dim_mask, other=0.0,
                 )  # fmt: skip
                 k_new = norm_rope(
                     qkv_row, num_heads + kv_head + one, one == 0, k_own, k_partner, eps, dims,
-                    head_dim,
+                    head_dim, HAS_NORM,
                 ).to(q.dtype)  # fmt: skip
                 q = norm_rope(
-                    qkv_row, heads, real, q_own, q_partner, eps, dims, head_dim
+                    qkv_row, heads, real, q_own, q_partner, eps, dims, head_dim, HAS_NORM
                 ).to(q.dtype)  # fmt: skip
-                best = tl.full([BLOCK_G], float("-inf"), tl.float32)
-                total = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
+                m = tl.full([BLOCK_G], float("-inf"), tl.float32)
+                l = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
                 acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
                 if info & NEWEST:
                     tl.store(k_ptr + cell + dims[None, :], k_new, mask=dim_mask)
                     tl.store(v_ptr + cell + dims[None, :], v_new, mask=dim_mask)
                     products = q.to(tl.float32) * k_new.to(tl.float32)
-                    best = tl.sum(products, axis=1) * scale_log2
-                    total += tl.where(lanes == 0, 1.0, 0.0)[None, :]
+                    m = tl.sum(products, axis=1) * scale_log2
+                    l += tl.where(lanes == 0, 1.0, 0.0)[None, :]
                     acc += v_new.to(tl.float32)
 
             scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
             scores = tl.where(valid[None, :], scores, float("-inf"))
-            new_best = tl.maximum(best, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_best[:, None])
-            shrink = tl.exp2(best - new_best)
-            total = total * shrink[:, None] + weights
-            acc = acc * shrink[:, None]
+            m_new = tl.maximum(m, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - m_new[:, None])
+            alpha = tl.exp2(m - m_new)
+            l = l * alpha[:, None] + weights
+            acc = acc * alpha[:, None]
             acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
-            best = new_best
+            m = m_new
 
             if info & LAST:
                 # A row with few others mostly has several chunks: no branch for it.
@@ -321,15 +205,15 @@ def _decode_kernel(
                 is_whole_row = (chunk == 0) & ((info & NEWEST) != 0)
                 head_of_row = row.to(tl.int64) * num_heads + heads
                 mask = real[:, None] & dim_mask
-                chunk_total = tl.sum(total, axis=1)
+                l_chunk = tl.sum(l, axis=1)
                 if not FUSED and is_whole_row:
-                    result = (acc / chunk_total[:, None]).to(out_ptr.dtype.element_ty)
+                    result = (acc / l_chunk[:, None]).to(out_ptr.dtype.element_ty)
                     cells_out = head_of_row[:, None] * head_dim + dims[None, :]
                     tl.store(out_ptr + cells_out, result, mask=mask)
                 else:
                     place = head_of_row * MAX_CHUNKS + chunk
-                    tl.store(best_ptr + place, best, mask=real)
-                    tl.store(total_ptr + place, chunk_total, mask=real)
+                    tl.store(m_ptr + place, m, mask=real)
+                    tl.store(l_ptr + place, l_chunk, mask=real)
                     partials = partial_ptr + place[:, None] * head_dim + dims[None, :]
                     tl.store(partials, acc, mask=mask)
             slot, info = next_slot, next_info
@@ -337,35 +221,35 @@ def _decode_kernel(
 
 @triton.jit
 def _combine_kernel(
-    partial_ptr, best_ptr, total_ptr, out_ptr, chunk_counts_ptr, head_dim,
+    partial_ptr, m_ptr, l_ptr, out_ptr, chunk_counts_ptr, head_dim,
     MAX_CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, FUSED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    launch_next(PDL)
+    launch_dependents(PDL)
     row = tl.program_id(0)
     head = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     dims = tl.arange(0, BLOCK_D)
     num_chunks = tl.load(chunk_counts_ptr + row)
-    wait_for_previous(PDL)
+    wait(PDL)
     if not FUSED and num_chunks == 1:
         return  # attention has written the result itself
-    best = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
+    m = tl.full([], float("-inf"), tl.float32)
+    l = tl.zeros([], tl.float32)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, num_chunks, BLOCK_C):
         chunk = start + tl.arange(0, BLOCK_C)
         mask = chunk < num_chunks
         place = head * MAX_CHUNKS + chunk
-        chunk_best = tl.load(best_ptr + place, mask=mask, other=float("-inf"))
-        chunk_total = tl.load(total_ptr + place, mask=mask, other=0.0)
+        m_chunk = tl.load(m_ptr + place, mask=mask, other=float("-inf"))
+        l_chunk = tl.load(l_ptr + place, mask=mask, other=0.0)
         cell_mask = mask[:, None] & (dims < head_dim)[None, :]
         cells = place[:, None] * head_dim + dims[None, :]
         partial = tl.load(partial_ptr + cells, mask=cell_mask, other=0.0)
-        new_best = tl.maximum(best, tl.max(chunk_best, axis=0))
-        weight = tl.exp2(chunk_best - new_best)
-        shrink = tl.exp2(best - new_best)
-        total = total * shrink + tl.sum(chunk_total * weight, axis=0)
-        acc = acc * shrink + tl.sum(partial * weight[:, None], axis=0)
-        best = new_best
-    out = (acc / tl.maximum(total, 1e-30)).to(out_ptr.dtype.element_ty)
+        m_new = tl.maximum(m, tl.max(m_chunk, axis=0))
+        weight = tl.exp2(m_chunk - m_new)
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(l_chunk * weight, axis=0)
+        acc = acc * alpha + tl.sum(partial * weight[:, None], axis=0)
+        m = m_new
+    out = (acc / tl.maximum(l, 1e-30)).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + head * head_dim + dims, out, mask=dims < head_dim)

@@ -10,34 +10,14 @@ and head.
 """
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from nanovllm.kernels._triton import launch_next, pdl, tl, triton, wait_for_previous
-from nanovllm.kernels.paged_cache import LOG2_E, gather, tile_tokens
-
-
-def paged_prefill_torch(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, scale):
-    """The reference: see `paged_prefill_triton`."""
-    out = torch.empty_like(q)
-    starts, tables = cu_seqlens_q.tolist(), block_tables.tolist()
-    for row, context_len in enumerate(context_lens.tolist()):
-        start, end = starts[row], starts[row + 1]
-        k, v = (gather(cache, tables[row], context_len) for cache in (k_cache, v_cache))
-        query = q[start:end].transpose(0, 1)
-        cached = context_len - (end - start)
-        mask = None
-        if cached:
-            mask = torch.ones(end - start, context_len, dtype=torch.bool, device=q.device)
-            mask = mask.tril(diagonal=cached)
-        attended = F.scaled_dot_product_attention(
-            query[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale,
-            enable_gqa=True,
-        )  # fmt: skip
-        out[start:end] = attended[0].transpose(0, 1)
-    return out
+from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.paged_cache import LOG2_E, tile_tokens
 
 
-def paged_prefill_triton(
+def paged_prefill(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -88,8 +68,8 @@ def _prefill_kernel(
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    launch_next(PDL)
-    wait_for_previous(PDL)
+    launch_dependents(PDL)
+    wait(PDL)
     seq, head = tl.program_id(2), tl.program_id(1)
     query_start = tl.load(cu_seqlens_ptr + seq)
     query_len = tl.load(cu_seqlens_ptr + seq + 1) - query_start
@@ -107,30 +87,30 @@ def _prefill_kernel(
         v_ptr += kv_head * head_dim
         block_tables_ptr += seq.to(tl.int64) * table_stride
 
-        best = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         first_position = context_len - query_len + tile * BLOCK_M
         all_see = (first_position + 1) // BLOCK_N * BLOCK_N  # keys before it
         some_see = tl.minimum(first_position + BLOCK_M, context_len)
-        best, total, acc = _attend(
+        m, l, acc = _attend(
             q, k_ptr, v_ptr, block_tables_ptr, 0, all_see, positions, context_len, scale_log2,
-            best, total, acc, block_size, num_kv_heads * head_dim, head_dim,
+            m, l, acc, block_size, num_kv_heads * head_dim, head_dim,
             False, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
-        best, total, acc = _attend(
+        m, l, acc = _attend(
             q, k_ptr, v_ptr, block_tables_ptr, all_see, some_see, positions, context_len,
-            scale_log2, best, total, acc, block_size, num_kv_heads * head_dim, head_dim,
+            scale_log2, m, l, acc, block_size, num_kv_heads * head_dim, head_dim,
             True, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
-        out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+        out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + offsets[:, None] + dims[None, :], out, mask=q_mask)
 
 
 @triton.jit
 def _attend(
     q, k_ptr, v_ptr, block_table_ptr, first, end, positions, context_len, scale_log2,
-    best, total, acc, block_size: tl.constexpr, token_stride: tl.constexpr,
+    m, l, acc, block_size: tl.constexpr, token_stride: tl.constexpr,
     head_dim: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -159,12 +139,12 @@ def _attend(
             if MASKED:
                 visible = (start + lanes)[None, :] <= positions[:, None]
                 scores = tl.where(visible, scores, float("-inf"))
-            new_best = tl.maximum(best, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_best[:, None])
-            shrink = tl.exp2(best - new_best)
-            total = total * shrink + tl.sum(weights, axis=1)
-            acc = acc * shrink[:, None]
+            m_new = tl.maximum(m, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - m_new[:, None])
+            alpha = tl.exp2(m - m_new)
+            l = l * alpha + tl.sum(weights, axis=1)
+            acc = acc * alpha[:, None]
             acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
-            best = new_best
+            m = m_new
             block = next_block
-    return best, total, acc
+    return m, l, acc

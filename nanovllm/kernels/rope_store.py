@@ -1,9 +1,9 @@
 """Between the q/k/v projection and attention, in one pass: QK-norm, RoPE, KV store.
 
 For each token, from its row [q heads | k heads | v heads] of the projection: queries and keys are
-normalised over head_dim (Qwen3's QK-norm), rotated by their position (RoPE, Su et al. 2021,
-arXiv:2104.09864, in the half-split layout of GPT-NeoX), and keys and values go straight to their
-slot of the paged cache; only the queries come back.
+normalised over head_dim (QK-norm, if the model has it), rotated by their position (RoPE, Su et al.
+2021, arXiv:2104.09864, in the half-split layout of GPT-NeoX), and keys and values go straight to
+their slot of the paged cache; only the queries come back.
 
 Grid: (token, up to 8 heads: the queries', then keys and values together). Bytes moved a token: (q +
 k + v heads) * head_dim elements read and as many written, plus one float32 row of the cos/sin
@@ -11,22 +11,16 @@ table. Bound by memory. A negative slot is written nowhere.
 """
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from nanovllm.kernels._triton import (
-    HAS_TRITON,
-    launch_next,
-    pdl,
-    tl,
-    triton,
-    wait_for_previous,
-)
+from nanovllm.kernels.launch import launch_dependents, pdl, wait
 
 
 def qk_norm_rope_store(
     qkv: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
     eps: float,
     cos_sin: torch.Tensor,
     positions: torch.Tensor,
@@ -38,7 +32,7 @@ def qk_norm_rope_store(
 
     Args:
         qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim].
-        q_weight, k_weight: [head_dim], the norms' weights.
+        q_weight, k_weight: [head_dim], the norms' weights; both None without QK-norm.
         cos_sin: [max positions, head_dim] float32, cosines then sines of half the dimensions.
         positions: [tokens] int32.
         k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
@@ -47,43 +41,6 @@ def qk_norm_rope_store(
     Returns:
         [tokens, num_heads, head_dim], in the dtype of `qkv`.
     """
-    args = (qkv, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping)
-    if qkv.is_cuda and HAS_TRITON:
-        return qk_norm_rope_store_triton(*args)
-    return qk_norm_rope_store_torch(*args)
-
-
-def qk_norm_rope_store_torch(
-    qkv, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping
-):
-    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
-    heads = qkv.view(qkv.shape[0], -1, head_dim)
-    num_heads = heads.shape[1] - 2 * num_kv_heads
-    qk, v = heads.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
-    weight = torch.cat((q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)))
-    qk = F.rms_norm(qk.float(), (head_dim,), eps=eps).mul_(weight)
-    _rotate_(qk, cos_sin[positions].unsqueeze(1))
-    q, k = qk.to(qkv.dtype).split([num_heads, num_kv_heads], dim=1)
-    slots = slot_mapping.long()
-    if slots.min() < 0:
-        k, v, slots = k[slots >= 0], v[slots >= 0], slots[slots >= 0]
-    places = slots // block_size, slots % block_size
-    k_cache[places], v_cache[places] = k, v
-    return q
-
-
-def _rotate_(x: torch.Tensor, cos_sin: torch.Tensor) -> None:
-    """Rotate the pairs (x[i], x[i + half]) of the last dimension, in place."""
-    cos, sin = cos_sin.chunk(2, dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    turned = second * sin
-    second.mul_(cos).addcmul_(first, sin)
-    first.mul_(cos).sub_(turned)
-
-
-def qk_norm_rope_store_triton(
-    qkv, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping
-):
     num_kv_heads, head_dim = k_cache.shape[-2:]
     tokens = qkv.shape[0]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
@@ -92,32 +49,41 @@ def qk_norm_rope_store_triton(
     grid = (tokens, triton.cdiv(num_heads, heads) + triton.cdiv(num_kv_heads, heads))
     _qk_norm_rope_store_kernel[grid](
         qkv, q_weight, k_weight, eps, cos_sin, positions, q_out, k_cache, v_cache, slot_mapping,
-        num_heads, num_kv_heads, head_dim,
+        num_heads, num_kv_heads, head_dim, HAS_NORM=q_weight is not None,
         HEADS=heads, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4, **pdl(qkv),
     )  # fmt: skip
     return q_out
 
 
 @triton.jit
-def norm_rope_factors(weight_ptr, cos_sin_ptr, position, dims, head_dim: tl.constexpr):
+def norm_rope_factors(
+    weight_ptr, cos_sin_ptr, position, dims, head_dim: tl.constexpr, HAS_NORM: tl.constexpr
+):
     """What `norm_rope` multiplies an element and its rotation partner by: two rows of [dims]."""
     half: tl.constexpr = head_dim // 2
     lower = dims < half
     partners = tl.where(lower, dims + half, dims - half)
     mask = dims < head_dim
-    own_weight = tl.load(weight_ptr + dims, mask=mask, other=0.0).to(tl.float32)
-    partner_weight = tl.load(weight_ptr + partners, mask=mask, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        own_weight = tl.load(weight_ptr + dims, mask=mask, other=0.0).to(tl.float32)
+        partner_weight = tl.load(weight_ptr + partners, mask=mask, other=0.0).to(tl.float32)
     angles = cos_sin_ptr + position.to(tl.int64) * head_dim + tl.where(lower, dims, partners)
     cos = tl.load(angles, mask=mask, other=0.0)
     sin = tl.load(angles + half, mask=mask, other=0.0)
-    return (own_weight * cos)[None, :], (partner_weight * tl.where(lower, -sin, sin))[None, :]
+    sin = tl.where(lower, -sin, sin)
+    if HAS_NORM:
+        return (own_weight * cos)[None, :], (partner_weight * sin)[None, :]
+    else:
+        return cos[None, :], sin[None, :]
 
 
 @triton.jit
 def norm_rope(
-    row_ptr, heads, head_mask, own_factor, partner_factor, eps, dims, head_dim: tl.constexpr
-):
-    """Some heads of a token's row, normalised and rotated: [heads, dims] float32.
+    row_ptr, heads, head_mask, own_factor, partner_factor, eps, dims, head_dim: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Some heads of a token's row, normalised if the model does that, and rotated: [heads, dims]
+    float32.
 
     Each lane loads its rotation partner, half a head away, beside its own element.
     """
@@ -127,8 +93,12 @@ def norm_rope(
     cells = row_ptr + heads[:, None] * head_dim
     own = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     partner = tl.load(cells + partners[None, :], mask=mask, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(own * own, axis=1) / head_dim + eps)
-    return (own * own_factor + partner * partner_factor) * scale[:, None]
+    rotated = own * own_factor + partner * partner_factor
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(own * own, axis=1) / head_dim + eps)
+        return rotated * scale[:, None]
+    else:
+        return rotated
 
 
 @triton.jit
@@ -136,9 +106,9 @@ def _qk_norm_rope_store_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, eps, cos_sin_ptr, positions_ptr,
     q_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    HAS_NORM: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    launch_next(PDL)
+    launch_dependents(PDL)
     token = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
     row_ptr = qkv_ptr + token * (num_heads + 2 * num_kv_heads) * head_dim
@@ -146,15 +116,19 @@ def _qk_norm_rope_store_kernel(
     slot = tl.load(slots_ptr + token).to(tl.int64)
     query_programs: tl.constexpr = (num_heads + HEADS - 1) // HEADS
     part = tl.program_id(1)
-    weight_ptr = q_weight_ptr if part < query_programs else k_weight_ptr
+    weight_ptr = None
+    if HAS_NORM:
+        weight_ptr = q_weight_ptr if part < query_programs else k_weight_ptr
     own_factor, partner_factor = norm_rope_factors(
-        weight_ptr, cos_sin_ptr, position, dims, head_dim
+        weight_ptr, cos_sin_ptr, position, dims, head_dim, HAS_NORM
     )
-    wait_for_previous(PDL)
+    wait(PDL)
     if part < query_programs:
         heads = part * HEADS + tl.arange(0, HEADS)
         real = heads < num_heads
-        q = norm_rope(row_ptr, heads, real, own_factor, partner_factor, eps, dims, head_dim)
+        q = norm_rope(
+            row_ptr, heads, real, own_factor, partner_factor, eps, dims, head_dim, HAS_NORM
+        )
         cells = (token * num_heads + heads)[:, None] * head_dim + dims[None, :]
         mask = real[:, None] & (dims < head_dim)[None, :]
         tl.store(q_out_ptr + cells, q.to(q_out_ptr.dtype.element_ty), mask=mask)
@@ -162,8 +136,9 @@ def _qk_norm_rope_store_kernel(
         heads = (part - query_programs) * HEADS + tl.arange(0, HEADS)
         real = heads < num_kv_heads
         k = norm_rope(
-            row_ptr, num_heads + heads, real, own_factor, partner_factor, eps, dims, head_dim
-        )
+            row_ptr, num_heads + heads, real, own_factor, partner_factor, eps, dims, head_dim,
+            HAS_NORM,
+        )  # fmt: skip
         mask = real[:, None] & (dims < head_dim)[None, :]
         values = row_ptr + (num_heads + num_kv_heads + heads)[:, None] * head_dim + dims[None, :]
         cells = (slot * num_kv_heads + heads)[:, None] * head_dim + dims[None, :]

@@ -8,9 +8,10 @@ are read and x is written too. Bound by memory, and by launch latency at small b
 """
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from nanovllm.kernels._triton import HAS_TRITON, launch_next, pdl, tl, triton, wait_for_previous
+from nanovllm.kernels.launch import launch_dependents, pdl, wait
 
 
 def rms_norm(
@@ -18,24 +19,8 @@ def rms_norm(
 ) -> torch.Tensor:
     """RMSNorm over the last dimension of `x` [rows, n], its mean in float32. Returns one like x.
 
-    `partials` [splits, rows, n] float32 are first added into `x`, in place.
+    `partials` [splits, rows, n] float32 are first added to `x`, in place.
     """
-    if x.is_cuda and HAS_TRITON:
-        return rms_norm_triton(x, weight, eps, partials)
-    return rms_norm_torch(x, weight, eps, partials)
-
-
-def rms_norm_torch(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, partials: torch.Tensor | None = None
-) -> torch.Tensor:
-    if partials is not None:
-        x.copy_(x.float() + partials.sum(dim=0))
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def rms_norm_triton(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, partials: torch.Tensor | None = None
-) -> torch.Tensor:
     rows, n = x.shape
     y = torch.empty_like(x)
     block = triton.next_power_of_2(n)
@@ -52,12 +37,12 @@ def _rms_norm_kernel(
     x_ptr, partials_ptr, weight_ptr, y_ptr, n, eps, split_stride,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    launch_next(PDL)
+    launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < n
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    wait_for_previous(PDL)
+    wait(PDL)
     cells = row * n + cols
     x = tl.load(x_ptr + cells, mask=mask, other=0.0)
     if SPLITS:

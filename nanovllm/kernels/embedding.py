@@ -4,9 +4,10 @@ Grid: one program a token. Bytes moved: the token's vector read and written. Bou
 """
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from nanovllm.kernels._triton import HAS_TRITON, launch_next, pdl, tl, triton, wait_for_previous
+from nanovllm.kernels.launch import launch_dependents, pdl, wait
 
 
 def embed(token_ids: torch.Tensor, sampled: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -14,24 +15,9 @@ def embed(token_ids: torch.Tensor, sampled: torch.Tensor, weight: torch.Tensor) 
 
     Args:
         token_ids: [tokens] int32; -1 - i stands for `sampled[i]`.
-        sampled: [rows] int64, what the step before has sampled.
+        sampled: [rows] int64, the tokens that the previous step sampled.
         weight: [vocab, hidden].
     """
-    if weight.is_cuda and HAS_TRITON:
-        return embed_triton(token_ids, sampled, weight)
-    return embed_torch(token_ids, sampled, weight)
-
-
-def embed_torch(
-    token_ids: torch.Tensor, sampled: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    newest = sampled[(-1 - token_ids).clamp_(min=0)]
-    return F.embedding(torch.where(token_ids < 0, newest, token_ids), weight)
-
-
-def embed_triton(
-    token_ids: torch.Tensor, sampled: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
     tokens, n = token_ids.shape[0], weight.shape[1]
     out = torch.empty(tokens, n, dtype=weight.dtype, device=weight.device)
     block = triton.next_power_of_2(n)
@@ -46,8 +32,8 @@ def embed_triton(
 def _embed_kernel(
     token_ids_ptr, sampled_ptr, weight_ptr, out_ptr, n, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
-    launch_next(PDL)
-    wait_for_previous(PDL)
+    launch_dependents(PDL)
+    wait(PDL)
     index = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     token = tl.load(token_ids_ptr + index).to(tl.int64)

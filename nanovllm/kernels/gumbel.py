@@ -12,13 +12,12 @@ logits once. Bound by arithmetic (the logarithms), by memory where temperature i
 """
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from nanovllm.kernels._triton import HAS_TRITON, launch_next, pdl, tl, triton, wait_for_previous
+from nanovllm.kernels.launch import launch_dependents, pdl, wait
 
 TILE = 4096  # token i draws number (i % TILE) // (TILE / 4) of Philox's four at one counter
-MAX_NOISE = 23.0
-_MASK32 = 0xFFFFFFFF
 
 
 def gumbel_sample(
@@ -27,8 +26,8 @@ def gumbel_sample(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     out: torch.Tensor,
-    copies: torch.Tensor,
-    turn: torch.Tensor,
+    host_tokens: torch.Tensor | None = None,
+    buffer_index: torch.Tensor | None = None,
     thresholds: torch.Tensor | None = None,
 ) -> None:
     """Sample one token a row into `out` [rows] int64; ties go to the lowest token id.
@@ -38,85 +37,24 @@ def gumbel_sample(
         temperatures: [rows] float32; 0 takes the most likely token.
         seeds: [rows] int64, one per request.
         positions: [rows] int32, the position in its sequence of the token being sampled.
-        copies: [turns, rows or more] int64, written too: pinned host memory, which saves a copy.
-        turn: [1] int32, the row of `copies` that is written.
+        host_tokens: [buffers, rows or more] int64, if given written too: pinned host memory, which
+            saves a copy.
+        buffer_index: [1] int32, the row of `host_tokens` that is written.
         thresholds: [rows] float32, no token with a lower logit is sampled (see
             `kernels.truncate`).
     """
-    args = (logits, temperatures, seeds, positions, out, copies, turn, thresholds)
-    if logits.is_cuda and HAS_TRITON:
-        gumbel_sample_triton(*args)
-    else:
-        gumbel_sample_torch(*args)
-
-
-def gumbel_sample_torch(
-    logits, temperatures, seeds, positions, out, copies, turn, thresholds=None
-) -> None:
-    out.copy_(logits.max(dim=-1).indices)  # the first of equals, as argmax; faster on a CPU
-    for row in temperatures.nonzero().flatten().tolist():
-        threshold = float("-inf") if thresholds is None else thresholds[row]
-        scores = logits[row].float()
-        scores = scores.where(scores >= threshold, float("-inf"))  # NaN too
-        out[row] = _sample(scores / temperatures[row], seeds[row], positions[row])
-    copies[turn.item(), : len(out)] = out
-
-
-def _sample(scores: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """The token with the highest of `scores` [vocab] and noise, which is drawn for those alone that
-    may yet exceed the most likely token's."""
-    tiles = F.pad(scores, (0, -len(scores) % TILE), value=float("-inf")).view(-1, 4, TILE // 4)
-    by_counter = tiles.transpose(0, 1).flatten(1)
-    best = by_counter.amax(dim=0)
-    leader = best.argmax(dim=0, keepdim=True)
-    to_beat = (by_counter[:, leader] + gumbel_noise(seed, position, leader)).max()
-    counters = (best >= to_beat - MAX_NOISE).nonzero().flatten()
-    noisy = by_counter[:, counters] + gumbel_noise(seed, position, counters)
-    stream, index = (noisy == noisy.max()).nonzero().unbind(1)
-    tile, place = counters[index] // (TILE // 4), counters[index] % (TILE // 4)
-    return (tile * TILE + stream * (TILE // 4) + place).min()
-
-
-def gumbel_noise(
-    seed: torch.Tensor, position: torch.Tensor, counters: torch.Tensor
-) -> torch.Tensor:
-    """[4, counters] float32 standard Gumbel numbers, at most `MAX_NOISE`: the four that Philox
-    makes at each of `counters` [counters] int64. `seed` and `position` are 0-d integers."""
-    bits = _philox(seed, counters, position.to(torch.int64))
-    u = bits.float().add_(0.5).mul_(2.0**-32)
-    series = u * (1 + u * (0.5 + u * (1 / 3)))
-    exponential = torch.where(u < 1e-3, series, -torch.log(1 - u))
-    return exponential.log_().neg_()
-
-
-def _philox(seed: torch.Tensor, counter0: torch.Tensor, counter1: torch.Tensor) -> torch.Tensor:
-    """Philox-4x32-10 with counters (counter0, counter1, 0, 0): [4, n] int64 of 32 bits each."""
-    c0, c1 = counter0, (counter1 & _MASK32).expand_as(counter0)
-    c2 = c3 = torch.zeros_like(c0)
-    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
-    for _ in range(10):
-        product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0 = ((product2 >> 32) & _MASK32) ^ c1 ^ k0
-        c2 = ((product0 >> 32) & _MASK32) ^ c3 ^ k1
-        c1, c3 = product2 & _MASK32, product0 & _MASK32
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
-    return torch.stack((c0, c1, c2, c3))
-
-
-def gumbel_sample_triton(
-    logits, temperatures, seeds, positions, out, copies, turn, thresholds=None
-) -> None:
     rows, vocab_size = logits.shape
     num_tiles = triton.cdiv(vocab_size, TILE)
-    best = torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device)
-    best_token = torch.empty(rows, num_tiles, dtype=torch.int32, device=logits.device)
+    scores = torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device)
+    tokens = torch.empty(rows, num_tiles, dtype=torch.int32, device=logits.device)
     _best_of_tile_kernel[(rows, num_tiles)](
-        logits, temperatures, seeds, positions, thresholds, best, best_token, vocab_size,
+        logits, temperatures, seeds, positions, thresholds, scores, tokens, vocab_size,
         num_tiles, TILE=TILE, TRUNCATED=thresholds is not None, FAST_LOG=logits.is_cuda,
         num_warps=8, **pdl(logits),
     )  # fmt: skip
     _best_of_row_kernel[(rows,)](
-        best, best_token, out, copies, turn, num_tiles, copies.shape[1],
+        scores, tokens, out, host_tokens, buffer_index, num_tiles,
+        0 if host_tokens is None else host_tokens.shape[1], HAS_HOST=host_tokens is not None,
         BLOCK=triton.next_power_of_2(num_tiles), num_warps=1, **pdl(logits),
     )  # fmt: skip
 
@@ -127,8 +65,8 @@ def _best_of_tile_kernel(
     best_token_ptr, vocab_size, num_tiles, TILE: tl.constexpr, TRUNCATED: tl.constexpr,
     FAST_LOG: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    launch_next(PDL)
-    wait_for_previous(PDL)
+    launch_dependents(PDL)
+    wait(PDL)
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     QUARTER: tl.constexpr = TILE // 4
     lane = tl.arange(0, QUARTER)
@@ -196,11 +134,11 @@ def _gumbel(bits, FAST_LOG: tl.constexpr):
 
 @triton.jit
 def _best_of_row_kernel(
-    best_ptr, best_token_ptr, out_ptr, copies_ptr, turn_ptr, num_tiles, copy_stride,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    best_ptr, best_token_ptr, out_ptr, host_ptr, buffer_index_ptr, num_tiles, host_stride,
+    HAS_HOST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    launch_next(PDL)
-    wait_for_previous(PDL)
+    launch_dependents(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < num_tiles
@@ -209,4 +147,5 @@ def _best_of_row_kernel(
     winner = tl.min(tl.where(best == tl.max(best, axis=0), token, 2147483647), axis=0)
     winner = tl.where(winner == 2147483647, 0, winner).to(tl.int64)
     tl.store(out_ptr + row, winner)
-    tl.store(copies_ptr + tl.load(turn_ptr) * copy_stride + row, winner)
+    if HAS_HOST:
+        tl.store(host_ptr + tl.load(buffer_index_ptr) * host_stride + row, winner)

@@ -6,26 +6,16 @@ memory.
 """
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from nanovllm.kernels._triton import HAS_TRITON, launch_next, pdl, tl, triton, wait_for_previous
+from nanovllm.kernels.launch import launch_dependents, pdl, wait
 
 BLOCK = 1024
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """`x` [rows, 2 n] -> [rows, n], computed in float32 and rounded once on a GPU."""
-    if x.is_cuda and HAS_TRITON:
-        return silu_and_mul_triton(x)
-    return silu_and_mul_torch(x)
-
-
-def silu_and_mul_torch(x: torch.Tensor) -> torch.Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
-def silu_and_mul_triton(x: torch.Tensor) -> torch.Tensor:
+    """`x` [rows, 2 n] -> [rows, n], computed in float32 and rounded once."""
     rows, n = x.shape[0], x.shape[1] // 2
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     grid = (rows, triton.cdiv(n, BLOCK))
@@ -41,8 +31,8 @@ def silu_times(gate, up):
 
 @triton.jit
 def _silu_and_mul_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    launch_next(PDL)
-    wait_for_previous(PDL)
+    launch_dependents(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < n

@@ -1,0 +1,185 @@
+"""What serves a matrix product: the one place where a kernel is chosen.
+
+Of an engine's products those of few rows are the reading of their weights, for which a library's
+kernels are not made: one row, and of small matrices two, is the business of `kernels.gemv`, which
+takes the norm before and the gate or the residual add after into the same kernel; up to 128 rows
+(of large matrices 64) go to `kernels.split_k`. All others are cuBLAS's.
+"""
+
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels import gemv as gemv_kernel
+from nanovllm.kernels import split_k as split_k_kernel
+from nanovllm.kernels.activation import silu_and_mul
+from nanovllm.kernels.gemv import gemv
+from nanovllm.kernels.launch import Gpu, gpu_with
+from nanovllm.kernels.split_k import num_splits, split_k
+
+# In-features of GEMVs, with a norm and without: of more, registers spill.
+_MAX_NORMED, _MAX_PLAIN = 4096, 17408
+_SHORT_ROW, _SMALL = 2048, 2**23  # in-features and elements with which GEMV takes two rows
+_LARGE = 2**25  # elements of a weight with which cuBLAS is faster past 64 rows
+_MAX_ROWS_OF_LARGE = 64
+
+
+class Kernel(Enum):
+    """What can make a product."""
+
+    GEMV = "gemv"
+    SPLIT_K = "split_k"
+    LIBRARY = "library"
+
+
+class Use(Enum):
+    """What becomes of a product: its values are wanted, its halves are gate and up of an MLP, or it
+    is added to the residual stream."""
+
+    VALUES = "values"
+    GATED = "gated"
+    ADDED = "added"
+
+
+class Product(NamedTuple):
+    """A product x W^T + b, as far as the choice of its kernel goes.
+
+    Attributes:
+        rows: of x.
+        in_features, out_features: the weight is [out_features, in_features], gate and up together.
+        dtype: of x and W.
+        use: what becomes of it.
+        has_norm: x has still to be normalised.
+        has_partials: and before that, partial sums have to be added to it.
+    """
+
+    rows: int
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    use: Use = Use.VALUES
+    has_norm: bool = False
+    has_partials: bool = False
+
+
+def choose_kernel(product: Product, gpu: Gpu) -> Kernel:
+    """The kernel that makes a product on a GPU, biased or not."""
+    rows, k, n = product.rows, product.in_features, product.out_features
+    if (
+        k <= (_MAX_NORMED if product.has_norm else _MAX_PLAIN)
+        and (rows == 1 or (rows == gemv_kernel.MAX_ROWS and (k <= _SHORT_ROW or k * n <= _SMALL)))
+        and (product.has_norm or product.use is Use.ADDED)  # else cuBLAS's own is as good
+        and not product.has_partials
+    ):
+        return Kernel.GEMV
+    is_large = k * n > _LARGE and product.use is not Use.ADDED
+    max_rows = _MAX_ROWS_OF_LARGE if is_large else split_k_kernel.MAX_ROWS
+    if rows <= max_rows and product.dtype.itemsize == 2 and gpu.is_hopper_class:
+        return Kernel.SPLIT_K
+    return Kernel.LIBRARY
+
+
+class Normed(Protocol):
+    """An input that has still to be normalised: RMSNorm(x + sum of partials) * weight."""
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+
+    @property
+    def eps(self) -> float: ...
+
+    @property
+    def x(self) -> torch.Tensor: ...
+
+    @property
+    def partials(self) -> torch.Tensor | None: ...
+
+    def values(self) -> torch.Tensor: ...
+
+
+def matmul(
+    x: torch.Tensor | Normed,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x W^T + b: [rows, out], in the dtype of x.
+
+    Args:
+        x: [rows, in], or what has still to be normalised to that.
+        weight: [out, in].
+        bias: [out].
+        out: [rows, out], the memory of the result if it is to be a given one.
+    """
+    kernel = _choose(x, weight, Use.VALUES)
+    if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):
+        return gemv(x.x, weight, bias, x.weight, x.eps, out=out)
+    x = _values(x)
+    if kernel is Kernel.SPLIT_K:
+        return split_k(x, weight, bias, out=out)
+    if out is None:
+        return F.linear(x, weight, bias)
+    torch.mm(x, weight.t(), out=out)
+    return out if bias is None else out.add_(bias)
+
+
+def gated_matmul(
+    x: torch.Tensor | Normed, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """silu(gate) * up, [rows, out], gate and up being the halves of x W^T + b.
+
+    Args:
+        x: [rows, in], or what has still to be normalised to that.
+        weight: [2 * out, in].
+        bias: [2 * out].
+    """
+    kernel = _choose(x, weight, Use.GATED)
+    if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):
+        return gemv(x.x, weight, bias, x.weight, x.eps, gated=True)
+    x = _values(x)
+    if kernel is Kernel.SPLIT_K:
+        return split_k(x, weight, bias, gated=True)
+    return silu_and_mul(F.linear(x, weight, bias))
+
+
+def add_matmul(
+    stream: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Add x W^T + b to `stream` [rows, out], in place, or return what has still to be added.
+
+    Args:
+        x: [rows, in].
+        weight: [out, in].
+        bias: [out].
+
+    Returns:
+        None, or partial sums [splits, rows, out] float32, for the norm that comes next.
+    """
+    kernel = _choose(x, weight, Use.ADDED)
+    if kernel is Kernel.GEMV:
+        gemv(x, weight, bias, add_to=stream)
+    elif kernel is Kernel.SPLIT_K:
+        return split_k(x, weight, bias, splits=num_splits(weight.shape[0]))
+    else:
+        stream.addmm_(x, weight.t())  # the add is the product's epilogue
+        if bias is not None:
+            stream.add_(bias)
+    return None
+
+
+def _choose(x: torch.Tensor | Normed, weight: torch.Tensor, use: Use) -> Kernel:
+    normed = None if isinstance(x, torch.Tensor) else x
+    rows = (x if isinstance(x, torch.Tensor) else x.x).shape[0]
+    product = Product(
+        rows, weight.shape[1], weight.shape[0], weight.dtype, use,
+        normed is not None, normed is not None and normed.partials is not None,
+    )  # fmt: skip
+    gpu = gpu_with(weight)
+    assert gpu is not None, "kernels run on a GPU"
+    return choose_kernel(product, gpu)
+
+
+def _values(x: torch.Tensor | Normed) -> torch.Tensor:
+    return x if isinstance(x, torch.Tensor) else x.values()

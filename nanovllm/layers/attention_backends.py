@@ -1,0 +1,270 @@
+"""Who computes attention over the paged KV cache: this project's kernels, flash-attn, or torch.
+
+"auto" takes what was measured to be the fastest that can run. On Hopper and later GPUs that is this
+project's Triton kernels; on an older GPU flash-attn where it is installed (bf16 or fp16, block size
+a multiple of 256, a head_dim it was built for), else Triton; without a GPU torch.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nanovllm.layers.attention import AttentionSpec
+from nanovllm.layers.paged_attention import decode_attention, norm_rope_store, prefill_attention
+from nanovllm.utils.context import Context
+from nanovllm.utils.kernels import has_kernels, kernels
+
+try:
+    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+except ImportError:
+    flash_attn_with_kvcache = None
+
+
+class AttentionBackend(ABC):
+    """Everything between the projection to q/k/v and the one back to the stream.
+
+    Attributes:
+        name: as in `Config.attention_backend`.
+        can_capture: whether its decode steps run inside a CUDA Graph.
+        reads_tables_in_decode: whether decode steps need block tables; if not, the backend has
+            metadata of its own in their place, prepared on the host with the step.
+
+    Args:
+        block_size: tokens of a KV block.
+    """
+
+    name: str
+    can_capture = True
+    reads_tables_in_decode = True
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+
+    @abstractmethod
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        spec: AttentionSpec,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        context: Context,
+    ) -> torch.Tensor:
+        """QK-norm (if any) and RoPE of new queries and keys, their keys and values to the cache,
+        and attention of each new token to its sequence up to itself.
+
+        In prefill all keys and values of the step are stored before any is read, since rows may
+        share blocks.
+
+        Args:
+            qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim].
+            k_cache, v_cache: this layer's, [num_blocks, block_size, num_kv_heads, head_dim].
+
+        Returns:
+            [tokens, num_heads * head_dim].
+        """
+
+    def max_metadata_words(self, rows: int, max_context_len: int) -> int:
+        """The most int32 words that `prepare_decode` fills in for so many rows."""
+        return 0
+
+    def prepare_decode(
+        self,
+        buffer: np.ndarray,
+        context_lens: np.ndarray,
+        block_tables: np.ndarray,
+        padded_rows: int,
+    ) -> int:
+        """Write the metadata of a decode step into a host buffer; returns the words used.
+
+        Args:
+            buffer: int32, of at least `max_metadata_words`.
+            context_lens: [rows], the newest token included.
+            block_tables: [rows, width].
+            padded_rows: the rows that will run; those past `rows` attend to nothing.
+        """
+        return 0
+
+    def decode_metadata(self, buffer: torch.Tensor, padded_rows: int) -> Any:
+        """What `prepare_decode` wrote, as it lies in the device's copy of the buffer."""
+        return None
+
+
+class TorchBackend(AttentionBackend):
+    """Plain torch, sequence by sequence: the reference, and what runs on a CPU."""
+
+    name = "torch"
+    can_capture = False  # it reads lengths on the host
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        spec: AttentionSpec,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        context: Context,
+    ) -> torch.Tensor:
+        q = norm_rope_store(
+            qkv, spec.q_weight, spec.k_weight, spec.eps, context.cos_sin, context.positions,
+            k_cache, v_cache, context.slot_mapping,
+        )  # fmt: skip
+        tables = (context.context_lens, context.block_tables, spec.scale)
+        if context.is_prefill:
+            out = prefill_attention(q, k_cache, v_cache, context.cu_seqlens_q, *tables)
+        else:
+            out = decode_attention(q, k_cache, v_cache, *tables)
+        return out.flatten(1)
+
+
+class TritonBackend(AttentionBackend):
+    """This project's kernels. A decode step's metadata is the work list of
+    `kernels.decode_plan`."""
+
+    name = "triton"
+    reads_tables_in_decode = False
+
+    def __init__(self, block_size: int, num_kv_heads: int, device: torch.device) -> None:
+        super().__init__(block_size)
+        self.num_ranges: int = kernels.num_decode_ranges(device, num_kv_heads)
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        spec: AttentionSpec,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        context: Context,
+    ) -> torch.Tensor:
+        args = (
+            qkv, spec.q_weight, spec.k_weight, spec.eps, context.cos_sin, context.positions,
+            k_cache, v_cache, context.slot_mapping,
+        )  # fmt: skip
+        if not context.is_prefill:
+            out = kernels.paged_decode(*args, context.decode_metadata, spec.scale)
+        else:
+            q = kernels.qk_norm_rope_store(*args)
+            out = kernels.paged_prefill(
+                q, k_cache, v_cache, context.cu_seqlens_q, context.context_lens,
+                context.block_tables, spec.scale, context.max_seqlen_q,
+            )  # fmt: skip
+        return out.flatten(1)
+
+    def max_metadata_words(self, rows: int, max_context_len: int) -> int:
+        return kernels.max_plan_words(rows, max_context_len, self.block_size, self.num_ranges)
+
+    def prepare_decode(
+        self,
+        buffer: np.ndarray,
+        context_lens: np.ndarray,
+        block_tables: np.ndarray,
+        padded_rows: int,
+    ) -> int:
+        plan = kernels.plan_decode(
+            context_lens, block_tables, self.block_size, self.num_ranges, padded_rows
+        )
+        views = kernels.DecodePlan.views(buffer, padded_rows, self.num_ranges)
+        rows = len(context_lens)
+        views.bounds[:] = plan.bounds
+        views.chunk_counts[:rows], views.chunk_counts[rows:] = plan.chunk_counts, 0
+        views.tiles[: len(plan.tiles)] = plan.tiles
+        return len(buffer) - views.tiles.size + plan.tiles.size
+
+    def decode_metadata(self, buffer: torch.Tensor, padded_rows: int) -> Any:
+        return kernels.DecodePlan.views(buffer, padded_rows, self.num_ranges)
+
+
+class FlashBackend(AttentionBackend):
+    """flash-attn (Dao 2023, arXiv:2307.08691), an optional package."""
+
+    name = "flash-attn"
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        spec: AttentionSpec,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        context: Context,
+    ) -> torch.Tensor:
+        store = kernels.qk_norm_rope_store if has_kernels(qkv) else norm_rope_store
+        q = store(
+            qkv, spec.q_weight, spec.k_weight, spec.eps, context.cos_sin, context.positions,
+            k_cache, v_cache, context.slot_mapping,
+        )  # fmt: skip
+        if context.is_prefill:
+            cu_seqlens_k = F.pad(context.context_lens.cumsum(0), (1, 0))
+            out = flash_attn_varlen_func(
+                q, k_cache, v_cache,
+                cu_seqlens_q=context.cu_seqlens_q, cu_seqlens_k=cu_seqlens_k.int(),
+                max_seqlen_q=context.max_seqlen_q, max_seqlen_k=context.max_context_len,
+                softmax_scale=spec.scale, causal=True, block_table=context.block_tables,
+            )  # fmt: skip
+        else:
+            out = flash_attn_with_kvcache(
+                q.unsqueeze(1), k_cache, v_cache, cache_seqlens=context.context_lens,
+                block_table=context.block_tables, softmax_scale=spec.scale, causal=True,
+            )  # fmt: skip
+        return out.flatten(-2).view(len(qkv), -1)
+
+
+def make_backend(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+) -> AttentionBackend:
+    """The backend asked for, or the best that can run if that is "auto".
+
+    Raises:
+        ValueError: if the one asked for cannot run, saying why.
+    """
+    obstacle_of = {
+        "triton": lambda: _triton_obstacle(device),
+        "flash-attn": lambda: _flash_obstacle(device, dtype, head_dim, block_size),
+        "torch": lambda: None,
+    }
+    order = ["triton", "flash-attn", "torch"]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        order = ["flash-attn", "triton", "torch"]
+    if name == "auto":
+        name = next(backend for backend in order if obstacle_of[backend]() is None)
+    elif (obstacle := obstacle_of[name]()) is not None:
+        others = [backend for backend in order if obstacle_of[backend]() is None]
+        raise ValueError(f"attention_backend {name!r} cannot run: {obstacle}; could be: {others}")
+    if name == "triton":
+        return TritonBackend(block_size, num_kv_heads, device)
+    return FlashBackend(block_size) if name == "flash-attn" else TorchBackend(block_size)
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it needs a GPU, and device is {str(device)!r}"
+    return None if kernels is not None else "triton is not installed, or older than 3.5"
+
+
+def _flash_obstacle(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int
+) -> str | None:
+    if device.type != "cuda":
+        return f"it needs a GPU, and device is {str(device)!r}"
+    if flash_attn_with_kvcache is None:
+        return "flash-attn is not installed (pip install 'nanovllm[flash]')"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in float16 and bfloat16 only, and dtype is {dtype}"
+    if block_size % 256:
+        return f"it needs kvcache_block_size to be a multiple of 256, got {block_size}"
+    try:  # builds differ in the head dims they hold
+        cache = torch.zeros(1, 256, 1, head_dim, dtype=dtype, device=device)
+        flash_attn_with_kvcache(
+            cache[:, :1], cache, cache,
+            cache_seqlens=torch.ones(1, dtype=torch.int32, device=device),
+            block_table=torch.zeros(1, 1, dtype=torch.int32, device=device),
+        )  # fmt: skip
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return f"the installed build does not run here with head_dim {head_dim}: {error}"
+    return None

@@ -1,0 +1,149 @@
+"""Work still to be done: a norm not yet applied, a product not yet made. Who uses it decides how.
+
+A decoder layer reads as its equation,
+
+    x = x + self_attn(input_layernorm(x))
+    x = x + mlp(post_attention_layernorm(x))
+
+and at one row still runs as six kernels. For that a norm returns a `Normed`, a projection returns a
+`Product`, and nothing is computed until a product is added to the residual stream, gated, or asked
+for its values. Then one kernel makes it together with the norm before or the addition after, where
+there is such a kernel (`kernels.linear` chooses), and plain torch does elsewhere.
+"""
+
+from typing import Protocol, Union
+
+import torch
+
+Input = Union[torch.Tensor, "Normed"]  # of a projection: [tokens, in]
+
+
+class Norm(Protocol):
+    """What normalises a stream: see `layers.layernorm.RMSNorm`."""
+
+    eps: float
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+
+    def normalize(self, x: torch.Tensor, partials: torch.Tensor | None) -> torch.Tensor: ...
+
+
+class Multiplier(Protocol):
+    """What makes the products of one weight: see `layers.linear.Linear`."""
+
+    def multiply(self, x: Input, out: torch.Tensor | None = None) -> torch.Tensor: ...
+
+    def multiply_gated(self, x: Input, activation: str) -> torch.Tensor: ...
+
+    def multiply_add(self, x: Input, stream: torch.Tensor) -> torch.Tensor | None: ...
+
+
+class Stream:
+    """The residual stream of some tokens, to which each sub-layer adds its output.
+
+    An addition is made in place: `x + product` uses up `x`, which must not be used afterwards.
+
+    Args:
+        x: [tokens, hidden].
+        partials: [splits, tokens, hidden] float32, still to be added to `x`; the norm that comes
+            next does it on its way.
+
+    Raises:
+        RuntimeError: if it is used after something was added to it.
+    """
+
+    def __init__(self, x: torch.Tensor, partials: torch.Tensor | None = None) -> None:
+        self._x: torch.Tensor | None = x
+        self.partials = partials
+
+    @property
+    def x(self) -> torch.Tensor:
+        if self._x is None:
+            raise RuntimeError("this stream was added to: use the sum in its place")
+        return self._x
+
+    def values(self) -> torch.Tensor:
+        """[tokens, hidden], nothing left to be added."""
+        if self.partials is not None:
+            self.x.copy_(self.x.float() + self.partials.sum(dim=0))
+            self.partials = None
+        return self.x
+
+    def __add__(self, update: Union["Product", torch.Tensor]) -> "Stream":
+        if isinstance(update, torch.Tensor):
+            return Stream(self._use_up().add_(update))
+        x = self._use_up()
+        if update.tokens is not None:
+            x = x[update.tokens]
+        return Stream(x, update.multiplier.multiply_add(update.x, x))
+
+    def __getitem__(self, tokens: torch.Tensor | slice) -> "Stream":
+        """Some of the tokens: a copy, or with a slice a view."""
+        return Stream(self.values()[tokens])
+
+    def _use_up(self) -> torch.Tensor:
+        x, self._x = self.values(), None
+        return x
+
+
+class Normed:
+    """A stream through a norm, computed when its values are asked for, once."""
+
+    def __init__(self, norm: Norm, stream: Stream) -> None:
+        self.norm = norm
+        self.stream = stream
+        self._values: torch.Tensor | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.norm.weight
+
+    @property
+    def eps(self) -> float:
+        return self.norm.eps
+
+    @property
+    def x(self) -> torch.Tensor:
+        return self.stream.x
+
+    @property
+    def partials(self) -> torch.Tensor | None:
+        return self.stream.partials
+
+    def values(self) -> torch.Tensor:
+        """[tokens, hidden]."""
+        if self._values is None:
+            partials, self.stream.partials = self.stream.partials, None
+            self._values = self.norm.normalize(self.stream.x, partials)
+        return self._values
+
+
+class Product:
+    """x W^T + b, of a projection that has not been computed yet.
+
+    Args:
+        multiplier: the projection.
+        x: [tokens, in], or what has still to be normalised to that.
+        tokens: which of the stream's tokens these are, [any number] int64; None: all.
+    """
+
+    def __init__(
+        self, multiplier: Multiplier, x: Input, tokens: torch.Tensor | None = None
+    ) -> None:
+        self.multiplier = multiplier
+        self.x = x
+        self.tokens = tokens
+
+    def values(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[tokens, out]; in the memory of `out` if that is given."""
+        return self.multiplier.multiply(self.x, out)
+
+    def gated(self, activation: str) -> torch.Tensor:
+        """activation(gate) * up, [tokens, out / 2], gate and up being its halves."""
+        return self.multiplier.multiply_gated(self.x, activation)
+
+
+def values_of(x: Input) -> torch.Tensor:
+    """[tokens, in], normalised if that was still to be done."""
+    return x if isinstance(x, torch.Tensor) else x.values()

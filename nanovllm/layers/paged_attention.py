@@ -1,0 +1,104 @@
+"""Attention over the paged KV cache in plain torch, sequence by sequence: what runs on a CPU, and
+what the kernels are compared with."""
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.layers.rotary_embedding import rotate_
+
+
+def norm_rope_store(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """Queries ready for attention, [tokens, num_heads, head_dim]; keys and values are stored in the
+    cache. The arguments are those of `kernels.qk_norm_rope_store`."""
+    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    qk, v = heads.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
+    if q_weight is not None and k_weight is not None:
+        weight = torch.cat((q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)))
+        rotated = F.rms_norm(qk.float(), (head_dim,), eps=eps).mul_(weight)
+    else:
+        rotated = qk.to(torch.float32, copy=True)  # it is rotated in place
+    rotate_(rotated, cos_sin[positions].unsqueeze(1))
+    q, k = rotated.to(qkv.dtype).split([num_heads, num_kv_heads], dim=1)
+    slots = slot_mapping.long()
+    if slots.min() < 0:
+        k, v, slots = k[slots >= 0], v[slots >= 0], slots[slots >= 0]
+    places = slots // block_size, slots % block_size
+    k_cache[places], v_cache[places] = k, v
+    return q
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of ragged prompts, like `q` [tokens, num_heads, head_dim]; the arguments are
+    those of `kernels.paged_prefill`."""
+    out = torch.empty_like(q)
+    starts, tables = cu_seqlens_q.tolist(), block_tables.tolist()
+    for row, context_len in enumerate(context_lens.tolist()):
+        start, end = starts[row], starts[row + 1]
+        k, v = (_gather(cache, tables[row], context_len) for cache in (k_cache, v_cache))
+        query = q[start:end].transpose(0, 1)
+        cached = context_len - (end - start)
+        mask = None
+        if cached:
+            mask = torch.ones(end - start, context_len, dtype=torch.bool, device=q.device)
+            mask = mask.tril(diagonal=cached)
+        attended = F.scaled_dot_product_attention(
+            query[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale,
+            enable_gqa=True,
+        )  # fmt: skip
+        out[start:end] = attended[0].transpose(0, 1)
+    return out
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one query a sequence to its context, like `q` [rows, num_heads, head_dim]. A
+    context of 0 marks a padding row, whose output is zero."""
+    out = torch.zeros_like(q)
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    # The heads of a group are the queries of one head, so that each key is read once.
+    groups = q.view(q.shape[0], num_kv_heads, -1, head_dim)
+    tables = block_tables.tolist()
+    for row, context_len in enumerate(context_lens.tolist()):
+        if context_len:
+            k, v = (_gather(cache, tables[row], context_len) for cache in (k_cache, v_cache))
+            attended = F.scaled_dot_product_attention(
+                groups[row][None], k[None], v[None], scale=scale
+            )
+            out[row] = attended.reshape(-1, head_dim)
+    return out
+
+
+def _gather(cache: torch.Tensor, block_table: list[int], context_len: int) -> torch.Tensor:
+    """One sequence's keys or values: [num_kv_heads, context_len, head_dim]."""
+    num_blocks = -(-context_len // cache.shape[1])
+    if num_blocks == 1:
+        tokens = cache[block_table[0], :context_len]
+    else:
+        tokens = cache[block_table[:num_blocks]].flatten(0, 1)[:context_len]
+    return tokens.transpose(0, 1)
