@@ -95,7 +95,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list:
     """The engines that the command builds, once it has."""
     from command_line import RecordingLLM
 
-    from nanovllm.commands import common
+    from nanovllm.entrypoints import common
 
     monkeypatch.setattr(RecordingLLM, "engines", [])
     monkeypatch.setattr(common, "LLM", RecordingLLM)

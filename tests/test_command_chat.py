@@ -13,7 +13,7 @@ import pytest
 from command_line import DEMO, ENGINE, MODULE, ROOT, WHO, RecordingLLM
 
 from nanovllm import LLM, SamplingParams
-from nanovllm import __main__ as command
+from nanovllm.entrypoints import command_line as command
 
 
 @pytest.fixture

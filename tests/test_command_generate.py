@@ -14,8 +14,8 @@ from checkpoints import link_checkpoint
 from command_line import DEMO, ENGINE, MODULE, ROOT, RecordingLLM
 
 from nanovllm import LLM, SamplingParams
-from nanovllm import __main__ as command
-from nanovllm.commands import common
+from nanovllm.entrypoints import command_line as command
+from nanovllm.entrypoints import common
 
 
 class Files:

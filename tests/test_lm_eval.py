@@ -192,7 +192,7 @@ def test_long_contexts_are_cut_from_the_left(
     text = f"{COUNTING}{continuation}"
     ours, _ = at_most(300)
     ours, hf = at_most(len(ours.tok_encode(text)) - 1 - too_long)
-    with caplog.at_level(logging.WARNING, logger="nanovllm.lm_eval"):
+    with caplog.at_level(logging.WARNING, logger="nanovllm.entrypoints.lm_eval"):
         found = score(ours, (COUNTING, continuation))
     assert_same_scores(found, score(hf, (COUNTING, continuation)))
     assert ("cut from the left" in caplog.text) == (too_long > 0)
@@ -201,7 +201,7 @@ def test_long_contexts_are_cut_from_the_left(
 def test_long_prompts_are_cut_from_the_left(at_most: Any, caplog: pytest.LogCaptureFixture) -> None:
     ours, hf = at_most(60)
     pair = (f"{USER}Count from 1 to 99.{ASSISTANT}{COUNTING[:200]}", {"max_gen_toks": 20})
-    with caplog.at_level(logging.WARNING, logger="nanovllm.lm_eval"):
+    with caplog.at_level(logging.WARNING, logger="nanovllm.entrypoints.lm_eval"):
         found = generate(ours, pair)
     assert found == generate(hf, pair)
     assert found != generate(NanoVLLM(ours.llm), pair)

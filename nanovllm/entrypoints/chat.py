@@ -7,7 +7,7 @@ from contextlib import closing, suppress
 from typing import Any
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.commands.common import (
+from nanovllm.entrypoints.common import (
     SAMPLING_OPTIONS,
     CommandError,
     HeldInterrupt,

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.commands.common import (
+from nanovllm.entrypoints.common import (
     SAMPLING_OPTIONS,
     CommandError,
     HeldInterrupt,
