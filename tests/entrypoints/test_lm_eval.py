@@ -22,9 +22,9 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from nanovllm import LLM, SamplingParams  # noqa: E402
 from nanovllm.lm_eval import NanoVLLM  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "demo" / "tiny-qwen3")
-TASKS = Path(__file__).parent / "lm_eval_task"
+TASKS = Path(__file__).parent / "lm_eval_tasks"
 ARGS = f"pretrained={DEMO},dtype=float32"
 TOLERANCE = 1e-4
 

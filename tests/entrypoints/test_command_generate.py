@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from checkpoints import link_checkpoint
-from command_line import DEMO, ENGINE, MODULE, ROOT, RecordingLLM
+from helpers.command_line import DEMO, ENGINE, MODULE, ROOT, RecordingLLM
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.entrypoints import command_line as command

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from nanovllm import LLM, SamplingParams
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "demo" / "tiny-qwen3")
 WHO = "I am a tiny demo model of nanovllm, with about one million parameters."
 ENGINE = ("--device", "cpu", "--dtype", "float32")

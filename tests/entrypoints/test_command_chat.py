@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import DEMO, ENGINE, MODULE, ROOT, WHO, RecordingLLM
+from helpers.command_line import DEMO, ENGINE, MODULE, ROOT, WHO, RecordingLLM
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.entrypoints import command_line as command
