@@ -1,4 +1,4 @@
-"""Another name of `nanovllm.entrypoints.lm_eval`, for `python -m nanovllm.lm_eval` and imports."""
+"""Short name of `nanovllm.entrypoints.lm_eval`, both to import and for `python -m`."""
 
 from nanovllm.entrypoints.lm_eval import NanoVLLM, main
 

@@ -1,17 +1,17 @@
-"""nanovllm as a model of EleutherAI's lm-evaluation-harness (the "eval" extra).
+"""A model of EleutherAI's lm-evaluation-harness that runs on nanovllm (the "eval" extra).
 
 Importing this module registers the model "nanovllm". From Python:
 
     import nanovllm.lm_eval, lm_eval
     results = lm_eval.simple_evaluate("nanovllm", "pretrained=Qwen/Qwen3-0.6B", tasks=["arc_easy"])
 
-or with an engine that is there already, `simple_evaluate(NanoVLLM(llm), tasks=...)`. From a shell,
-with all that the harness's own command takes:
+or, with an `LLM` that exists already, `simple_evaluate(NanoVLLM(llm), tasks=...)`. From a shell,
+with all options of the harness's own command:
 
     python -m nanovllm.lm_eval run --model nanovllm --model_args pretrained=DIR --tasks arc_easy
 
-Scores are those of the harness's "hf" model, up to the rounding of the logits; texts that do not
-fit are cut as it cuts them when it is given the same `max_length`.
+Scores equal those of the harness's "hf" model, up to the rounding of the logits, if both have the
+same `max_length`: texts that are too long are then cut in the same place.
 """
 
 import logging
@@ -32,54 +32,52 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.outputs import RequestOutput
-from nanovllm.llm import LLM
-from nanovllm.sampling_params import SamplingParams
+from nanovllm import LLM, SamplingParams, __version__
+from nanovllm.engine.outputs import Logprob, RequestOutput
 from nanovllm.utils.validation import as_integer
-from nanovllm.version import __version__
 
 logger = logging.getLogger(__name__)
 
-# What a prompt must leave free: the engine refuses one that fills max_model_len, since it always
-# generates a token; and the last token of a text is scored, while the harness's lengths count those
-# that are read.
-SPARE_TOKENS = 2
-AS_LONG_AS_THE_MODEL = 2**31 - 1  # max_model_len, which the engine caps
+# `max_length` counts the tokens that the model reads. `max_model_len` must be larger by two: one
+# for the last token of a text, which is scored and not read, and one for the token that the engine
+# always generates.
+EXTRA_TOKENS = 2
+NO_LIMIT = 2**31 - 1  # a max_model_len that the engine lowers to the model's limit
 
-# A text to score: what the harness knows it by (None: not worth caching), context, continuation.
-ToScore = tuple[tuple[str, str] | None, list[int], list[int]]
+# A text to score: the key of its score in the harness's cache (None: do not cache it), the token
+# ids of the context, and those of the continuation, which are scored.
+ScoreRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @register_model("nanovllm")
 class NanoVLLM(TemplateLM):
-    """Scores and generates with `LLM`, which batches requests by itself.
+    """Scores and generates texts with an `LLM`.
 
     Args:
-        pretrained: a checkpoint directory or hub id; or an engine, which is left open.
-        max_length: the most tokens to condition on, as the "hf" model counts; `max_model_len`,
-            which may be given instead, is two more. By default what the model and the KV cache
-            allow.
-        max_gen_toks: the most tokens to generate where a task does not say.
-        prefix_token_id: what stands before a text without context; by default the
+        pretrained: a checkpoint directory or hub id; or an `LLM`, which stays open.
+        max_length: the most tokens that the model reads, as the "hf" model counts them. Instead,
+            `max_model_len` may be given, which is larger by two. By default as many as the model
+            and the KV cache allow.
+        max_gen_toks: the most tokens to generate, for tasks that do not give it.
+        prefix_token_id: the token before a text that has no context; by default the
             beginning-of-sequence token, or the end-of-sequence token if there is none.
-        add_bos_token: whether prompts are encoded with special tokens; None leaves it to the
-            tokenizer.
+        add_bos_token: whether to encode texts with special tokens; None: the tokenizer's default.
         chat_template_args: more arguments for the chat template.
-        enable_thinking: one of those, for generation only. It needs `think_end_token`.
-        think_end_token: what ends the thoughts, such as "</think>": the answer is what follows, and
-            a task's stop strings count only there.
-        batch_size, max_batch_size, trust_remote_code: ignored. `max_num_seqs` and
-            `max_num_batched_tokens` are the engine's, which runs no code of a checkpoint.
-        **options: those of the engine, see :class:`nanovllm.config.Config`.
+        enable_thinking: one of these, only for tasks that generate. True needs `think_end_token`.
+        think_end_token: the end of the model's thoughts, such as "</think>". Only what follows is
+            the answer, and only there a task's stop strings apply.
+        batch_size, max_batch_size: ignored, since the engine forms batches by `max_num_seqs` and
+            `max_num_batched_tokens`.
+        trust_remote_code: ignored, since the engine never runs code from a checkpoint.
+        **options: engine options, see :class:`nanovllm.config.Config`.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot work.
+        TypeError, ValueError: for an invalid argument.
     """
 
     def __init__(
         self,
-        pretrained: str | os.PathLike[str] | LLMEngine,
+        pretrained: str | os.PathLike[str] | LLM,
         max_length: int | None = None,
         max_gen_toks: int = 256,
         prefix_token_id: int | None = None,
@@ -105,25 +103,15 @@ class NanoVLLM(TemplateLM):
                 "enable_thinking needs think_end_token, such as '</think>': without it thoughts "
                 "would count as answers"
             )
-        self.llm = self._engine(pretrained, max_length, options)
+        self.llm = _load_llm(pretrained, max_length, options)
         if self.llm.tokenizer is None:
             raise ValueError(
                 f"{self.llm.config.model_dir} has no tokenizer, and the tasks are text: add the "
                 "checkpoint's tokenizer files"
             )
         self.tokenizer = self.llm.tokenizer
-        self.custom_prefix_token_id = prefix_token_id
-        if self.prefix_token_id is None:
-            raise ValueError(
-                "the tokenizer has neither a beginning- nor an end-of-sequence token, which would "
-                "stand before a text without context: give prefix_token_id"
-            )
-        vocab_size = self.llm.config.hf_config.vocab_size
-        if not 0 <= as_integer("prefix_token_id", self.prefix_token_id) < vocab_size:
-            raise ValueError(
-                f"prefix_token_id is {self.prefix_token_id}, outside the vocabulary of {vocab_size}"
-            )
-        self.max_length = self.llm.config.max_model_len - SPARE_TOKENS
+        self._prefix_token_id = self._choose_prefix_token_id(prefix_token_id)
+        self.max_length = self.llm.config.max_model_len - EXTRA_TOKENS
         if max_length is not None:
             self.max_length = min(self.max_length, max_length)
         if self.max_length < 1:
@@ -135,28 +123,25 @@ class NanoVLLM(TemplateLM):
             self.chat_template_args["enable_thinking"] = enable_thinking
         self.enable_thinking = enable_thinking
         self.think_end_token = think_end_token
-        self._prefix_text = self.tokenizer.decode([self.prefix_token_id])
+        self._prefix_text = self._decode([self._prefix_token_id])
         eos = self.eot_token_id
-        self._eos_text = None if eos is None else self.tokenizer.decode([eos])
+        self._eos_text = None if eos is None else self._decode([eos])
 
     @property
     def eot_token_id(self) -> int | None:
         return self.tokenizer.eos_token_id
 
     @property
-    def prefix_token_id(self) -> int | None:
-        """What a text without context is conditioned on."""
-        if self.custom_prefix_token_id is not None:
-            return self.custom_prefix_token_id
-        bos = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if bos is None else bos
+    def prefix_token_id(self) -> int:
+        """The token before a text that has no context."""
+        return self._prefix_token_id
 
     @property
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def get_model_info(self) -> dict[str, str]:
-        """What the harness writes down beside the results."""
+        """What the harness stores with the results."""
         return {
             "model_dtype": str(self.llm.config.torch_dtype),
             "model_device": str(self.llm.config.torch_device),
@@ -166,16 +151,19 @@ class NanoVLLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation, up to an answer; or else inside of its last message."""
+        """The text of a conversation, up to where the answer begins; without
+        `add_generation_prompt` up to the end of the last message, which the model continues."""
 
         def render(messages: list[dict[str, str]]) -> str:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
                 **self.chat_template_args,
             )
+            assert isinstance(text, str)  # since tokenize=False
+            return text
 
         try:
             return render(chat_history)
@@ -186,7 +174,7 @@ class NanoVLLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids. A text that begins with the prefix token gets no special tokens on top."""
+        """The token ids of a text. By default none are added if it begins with the prefix token."""
         if add_special_tokens is None:
             add_special_tokens = self.add_bos_token
             if self._prefix_text and string.startswith(self._prefix_text):
@@ -198,67 +186,68 @@ class NanoVLLM(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """For each (context, continuation) its log probability, and whether greedy decoding would
-        give the continuation."""
+        """For each (context, continuation): the continuation's log probability, and whether greedy
+        decoding would generate it."""
         if self.enable_thinking:
             raise ValueError(
-                "enable_thinking is for tasks that generate: the answers that these tasks compare "
-                "would stand in place of the thoughts"
+                "enable_thinking is for tasks that generate: these tasks score given answers, "
+                "which have no thoughts before them"
             )
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """The log probability of each text, in windows where it does not fit into one."""
-        windows: list[ToScore] = []
-        owners: list[int] = []
+        """The log probability of each text. One that is too long is scored in several windows."""
+        windows: list[ScoreRequest] = []
+        text_indices: list[int] = []  # of each window
         for index, request in enumerate(requests):
             (text,) = request.args
             pairs = get_rolling_token_windows(
                 self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
             )
-            windows += [(None, *make_disjoint_window(pair)) for pair in pairs]
-            owners += [index] * (len(windows) - len(owners))
+            for pair in pairs:
+                windows.append((None, *make_disjoint_window(pair)))
+                text_indices.append(index)
         totals = [0.0] * len(requests)
         scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
-        for owner, (logprob, _) in zip(owners, scores, strict=True):
-            totals[owner] += logprob
+        for index, (logprob, _) in zip(text_indices, scores, strict=True):
+            totals[index] += logprob
         for request, total in zip(requests, totals):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """For each (context, generation arguments) what the model goes on with, up to the first of
-        the stop strings."""
-        prompts, params, stops = [], [], []
+        """For each (context, generation arguments): the generated text, up to the first stop
+        string."""
+        prompts, all_params, all_stops = [], [], []
         for request in requests:
             context, gen_kwargs = request.args
-            param, until = self._sampling_params(gen_kwargs)
+            params, stops, max_prompt_tokens = self._generation_settings(gen_kwargs)
             tokens = self.tok_encode(context) or [self.prefix_token_id]
-            room = self.max_length - param.max_tokens
-            if len(tokens) > room:
+            if len(tokens) > max_prompt_tokens:
                 logger.warning(
                     "a prompt of %d tokens is cut from the left to the %d that leave room for %d",
-                    len(tokens), room, param.max_tokens,
+                    len(tokens), max_prompt_tokens, params.max_tokens,
                 )  # fmt: skip
-            prompts.append(tokens[-room:])
-            params.append(param)
-            stops.append(until)
+            prompts.append(tokens[-max_prompt_tokens:])
+            all_params.append(params)
+            all_stops.append(stops)
         texts = [""] * len(requests)
-        for index, output in self._run(prompts, params, "Generating", disable_tqdm):
-            # All tokens, stop strings included: those may have held special tokens.
-            text = self.tokenizer.decode(output["token_ids"], skip_special_tokens=True)
+        for index, output in self._run(prompts, all_params, "Generating", disable_tqdm):
+            # output["text"] may have special tokens: the engine keeps them to find stop strings.
+            text = self._decode(output["token_ids"], skip_special_tokens=True)
             if self.think_end_token:
                 text = text.split(self.think_end_token)[-1].lstrip()
-            texts[index] = text = postprocess_generated_text(text, stops[index], None)
-            self.cache_hook.add_partial("generate_until", requests[index].args, text)
+            texts[index] = postprocess_generated_text(text, all_stops[index], None)
+            self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
         return texts
 
     def _loglikelihood_tokens(
-        self, requests: list[ToScore], disable_tqdm: bool = False, **_: Any
+        self, requests: list[ScoreRequest], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        prompts, limit = [], self.max_length + 1
+        limit = self.max_length + 1  # the last token is scored and not read
+        prompts = []
         for _key, context, continuation in requests:
             if not context or not 1 <= len(continuation) < limit:
                 raise ValueError(
@@ -273,55 +262,59 @@ class NanoVLLM(TemplateLM):
                 )  # fmt: skip
             prompts.append(tokens[-limit:])
         params = [SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)] * len(prompts)
-        answers = [(0.0, False)] * len(requests)
+        scores = [(0.0, False)] * len(requests)
         for index, output in self._run(prompts, params, "Scoring", disable_tqdm):
             key, _context, continuation = requests[index]
-            entries = output["prompt_logprobs"][-len(continuation) :]
-            found = [entry[token] for token, entry in zip(continuation, entries, strict=True)]
-            answers[index] = sum(x.logprob for x in found), all(x.rank == 1 for x in found)
+            found = _continuation_logprobs(output, continuation)
+            is_greedy = all(entry.rank == 1 for entry in found)
+            scores[index] = sum(entry.logprob for entry in found), is_greedy
             if key is not None:
-                self.cache_hook.add_partial("loglikelihood", key, answers[index])
-        return answers
+                self.cache_hook.add_partial("loglikelihood", key, scores[index])
+        return scores
 
     def _run(
         self,
         prompts: list[list[int]],
         params: list[SamplingParams],
-        what: str,
+        description: str,
         disable_tqdm: bool,
     ) -> Iterator[tuple[int, RequestOutput]]:
-        """Run all requests, and yield outputs, with the places of their prompts, as they come.
+        """Run all requests. Yields each output as it comes, with the index of its prompt.
 
-        Few wait in the engine at a time, and outputs are not collected: benchmarks are long.
+        A benchmark may have very many requests: the engine gets only enough of them to fill its
+        next batches, and no output is kept.
         """
         if not self.llm.is_finished():
             raise RuntimeError("the engine has unfinished requests: step() until is_finished()")
-        ahead = 2 * self.llm.config.max_num_seqs
-        upcoming = iter(enumerate(zip(prompts, params, strict=True)))
-        places: dict[int, int] = {}  # of unfinished requests, by id
+        max_pending = 2 * self.llm.config.max_num_seqs
+        requests = iter(enumerate(zip(prompts, params, strict=True)))
+        pending: dict[int, int] = {}  # request id -> index of its prompt
         try:
-            with tqdm(total=len(prompts), desc=what, disable=disable_tqdm) as progress:
+            with tqdm(total=len(prompts), desc=description, disable=disable_tqdm) as progress:
                 while True:
-                    for place, request in islice(upcoming, ahead - len(places)):
-                        places[self.llm.add_request(*request)] = place
-                    if not places:
+                    for index, (prompt, param) in islice(requests, max_pending - len(pending)):
+                        pending[self.llm.add_request(prompt, param)] = index
+                    if not pending:
                         return
                     for output in self.llm.step():
-                        yield places.pop(output["request_id"]), output
+                        yield pending.pop(output["request_id"]), output
                         progress.update()
-        finally:  # after an error, Ctrl-C too
-            for request_id in places:
+        finally:  # after an error or Ctrl-C, the engine must be free for other requests
+            for request_id in pending:
                 self.llm.abort(request_id)
 
-    def _sampling_params(self, gen_kwargs: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
-        """What a task's generation arguments mean, and the stop strings.
+    def _generation_settings(
+        self, gen_kwargs: dict[str, Any]
+    ) -> tuple[SamplingParams, list[str], int]:
+        """What a task's generation arguments mean: the sampling parameters, the stop strings (which
+        the parameters lack if thoughts come first), and how many tokens are left for the prompt.
 
         Raises:
-            TypeError, ValueError: for arguments that the engine does not know or take.
+            TypeError, ValueError: for an argument that the engine does not have, or a bad value.
         """
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         until = handle_stop_sequences(kwargs.pop("until", None), eos=self._eos_text)
-        until = [stop for stop in until if stop]
+        stop_strings = [stop for stop in until if stop]
         max_tokens = kwargs.pop("max_gen_toks")
         if max_tokens >= self.max_length:
             raise ValueError(
@@ -338,32 +331,61 @@ class NanoVLLM(TemplateLM):
         params = SamplingParams(
             temperature=temperature,
             max_tokens=max_tokens,
-            stop=[] if self.think_end_token else until,
-            skip_special_tokens=False,  # a stop string may be one
+            stop=[] if self.think_end_token else stop_strings,
+            skip_special_tokens=False,  # a stop string may be a special token
             **{name: value for name, value in kwargs.items() if value is not None},
         )
-        return params, until
+        return params, stop_strings, self.max_length - max_tokens
 
-    @staticmethod
-    def _engine(
-        pretrained: str | os.PathLike[str] | LLMEngine,
-        max_length: int | None,
-        options: dict[str, Any],
-    ) -> LLMEngine:
-        if isinstance(pretrained, LLMEngine):
-            given = [name for name in options if options[name] is not None]
-            if given:
-                raise ValueError(f"{given} come too late: the engine is built already")
-            return pretrained
-        if max_length is not None:
-            if "max_model_len" in options:
-                raise ValueError("give max_length or max_model_len, not both")
-            options["max_model_len"] = max_length + SPARE_TOKENS
-        return LLM(pretrained, **{"max_model_len": AS_LONG_AS_THE_MODEL} | options)
+    def _choose_prefix_token_id(self, given: int | None) -> int:
+        candidates = (given, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        token_id = next((candidate for candidate in candidates if candidate is not None), None)
+        if token_id is None:
+            raise ValueError(
+                "the tokenizer has neither a beginning- nor an end-of-sequence token, which would "
+                "stand before a text without context: give prefix_token_id"
+            )
+        vocab_size = self.llm.config.hf_config.vocab_size
+        if not 0 <= as_integer("prefix_token_id", token_id) < vocab_size:
+            raise ValueError(
+                f"prefix_token_id is {token_id}, outside the vocabulary of {vocab_size}"
+            )
+        return token_id
+
+    def _decode(self, token_ids: list[int], **options: Any) -> str:
+        text = self.tokenizer.decode(token_ids, **options)
+        assert isinstance(text, str)  # since token_ids are those of one text
+        return text
+
+
+def _load_llm(
+    pretrained: str | os.PathLike[str] | LLM, max_length: int | None, options: dict[str, Any]
+) -> LLM:
+    if isinstance(pretrained, LLM):
+        given = [name for name in options if options[name] is not None]
+        if given:
+            raise ValueError(f"{given} come too late: the engine is built already")
+        return pretrained
+    if max_length is not None:
+        if "max_model_len" in options:
+            raise ValueError("give max_length or max_model_len, not both")
+        options["max_model_len"] = max_length + EXTRA_TOKENS
+    return LLM(pretrained, **{"max_model_len": NO_LIMIT} | options)
+
+
+def _continuation_logprobs(output: RequestOutput, continuation: list[int]) -> list[Logprob]:
+    """The entries of the prompt's last tokens, which are those of `continuation`."""
+    entries = output["prompt_logprobs"]
+    assert entries is not None  # since they were asked for
+    found = []
+    for token_id, entry in zip(continuation, entries[-len(continuation) :], strict=True):
+        assert entry is not None  # since only a prompt's first token has none
+        found.append(entry[token_id])
+    return found
 
 
 def main() -> None:
-    """The harness's own command, which now knows the model "nanovllm"."""
+    """Run the harness's own command, which then has the model "nanovllm"."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
