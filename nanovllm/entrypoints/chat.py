@@ -1,4 +1,4 @@
-"""`python -m nanovllm chat`: a conversation in a terminal."""
+"""The command `chat`: a conversation in the terminal."""
 
 import argparse
 import secrets
@@ -10,20 +10,20 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.entrypoints.common import (
     SAMPLING_OPTIONS,
     CommandError,
-    HeldInterrupt,
+    DeferredInterrupt,
+    chat_template_kwargs,
     given_options,
-    load,
-    params_of,
-    say,
-    thinking_kwargs,
+    load_llm,
+    print_message,
+    sampling_params,
 )
 
 HELP = """\
-Talk with a model in the terminal. What is said stays in the conversation, until
+Chat with a model in the terminal. The model sees all that was said so far.
 
-  /reset    forgets it
-  /exit     ends the chat; so does the end of input (Ctrl-D)
-  Ctrl-C    stops the answer that is coming, or ends the chat where none is
+  /reset    begins a new conversation
+  /exit     ends the chat; so does the end of the input (Ctrl-D)
+  Ctrl-C    stops the current answer; if there is none, ends the chat
 """
 EXAMPLE = """\
 example:
@@ -32,13 +32,13 @@ example:
 
 
 class Chat:
-    """A conversation, and the terminal that it is had in.
+    """A conversation with the model, read from stdin and printed to stdout.
 
     Args:
-        llm: the engine; its prefix cache holds what was said, so that a turn computes what is new.
+        llm: the engine.
         params: how answers are sampled.
-        system: what the conversation opens with, if anything.
-        template_kwargs: for the chat template.
+        system: the system message, if there is one.
+        template_kwargs: more arguments for the chat template.
     """
 
     def __init__(
@@ -47,89 +47,95 @@ class Chat:
         self.llm = llm
         self.params = params
         self.template_kwargs = template_kwargs
-        self.opening = [] if system is None else [{"role": "system", "content": system}]
-        self.history = list(self.opening)
+        self.system_messages = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = list(self.system_messages)
+
+    def check_template(self) -> None:
+        """Raise CommandError unless the model's chat template accepts a conversation."""
+        try:
+            self.encode([*self.system_messages, {"role": "user", "content": "Hello"}])
+        except ValueError as error:
+            raise CommandError(f"no chat with this model: {error}") from error
 
     def run(self) -> None:
-        """Read and answer until the end of input, /exit, or Ctrl-C where no answer is coming."""
+        """Answer each line of stdin until its end, /exit, or Ctrl-C while there is no answer."""
         try:
             while True:
-                message = input("> " if sys.stdin.isatty() else "")
-                command = message.strip()
+                line = input("> " if sys.stdin.isatty() else "")
+                command = line.strip()
                 if command == "/exit":
                     return
                 if command == "/reset":
-                    self.history = list(self.opening)
-                    say("The conversation is forgotten.")
+                    self.messages = list(self.system_messages)
+                    print_message("The conversation is forgotten.")
                 elif command:
-                    self.answer(message)
+                    self.answer(line)
         except (EOFError, KeyboardInterrupt):
             if sys.stdin.isatty():
-                print()  # the shell's prompt begins on a line of its own
+                print()  # ends the line with "> ", so that the shell's prompt has its own
 
-    def answer(self, message: str) -> None:
-        """Print the answer to a message as it comes, and remember both, unless that cannot work."""
-        history = [*self.history, {"role": "user", "content": message}]
+    def answer(self, text: str) -> None:
+        """Print the answer to a user's message, and add both to the conversation.
+
+        A message that cannot be answered is reported, and not added.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            prompt = self.prompt(history)
-            room = self.llm.config.max_model_len - len(prompt)
+            prompt = self.encode(messages)
+            max_model_len = self.llm.config.max_model_len
+            room = max_model_len - len(prompt)
             if room < 1:
-                say(
+                print_message(
                     f"The conversation with this message has {len(prompt)} tokens, and at most "
-                    f"{self.llm.config.max_model_len - 1} fit: it was left out. /reset forgets the "
-                    "conversation; or say it in fewer words, or start with a larger --max-model-len"
-                    " if the model allows."
+                    f"{max_model_len - 1} fit: the message was left out. Use /reset, write a "
+                    "shorter message, or start with a larger --max-model-len if the model allows."
                 )
                 return
             pieces = self.llm.stream([prompt], self.params)
         except (TypeError, ValueError) as error:
-            say(f"This message cannot be answered, and was left out: {error}")
+            print_message(f"This message cannot be answered, and was left out: {error}")
             return
-        answer, num_tokens, reason = "", 0, None
-        with HeldInterrupt() as interrupt, closing(pieces):
-            try:
-                for piece in pieces:
-                    answer += piece["text"]
-                    num_tokens += len(piece["token_ids"])
-                    reason = piece["finish_reason"]
-                    print(piece["text"], end="", flush=True)
-                    if interrupt.seen:
-                        break
-            except KeyboardInterrupt:
-                pass
+        answer, num_tokens, finish_reason = "", 0, None
+        with DeferredInterrupt() as interrupt, closing(pieces), suppress(KeyboardInterrupt):
+            for piece in pieces:
+                answer += piece["text"]
+                num_tokens += len(piece["token_ids"])
+                finish_reason = piece["finish_reason"]
+                print(piece["text"], end="", flush=True)
+                if interrupt.received:
+                    break
         print(flush=True)
-        self.history = [*history, {"role": "assistant", "content": answer}]
-        if reason is None:
-            say("[stopped; what was said stays in the conversation]")
-        elif reason == "length" and num_tokens == room:
-            say("[the conversation is full: /reset forgets it]")
-        elif reason == "length":
-            say("[cut at --max-tokens]")
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        if finish_reason is None:
+            print_message("[stopped; the conversation keeps this part of the answer]")
+        elif finish_reason == "length" and num_tokens == room:
+            print_message("[the conversation is full: /reset forgets it]")
+        elif finish_reason == "length":
+            print_message("[cut at --max-tokens]")
 
-    def prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """The token ids of a conversation that an answer is to follow."""
+    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+        """The token ids of the conversation, up to where the answer begins."""
         return self.llm.chat_prompt(messages, chat_template_kwargs=self.template_kwargs)
 
 
-def chat(args: argparse.Namespace) -> int:
-    """The command `chat`."""
+def run(args: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
     if sys.stdin.isatty():
-        with suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401  lets input() edit lines, and remember them
+        with suppress(ImportError):  # Windows has no readline
+            import readline  # noqa: F401  gives input() line editing and a history
     options = {"max_tokens": None} | given_options(args, SAMPLING_OPTIONS)
     try:
-        # Another chat, other answers; and in small blocks, of which a turn finds more in the cache.
-        with load(args, seed=secrets.randbits(31), kvcache_block_size=64) as llm:
-            params = params_of(llm, options)
-            session = Chat(llm, params, args.system, thinking_kwargs(args))
-            try:
-                session.prompt([*session.opening, {"role": "user", "content": "Hello"}])
-            except ValueError as error:
-                raise CommandError(f"no chat with this model: {error}") from error
-            say(
-                f"Chat with {args.model}. /reset forgets it, /exit ends it, Ctrl-C stops an answer."
+        # The engine's default seed would give the same answers in each chat. The prefix cache
+        # keeps whole blocks: of small ones it keeps more of each turn for the next.
+        with load_llm(args, seed=secrets.randbits(31), kvcache_block_size=64) as llm:
+            params = sampling_params(llm, options)
+            chat = Chat(llm, params, args.system, chat_template_kwargs(args))
+            chat.check_template()
+            print_message(
+                f"Chat with {args.model}. /reset forgets the conversation, /exit ends the chat, "
+                "Ctrl-C stops an answer."
             )
-            session.run()
-    except KeyboardInterrupt:  # while the model was loaded
+            chat.run()
+    except KeyboardInterrupt:  # before the chat began
         return 130
     return 0

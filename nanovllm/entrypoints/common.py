@@ -1,4 +1,4 @@
-"""What the commands share: the engine and parameters from options, Ctrl-C, words to the person."""
+"""What `chat` and `generate` share: loading the model, options, Ctrl-C, messages to the user."""
 
 import argparse
 import signal
@@ -14,44 +14,53 @@ ENGINE_OPTIONS = ("device", "dtype", "max_model_len")
 
 
 class CommandError(Exception):
-    """Ends the command with a message."""
+    """Ends the command. The user sees the message, without a traceback."""
 
 
-class HeldInterrupt:
-    """A context in which Ctrl-C only sets `seen`, and a second one raises KeyboardInterrupt.
+class DeferredInterrupt:
+    """A context in which the first Ctrl-C only sets `received`; a second raises KeyboardInterrupt.
 
-    The engine finishes the step it is in, so that its prefix cache and what is written stay whole.
+    An exception could leave the engine in the middle of a step, or the output file in the middle
+    of a line. The code inside the context checks `received` where it is safe to stop.
     """
 
-    def __enter__(self) -> "HeldInterrupt":
-        self.seen = False
-        self._before = signal.signal(signal.SIGINT, self._on_signal)
+    def __enter__(self) -> "DeferredInterrupt":
+        self.received = False
+        self._previous_handler = signal.signal(signal.SIGINT, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._previous_handler)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self.seen:
+        if self.received:
             raise KeyboardInterrupt
-        self.seen = True
+        self.received = True
 
 
-def say(text: str) -> None:
-    """A word from the program; the standard output is for the model's."""
+def print_message(text: str) -> None:
+    """Print a message of the program to stderr: stdout has only what the model says."""
     print(text, file=sys.stderr, flush=True)
 
 
-def load(args: argparse.Namespace, **options: Any) -> LLM:
-    """The engine, with the options given on the command line and these."""
+def load_llm(args: argparse.Namespace, **options: Any) -> LLM:
+    """Load the model with the engine options of the command line and with `options`.
+
+    Raises:
+        CommandError: if it cannot be loaded.
+    """
     try:
         return LLM(args.model, **given_options(args, ENGINE_OPTIONS), **options)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
 
 
-def params_of(llm: LLM, options: dict[str, Any]) -> SamplingParams:
-    """The checkpoint's sampling parameters, with these options over them."""
+def sampling_params(llm: LLM, options: dict[str, Any]) -> SamplingParams:
+    """The sampling parameters that the checkpoint recommends, overridden by `options`.
+
+    Raises:
+        CommandError: if the checkpoint's values are invalid.
+    """
     try:
         return replace(llm.get_default_sampling_params(), **options)
     except (TypeError, ValueError) as error:
@@ -61,9 +70,9 @@ def params_of(llm: LLM, options: dict[str, Any]) -> SamplingParams:
 
 
 def given_options(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
-    """Those of the options that were given."""
+    """The options among `names` that the command line sets, with their values."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def thinking_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+def chat_template_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     return {"enable_thinking": False} if args.no_thinking else {}

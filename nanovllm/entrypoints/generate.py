@@ -1,4 +1,4 @@
-"""`python -m nanovllm generate`: answers to a file of prompts, which a stopped run resumes."""
+"""The command `generate`: answers a file of prompts. A run that was stopped can be continued."""
 
 import argparse
 import hashlib
@@ -12,18 +12,19 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.outputs import RequestOutput
+from nanovllm.entrypoints.answer_file import encode_answer, read_digests
 from nanovllm.entrypoints.common import (
     SAMPLING_OPTIONS,
     CommandError,
-    HeldInterrupt,
+    DeferredInterrupt,
+    chat_template_kwargs,
     given_options,
-    load,
-    params_of,
-    say,
-    thinking_kwargs,
+    load_llm,
+    print_message,
+    sampling_params,
 )
 
-PROMPT_KEYS = {"prompt": str, "prompt_token_ids": list, "messages": list}
 HELP = """\
 Answer a file of prompts. Each line of the input is a JSON object with one of
 
@@ -31,17 +32,17 @@ Answer a file of prompts. Each line of the input is a JSON object with one of
   "prompt_token_ids"  a list of token ids
   "messages"          a conversation: a list of {"role": ..., "content": ...}
 
-and, if you like, "sampling_params", an object with arguments of SamplingParams, which go before the
-options given here, and "id", any JSON value; without one, the line's number, from 1. Other keys and
-blank lines are ignored.
+It may also have "sampling_params", an object with arguments of SamplingParams, which override the
+options given here, and "id", any JSON value, which is copied to the answer; without one, the id is
+the line's number, from 1. Other keys and blank lines are ignored.
 
-Each answer is a line added to the output as soon as it is there, so not in the input's order, with
-"id", "line" (the number of the input line), "digest" (of that line, the model and the options),
-"text", "token_ids" and "finish_reason".
+Each answer is appended to the output, as one line, as soon as it is complete, so the order is not
+the input's. It has "id", "line" (the number of the input line), "digest" (of that line, the model
+and the options), "text", "token_ids" and "finish_reason".
 
-If a run is stopped, however that happens, the same command goes on where it was: lines that the
-output answers are skipped. Lines that cannot be answered are reported, and the rest goes on; the
-exit status is then 1.
+If a run is stopped, in whatever way, the same command continues it: lines that the output answers
+are skipped. Lines that cannot be answered are reported, and the run goes on; the exit status is
+then 1.
 """
 EXAMPLE = """\
 example:
@@ -50,12 +51,17 @@ example:
   python -m nanovllm generate Qwen/Qwen3-0.6B --input prompts.jsonl --output answers.jsonl
 """
 
+PROMPT_TYPES = {"prompt": str, "prompt_token_ids": list, "messages": list}
+
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the input: its number, from 1, and its content.
+    """A line of the input.
 
-    `digest` tells this content, asked of this model with these options, from another.
+    Attributes:
+        number: from 1, blank lines included.
+        content: without white space around it.
+        digest: differs if the content, the model or an option differs.
     """
 
     number: int
@@ -64,8 +70,8 @@ class Line:
 
 
 @dataclass
-class Tally:
-    """How many lines came to which end."""
+class Counts:
+    """How many lines are done, by outcome."""
 
     answered: int = 0
     skipped: int = 0
@@ -79,147 +85,137 @@ class Generation:
     """One run over an input file.
 
     Args:
+        args: the command line.
         llm: the engine.
-        options: the sampling options given to the command, the seed among them.
-        template_kwargs: for the chat template.
-        model: what the answers depend on besides: the model's name and the engine's options.
-        answered: the digest of each line that the output answers, by its number.
-        sink: the output, open to be added to.
-        tally: counts lines as they end.
-        progress: the same for people to see.
+        digests: of the answers that the output file has, by line number.
+        output_file: open for appending.
+        counts, progress: are updated after each line.
     """
 
     def __init__(
         self,
+        args: argparse.Namespace,
         llm: LLM,
-        options: dict[str, Any],
-        template_kwargs: dict[str, Any],
-        model: dict[str, Any],
-        answered: dict[int, str],
-        sink: BinaryIO,
-        tally: Tally,
+        digests: dict[int, str],
+        output_file: BinaryIO,
+        counts: Counts,
         progress: tqdm,
     ) -> None:
+        options = {"seed": 0} | given_options(args, SAMPLING_OPTIONS)
+        self.seed = options["seed"]
+        self.params = sampling_params(llm, options)
+        self.template_kwargs = chat_template_kwargs(args)
+        settings = asdict(self.params) | self.template_kwargs | _model_settings(args)
+        self.settings = json.dumps(settings, sort_keys=True).encode()
         self.llm = llm
-        self.options = options
-        self.params = params_of(llm, options)
-        self.template_kwargs = template_kwargs
-        self.model = model
-        self.answered = answered
-        self.sink = sink
-        self.tally = tally
+        self.digests = digests
+        self.output_file = output_file
+        self.counts = counts
         self.progress = progress
-        self.asked: dict[int, dict[str, Any]] = {}  # what is known of an answer, by request id
+        self.pending: dict[int, tuple[Any, Line]] = {}  # request id -> the line's id, the line
 
-    def run(self, source: BinaryIO, interrupt: HeldInterrupt) -> bool:
-        """Answer what is not answered yet, a limited number of lines at a time.
-
-        Returns:
-            whether every line came to its end; False if interrupted.
-        """
-        lines = self.new_lines(source)
-        most = 4 * self.llm.config.max_num_seqs
-        while not interrupt.seen:
-            while len(self.asked) < most and not interrupt.seen:
+    def run(self, input_file: BinaryIO, interrupt: DeferredInterrupt) -> None:
+        """Answer the lines that have no answer yet. Returns early after an interrupt."""
+        lines = self.unanswered_lines(input_file)
+        # Enough for the engine to fill its batches; the file may be larger than memory.
+        max_pending = 4 * self.llm.config.max_num_seqs
+        while not interrupt.received:
+            while len(self.pending) < max_pending and not interrupt.received:
                 line = next(lines, None)
                 if line is None:
                     break
-                self.ask(line)
-            if not self.asked:
-                return not interrupt.seen
+                self.queue(line)
+            if not self.pending:
+                return
             for output in self.llm.step():
                 self.write(output)
-        return False
 
-    def new_lines(self, source: BinaryIO) -> Iterator[Line]:
-        """The lines that the output does not answer; refuses those that it answers differently."""
-        options = asdict(self.params) | self.template_kwargs | self.model
-        options = json.dumps(options, sort_keys=True).encode()
-        for number, content in enumerate(source, start=1):
+    def unanswered_lines(self, input_file: BinaryIO) -> Iterator[Line]:
+        """The lines that the output file does not answer. Reports those that have changed since."""
+        for number, content in enumerate(input_file, start=1):
             content = content.strip()
             if not content:
                 continue
-            digest = hashlib.sha256(content + b"\n" + options).hexdigest()[:16]
-            known = self.answered.pop(number, None)
-            if known is None:
+            digest = hashlib.sha256(content + b"\n" + self.settings).hexdigest()[:16]
+            known_digest = self.digests.pop(number, None)
+            if known_digest is None:
                 yield Line(number, content, digest)
-            elif known == digest:
-                self.tally.skipped += 1
+            elif known_digest == digest:
+                self.counts.skipped += 1
                 self.progress.update()
             else:
-                self.refuse(
+                self.report_bad(
                     number,
                     "the output has an answer to another line of this number, or to this one with "
                     "another model or other options: give the input, model and options of that "
                     "run, or another --output",
                 )
-        for missing in sorted(self.answered):
-            self.refuse(
-                missing,
+        for number in sorted(self.digests):
+            self.report_bad(
+                number,
                 "the output has an answer to it, and the input has no such line: give the input of "
                 "that run, or another --output",
             )
 
-    def ask(self, line: Line) -> None:
-        """Queue a line, or refuse it."""
+    def queue(self, line: Line) -> None:
+        """Give the line to the engine, or report what is wrong with it."""
         try:
             id_, prompt, params = self.parse(line)
             request_id = self.llm.add_request(prompt, params)
         except (TypeError, ValueError) as error:
             reason = str(error)
-            if reason.startswith("prompt 0"):  # the engine's list of prompts is this one
+            if reason.startswith("prompt 0"):  # the engine counts prompts, and was given only this
                 reason = "the prompt" + reason.removeprefix("prompt 0")
-            self.refuse(line.number, reason)
-            return
-        self.asked[request_id] = {"id": id_, "line": line.number, "digest": line.digest}
+            self.report_bad(line.number, reason)
+        else:
+            self.pending[request_id] = id_, line
 
     def parse(self, line: Line) -> tuple[Any, str | list[int], SamplingParams]:
         """The id, the prompt and the sampling parameters of a line.
 
         Raises:
-            TypeError, ValueError: with what is wrong.
+            TypeError, ValueError: if the line is invalid.
         """
-        try:
-            item = json.loads(line.content)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON: {error.msg}, at column {error.colno}") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"not JSON: {error}") from error
-        if not isinstance(item, dict):
-            raise ValueError('not a JSON object, such as {"prompt": "Hello"}')
+        item = _parse_object(line.content)
         id_ = item.get("id", line.number)
         try:
             json.dumps(id_, allow_nan=False)
         except ValueError:
             raise ValueError("id must be a JSON value, and has nan or an infinite number") from None
-        keys = [name for name in PROMPT_KEYS if item.get(name) is not None]
+        keys = [key for key in PROMPT_TYPES if item.get(key) is not None]
         if len(keys) != 1:
             found = " and ".join(keys) or "none"
-            raise ValueError(f"it needs one of {', '.join(PROMPT_KEYS)}, and has {found}")
-        (name,) = keys
-        prompt, expected = item[name], PROMPT_KEYS[name]
+            raise ValueError(f"it needs one of {', '.join(PROMPT_TYPES)}, and has {found}")
+        (key,) = keys
+        prompt, expected = item[key], PROMPT_TYPES[key]
         if not isinstance(prompt, expected):
             what = "a string" if expected is str else "a list"
-            raise TypeError(f"{name} must be {what}, got {_shortened(prompt)}")
-        if name == "messages":
+            raise TypeError(f"{key} must be {what}, got {_shortened(prompt)}")
+        if key == "messages":
             prompt = self.llm.chat_prompt(prompt, chat_template_kwargs=self.template_kwargs)
         return id_, prompt, self.line_params(item.get("sampling_params"), line.number)
 
-    def line_params(self, given: Any, number: int) -> SamplingParams:
-        """The command's parameters with a line's over them, and a seed of the line's own."""
-        given = {} if given is None else given
+    def line_params(self, given: Any, line_number: int) -> SamplingParams:
+        """The sampling parameters of a line: those given in it, and the command's for the rest.
+
+        Raises:
+            TypeError, ValueError: if a given one is invalid.
+        """
+        if given is None:
+            given = {}
         if not isinstance(given, dict):
             raise TypeError(f"sampling_params must be an object, got {_shortened(given)}")
         known = [field.name for field in fields(SamplingParams)]
         for name in given:
             if name not in known:
                 raise ValueError(f"sampling_params has {name!r}; it takes {', '.join(known)}")
-        if isinstance(given.get("logit_bias"), dict):  # the keys of JSON are strings
-            bias = given["logit_bias"].items()
-            given = given | {"logit_bias": {int(k) if k.isdecimal() else k: v for k, v in bias}}
-        if given.get("seed") in (None, -1):
-            given = given | {"seed": _line_seed(self.options["seed"], number)}
-        params = replace(self.params, **given)
+        options = dict(given)
+        if isinstance(options.get("logit_bias"), dict):  # its keys are strings, as always in JSON
+            bias = options["logit_bias"].items()
+            options["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in bias}
+        if options.get("seed") in (None, -1):
+            options["seed"] = _line_seed(self.seed, line_number)
+        params = replace(self.params, **options)
         if params.n != 1 or params.logprobs is not None or params.prompt_logprobs is not None:
             raise ValueError(
                 "n, logprobs and prompt_logprobs have no place in the output: repeat the line for "
@@ -227,109 +223,78 @@ class Generation:
             )
         return params
 
-    def write(self, output: dict[str, Any]) -> None:
-        """Add an answer to the output, for good."""
-        record = self.asked.pop(output["request_id"])
-        record |= {key: output[key] for key in ("text", "token_ids", "finish_reason")}
-        # Of what an id may hold, only halves of surrogate pairs cannot be UTF-8: escaped, as JSON.
-        text = json.dumps(record, ensure_ascii=False)
-        self.sink.write(text.encode("utf-8", "backslashreplace") + b"\n")
-        self.sink.flush()
-        self.tally.answered += 1
+    def write(self, output: RequestOutput) -> None:
+        """Append an answer to the output file."""
+        id_, line = self.pending.pop(output["request_id"])
+        self.output_file.write(encode_answer(id_, line.number, line.digest, output))
+        self.output_file.flush()  # so that a killed process loses no complete answer
+        self.counts.answered += 1
         self.progress.update()
 
-    def refuse(self, number: int, reason: str) -> None:
-        """Say what is wrong with a line."""
-        self.tally.bad += 1
+    def report_bad(self, line_number: int, reason: str) -> None:
+        """Tell the user why a line gets no answer."""
+        self.counts.bad += 1
         self.progress.update()
-        tqdm.write(f"line {number}: {reason}", file=sys.stderr)
+        tqdm.write(f"line {line_number}: {reason}", file=sys.stderr)
 
 
-def generate(args: argparse.Namespace) -> int:
-    """The command `generate`."""
-    options = {"seed": 0} | given_options(args, SAMPLING_OPTIONS)
-    path = Path(args.model)
-    model = {"model": str(path.resolve()) if path.is_dir() else args.model}
-    model |= given_options(args, ("dtype", "max_model_len"))
-    tally = Tally()
+def run(args: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
+    counts = Counts()
     try:
-        with args.input.open("rb") as source:
+        with args.input.open("rb") as input_file:
             if args.output.exists() and args.output.samefile(args.input):
                 raise CommandError("--output is the input: give it another name")
-            answered = read_answers(args.output)
+            digests = read_digests(args.output)
             with (
-                args.output.open("ab") as sink,
-                load(args) as llm,
+                args.output.open("ab") as output_file,
+                load_llm(args) as llm,
                 tqdm(total=_count_lines(args.input), desc="Answering", mininterval=0.5) as progress,
-                HeldInterrupt() as interrupt,
+                DeferredInterrupt() as interrupt,
             ):
-                run = Generation(
-                    llm, options, thinking_kwargs(args), model, answered, sink, tally, progress
-                )
-                interrupted = not run.run(source, interrupt)
+                generation = Generation(args, llm, digests, output_file, counts, progress)
+                generation.run(input_file, interrupt)
+                interrupted = interrupt.received
     except KeyboardInterrupt:
         interrupted = True
     if interrupted:
-        say(f"Interrupted: {tally}. To go on from here, give the same command again.")
+        print_message(f"Interrupted: {counts}. To go on from here, give the same command again.")
         return 130
-    say(f"Done: {tally}.")
-    return 1 if tally.bad else 0
+    print_message(f"Done: {counts}.")
+    return 1 if counts.bad else 0
 
 
-def read_answers(path: Path) -> dict[int, str]:
-    """The digest of each line that an output file answers; a torn last line is taken off the file.
-
-    Raises:
-        CommandError: if the file is something else than such an output.
-    """
-    answered: dict[int, str] = {}
-    if not path.is_file():  # not yet there, or a pipe
-        return answered
-    end = 0  # of what is whole
-    with path.open("rb+") as file:
-        for number, content in enumerate(file, start=1):
-            is_whole = content.endswith(b"\n")
-            if not is_whole and _may_be_torn(content):
-                file.truncate(end)
-                break
-            try:
-                record = json.loads(content)
-                known = isinstance(record["line"], int) and isinstance(record["digest"], str)
-                if not is_whole or not known:
-                    raise ValueError
-            except (ValueError, RecursionError, TypeError, KeyError):
-                raise CommandError(
-                    f"line {number} of {path} is not what this command writes: give another "
-                    "--output, or take that line out"
-                ) from None
-            answered[record["line"]] = record["digest"]
-            end += len(content)
-    return answered
-
-
-def _may_be_torn(content: bytes) -> bool:
-    """Whether an unfinished line may be the beginning of one that this command writes."""
-    text, start, follows = content.decode(errors="replace"), '{"id": ', ', "line": '
-    if not text.startswith(start):
-        return start.startswith(text)
-    try:
-        _, end = json.JSONDecoder().raw_decode(text, len(start))
-    except (ValueError, RecursionError):  # in the middle of the id
-        return True
-    return text[end:].startswith(follows) or follows.startswith(text[end:])
+def _model_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What determines the model's logits. The device is left out: a run may continue on another."""
+    path = Path(args.model)
+    name = str(path.resolve()) if path.is_dir() else args.model
+    return {"model": name} | given_options(args, ("dtype", "max_model_len"))
 
 
 def _count_lines(path: Path) -> int | None:
-    """The lines that are not blank; None if the file can be read only once, as a pipe."""
+    """The number of lines that are not blank; None for a pipe, which can be read only once."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
         return sum(not line.isspace() for line in file)
 
 
-def _line_seed(seed: int, number: int) -> int:
-    """The seed of a line that has none: 64 bits that its number and the command's seed decide."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "little")
+def _parse_object(content: bytes) -> dict[str, Any]:
+    try:
+        item = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg}, at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(item, dict):
+        raise ValueError('not a JSON object, such as {"prompt": "Hello"}')
+    return item
+
+
+def _line_seed(seed: int, line_number: int) -> int:
+    """The seed of a line that gives none. It is the same in every run."""
+    digest = hashlib.sha256(f"{seed} {line_number}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
 def _shortened(value: Any) -> str:
