@@ -88,15 +88,3 @@ def small_engine(model):
 
     with build(model, max_num_seqs=1024, num_kvcache_blocks=1200, max_model_len=64) as llm:
         yield llm
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The engines that the command builds, once it has."""
-    from command_line import RecordingLLM
-
-    from nanovllm.commands import common
-
-    monkeypatch.setattr(RecordingLLM, "engines", [])
-    monkeypatch.setattr(common, "LLM", RecordingLLM)
-    return RecordingLLM.engines

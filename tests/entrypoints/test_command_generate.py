@@ -1,4 +1,4 @@
-"""`python -m nanovllm generate`: files of prompts."""
+"""The command `generate`: answers to a file of prompts."""
 
 import json
 import os
@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 from checkpoints import link_checkpoint
-from command_line import DEMO, ENGINE, MODULE, ROOT, RecordingLLM
+from helpers.command_line import COMMAND, DEMO, ENGINE_OPTIONS, ROOT, RecordingLLM
 
 from nanovllm import LLM, SamplingParams
-from nanovllm import __main__ as command
-from nanovllm.commands import common
+from nanovllm.entrypoints import common
+from nanovllm.entrypoints.command_line import main
 
 
 class Files:
-    """An input and an output file, and the command that leads from one to the other."""
+    """An input file, an output file, and the command that reads one and writes the other."""
 
     def __init__(self, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.input = directory / "prompts.jsonl"
@@ -29,24 +29,24 @@ class Files:
 
     def command(self, *options: str) -> list[str]:
         files = ["--input", str(self.input), "--output", str(self.output)]
-        return ["generate", self.model, *files, *ENGINE, *options]
+        return ["generate", self.model, *files, *ENGINE_OPTIONS, *options]
 
-    def put(self, *lines: Any) -> None:
-        """Write the input: objects as JSON, strings as they are."""
+    def write_input(self, *lines: Any) -> None:
+        """Write the input file: objects as JSON, strings as they are."""
         texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
         content = "".join(text + "\n" for text in texts)
         self.input.write_bytes(content.encode("utf-8", "surrogateescape"))
 
     def run(self, *options: str) -> tuple[int, str, list[str]]:
-        """The exit status, the summary, and the other lines on stderr but the progress."""
-        status = command.main(self.command(*options))
+        """Returns the exit status, and from stderr the summary and the reports of bad lines."""
+        status = main(self.command(*options))
         captured = self.capsys.readouterr()
         assert captured.out == ""
         lines = captured.err.replace("\r", "\n").splitlines()
         return status, lines[-1], [line for line in lines[:-1] if line.startswith("line ")]
 
     def answers(self) -> dict[int, dict[str, Any]]:
-        """What the output has, by number of line."""
+        """The answers in the output file, by the number of the input line."""
         lines = self.output.read_text(encoding="utf-8").split("\n")
         assert lines.pop() == ""
         records = [json.loads(line) for line in lines]
@@ -60,7 +60,7 @@ def files(tmp_path: Path, capsys: pytest.CaptureFixture[str], engines: object) -
 
 
 def long_lines(count: int) -> list[dict[str, Any]]:
-    """Lines whose answers end one after another, over some hundred steps."""
+    """Lines with answers of different lengths, which are complete one after the other."""
     return [
         {"prompt": "1, 2, 3", "sampling_params": {"max_tokens": 12 * i, "ignore_eos": True}}
         for i in range(1, count + 1)
@@ -74,7 +74,7 @@ def test_every_kind_of_line(files: Files):
         prompt = llm.tokenizer.decode(token_ids)
         params = SamplingParams(temperature=0, max_tokens=9)
         (expected,) = llm.generate(token_ids, params, use_tqdm=False)
-    files.put(
+    files.write_input(
         {"prompt": prompt, "sampling_params": None, "note": "other keys do not matter"},
         {"prompt_token_ids": token_ids, "prompt": None, "id": {"any": ["JSON", 1.5, "é\ud800"]}},
         "",
@@ -82,8 +82,8 @@ def test_every_kind_of_line(files: Files):
         {"prompt": prompt, "id": "s", "sampling_params": {"stop": " tiny", "max_tokens": None}},
         {"prompt": prompt, "sampling_params": {"logit_bias": {str(token_ids[0]): -1}, "seed": 5}},
     )
-    status, summary, complaints = files.run("--temperature", "0", "--max-tokens", "9")
-    assert (status, summary, complaints) == (0, "Done: 5 answered, 0 skipped, 0 bad.", [])
+    status, summary, reports = files.run("--temperature", "0", "--max-tokens", "9")
+    assert (status, summary, reports) == (0, "Done: 5 answered, 0 skipped, 0 bad.", [])
     answers = files.answers()
     assert {number: record["id"] for number, record in answers.items()} == {
         1: 1, 2: {"any": ["JSON", 1.5, "é\ud800"]}, 4: None, 5: "s", 6: 6,
@@ -128,15 +128,15 @@ BAD_LINES = {
 
 def test_bad_lines_are_reported_and_the_rest_goes_on(files: Files):
     good = {"prompt": "1, 2, 3"}
-    files.put(good, *[line for line, _ in BAD_LINES.values()], good)
-    status, summary, complaints = files.run("--max-tokens", "4", "--max-model-len", "64")
+    files.write_input(good, *[line for line, _ in BAD_LINES.values()], good)
+    status, summary, reports = files.run("--max-tokens", "4", "--max-model-len", "64")
     assert status == 1
     assert summary == f"Done: 2 answered, 0 skipped, {len(BAD_LINES)} bad."
-    assert len(complaints) == len(BAD_LINES)
-    for number, (complaint, (_, reason)) in enumerate(zip(complaints, BAD_LINES.values()), start=2):
-        assert complaint.startswith(f"line {number}: ")
-        assert reason in complaint
-        assert len(complaint) < 600
+    assert len(reports) == len(BAD_LINES)
+    for number, (report, (_, reason)) in enumerate(zip(reports, BAD_LINES.values()), start=2):
+        assert report.startswith(f"line {number}: ")
+        assert reason in report
+        assert len(report) < 600
     assert set(files.answers()) == {1, len(BAD_LINES) + 2}
     before = files.output.read_bytes()
     status, summary, _ = files.run("--max-tokens", "4", "--max-model-len", "64")
@@ -144,9 +144,9 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(files: Files):
     assert files.output.read_bytes() == before
 
 
-def test_each_line_has_a_seed_of_its_own(files: Files, tmp_path: Path):
+def test_each_line_has_its_own_seed(files: Files, tmp_path: Path):
     line = {"prompt": "1, 2, 3", "sampling_params": {"ignore_eos": True}}
-    files.put(line, line, line | {"sampling_params": {"ignore_eos": True, "seed": 7}})
+    files.write_input(line, line, line | {"sampling_params": {"ignore_eos": True, "seed": 7}})
     options = ("--max-tokens", "16", "--temperature", "3")
     results = {}
     for seed in ("0", None, "1"):
@@ -157,17 +157,17 @@ def test_each_line_has_a_seed_of_its_own(files: Files, tmp_path: Path):
     first, second = results["0"], results["1"]
     assert first[1] != first[2]
     assert first[1] != second[1]
-    assert first[3] == second[3]  # the line's own seed goes before
+    assert first[3] == second[3]  # this line has its own seed
 
 
-def test_a_seed_of_minus_one_is_the_lines_own(files: Files):
+def test_a_seed_of_minus_one_is_like_none(files: Files):
     line = {"prompt": "1, 2, 3", "sampling_params": {"ignore_eos": True, "temperature": 3}}
     minus_one = line | {"sampling_params": line["sampling_params"] | {"seed": -1}}
-    files.put(line, line)
+    files.write_input(line, line)
     assert files.run("--max-tokens", "8")[0] == 0
     expected = [files.answers()[number]["token_ids"] for number in (1, 2)]
     files.output.unlink()
-    files.put(minus_one, minus_one)
+    files.write_input(minus_one, minus_one)
     assert files.run("--max-tokens", "8")[0] == 0
     assert [files.answers()[number]["token_ids"] for number in (1, 2)] == expected
 
@@ -176,19 +176,19 @@ def test_a_large_file_is_not_queued_at_once(
     files: Files, engines: list[RecordingLLM], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(RecordingLLM, "options", {"max_num_seqs": 2})
-    files.put(*[{"prompt": "1, 2, 3"}] * 30)
+    files.write_input(*[{"prompt": "1, 2, 3"}] * 30)
     assert files.run("--max-tokens", "3")[:2] == (0, "Done: 30 answered, 0 skipped, 0 bad.")
     assert engines[0].most_queued == 8
 
 
 def test_resume_after_a_kill_gives_the_same_lines(files: Files):
-    files.put("not JSON", *long_lines(16))
+    files.write_input("not JSON", *long_lines(16))
     whole = files.output
     assert files.run()[:2] == (1, "Done: 16 answered, 0 skipped, 1 bad.")
     expected = files.answers()
 
     files.output = whole.with_name("killed.jsonl")
-    process = subprocess.Popen([*MODULE, *files.command()], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*COMMAND, *files.command()], cwd=ROOT, stderr=subprocess.DEVNULL)
     wait_for_lines(process, files.output, 3)
     process.kill()
     process.wait()
@@ -201,10 +201,10 @@ def test_resume_after_a_kill_gives_the_same_lines(files: Files):
     assert files.answers() == expected
 
 
-def test_ctrl_c_leaves_what_is_finished(files: Files):
-    files.put(*long_lines(30))
+def test_ctrl_c_keeps_complete_answers(files: Files):
+    files.write_input(*long_lines(30))
     process = subprocess.Popen(
-        [*MODULE, *files.command()], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *files.command()], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     wait_for_lines(process, files.output, 2)
     process.send_signal(signal.SIGINT)
@@ -221,7 +221,7 @@ def test_ctrl_c_leaves_what_is_finished(files: Files):
 def wait_for_lines(process: subprocess.Popen, path: Path, number: int) -> None:
     deadline = time.monotonic() + 120
     while not path.exists() or path.read_bytes().count(b"\n") < number:
-        assert process.poll() is None, "it ended before it could be stopped"
+        assert process.poll() is None, "the process ended before the test could stop it"
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -231,7 +231,7 @@ def test_ctrl_c_while_the_model_is_loaded(files: Files, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(common, "LLM", interrupt)
-    files.put({"prompt": "a"})
+    files.write_input({"prompt": "a"})
     assert files.run()[:2] == (
         130,
         "Interrupted: 0 answered, 0 skipped, 0 bad. To go on from here, give the same command "
@@ -240,8 +240,8 @@ def test_ctrl_c_while_the_model_is_loaded(files: Files, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("kept", [1, 6, 7, 30, -1])
-def test_torn_last_line_is_dropped(files: Files, kept: int):
-    files.put({"prompt": "1, 2, 3"}, {"prompt": "2, 3, 4"})
+def test_cut_last_line_is_removed(files: Files, kept: int):
+    files.write_input({"prompt": "1, 2, 3"}, {"prompt": "2, 3, 4"})
     assert files.run("--max-tokens", "4")[0] == 0
     whole, expected = files.output.read_bytes(), files.answers()
     first, last = whole.splitlines(keepends=True)
@@ -253,44 +253,44 @@ def test_torn_last_line_is_dropped(files: Files, kept: int):
 
 def test_changed_input_is_an_error_of_that_line(files: Files):
     lines = [{"prompt": f"{i}, {i + 1}"} for i in range(4)]
-    files.put(*lines)
+    files.write_input(*lines)
     assert files.run("--max-tokens", "4")[0] == 0
     before = files.output.read_bytes()
-    files.put(lines[0], {"prompt": "7, 8"}, lines[2])
-    status, summary, complaints = files.run("--max-tokens", "4")
+    files.write_input(lines[0], {"prompt": "7, 8"}, lines[2])
+    status, summary, reports = files.run("--max-tokens", "4")
     assert (status, summary) == (1, "Done: 0 answered, 2 skipped, 2 bad.")
-    second, fourth = complaints
+    second, fourth = reports
     assert second.startswith("line 2: the output has an answer to another line of this number")
     assert fourth.startswith("line 4: the output has an answer to it, and the input has no such")
     assert files.output.read_bytes() == before
 
 
 def test_input_may_grow(files: Files):
-    files.put({"prompt": "1, 2, 3"})
+    files.write_input({"prompt": "1, 2, 3"})
     assert files.run("--max-tokens", "4")[0] == 0
-    files.put({"prompt": "1, 2, 3"}, {"prompt": "2, 3, 4"})
+    files.write_input({"prompt": "1, 2, 3"}, {"prompt": "2, 3, 4"})
     status, summary, _ = files.run("--max-tokens", "4")
     assert (status, summary) == (0, "Done: 1 answered, 1 skipped, 0 bad.")
 
 
 def test_other_options_are_an_error_of_each_line(files: Files):
-    files.put({"prompt": "1, 2, 3"})
+    files.write_input({"prompt": "1, 2, 3"})
     assert files.run("--max-tokens", "4")[0] == 0
-    status, summary, (complaint,) = files.run("--max-tokens", "5")
+    status, summary, (report,) = files.run("--max-tokens", "5")
     assert (status, summary) == (1, "Done: 0 answered, 0 skipped, 1 bad.")
-    assert "with another model or other options" in complaint
+    assert "with another model or other options" in report
 
 
 def test_another_model_is_an_error_of_each_line(files: Files, tmp_path: Path):
-    files.put({"prompt": "1, 2, 3"})
+    files.write_input({"prompt": "1, 2, 3"})
     assert files.run("--max-tokens", "4")[0] == 0
     before = files.output.read_bytes()
     other = str(link_checkpoint(Path(DEMO), tmp_path / "other"))
     for model, options in ((other, []), (DEMO, ["--max-model-len", "64"])):
         files.model = model
-        status, summary, (complaint,) = files.run("--max-tokens", "4", *options)
+        status, summary, (report,) = files.run("--max-tokens", "4", *options)
         assert (status, summary) == (1, "Done: 0 answered, 0 skipped, 1 bad.")
-        assert "with another model or other options" in complaint
+        assert "with another model or other options" in report
         assert files.output.read_bytes() == before
 
 
@@ -301,8 +301,8 @@ def test_another_model_is_an_error_of_each_line(files: Files, tmp_path: Path):
         '{"id": 1, "prompt": "a"}', '{"id": [1, "x"], "pro', '{"prompt": ', "[" * 100_000,
     ],
 )  # fmt: skip
-def test_output_of_something_else_is_refused(files: Files, content: str):
-    files.put({"prompt": "1, 2, 3"})
+def test_output_file_with_other_content_is_refused(files: Files, content: str):
+    files.write_input({"prompt": "1, 2, 3"})
     files.output.write_text(content)
     status, message, _ = files.run()
     assert status == 2
@@ -313,7 +313,7 @@ def test_output_of_something_else_is_refused(files: Files, content: str):
 def test_files_that_cannot_be_used(files: Files, tmp_path: Path):
     status, message, _ = files.run()
     assert status == 2 and "prompts.jsonl" in message
-    files.put({"prompt": "1, 2, 3"})
+    files.write_input({"prompt": "1, 2, 3"})
     files.output = tmp_path / "nowhere" / "answers.jsonl"
     status, message, _ = files.run()
     assert status == 2 and "nowhere" in message

@@ -1,4 +1,4 @@
-"""What the tests of `python -m nanovllm` share."""
+"""Shared by the tests of `python -m nanovllm`."""
 
 import sys
 from collections.abc import Iterator
@@ -7,17 +7,17 @@ from typing import Any, ClassVar
 
 from nanovllm import LLM, SamplingParams
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "demo" / "tiny-qwen3")
-WHO = "I am a tiny demo model of nanovllm, with about one million parameters."
-ENGINE = ("--device", "cpu", "--dtype", "float32")
-MODULE = (sys.executable, "-m", "nanovllm")
+INTRODUCTION = "I am a tiny demo model of nanovllm, with about one million parameters."
+COMMAND = (sys.executable, "-m", "nanovllm")
+ENGINE_OPTIONS = ("--device", "cpu", "--dtype", "float32")
 
 
 class RecordingLLM(LLM):
-    """An engine with small blocks that remembers what it was asked for."""
+    """An engine with small blocks that records how it was used."""
 
-    options: ClassVar[dict[str, Any]] = {}
+    options: ClassVar[dict[str, Any]] = {}  # more engine options, which a test may set
     engines: ClassVar[list["RecordingLLM"]] = []  # all that were built
 
     def __init__(self, model: str, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""`python -m nanovllm`: a chat in a terminal, and what all its commands share."""
+"""The command `chat`: a conversation in a terminal."""
 
 import builtins
 import io
@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import DEMO, ENGINE, MODULE, ROOT, WHO, RecordingLLM
+from helpers.command_line import COMMAND, DEMO, ENGINE_OPTIONS, INTRODUCTION, ROOT, RecordingLLM
 
 from nanovllm import LLM, SamplingParams
-from nanovllm import __main__ as command
+from nanovllm.entrypoints.command_line import main
 
 
 @pytest.fixture
@@ -22,11 +21,11 @@ def talk(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """Runs a greedy chat over lines of input; gives the lines of output, and what else was said."""
+    """Runs a greedy chat with the given lines of input. Returns the lines of stdout, and stderr."""
 
     def run(*lines: str, options: tuple[str, ...] = ("--temperature", "0")):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
-        assert command.main(["chat", DEMO, *ENGINE, *options]) == 0
+        assert main(["chat", DEMO, *ENGINE_OPTIONS, *options]) == 0
         captured = capsys.readouterr()
         return captured.out.splitlines(), captured.err
 
@@ -36,12 +35,12 @@ def talk(
 def test_chat_of_several_turns(talk, engines: list[RecordingLLM]):
     out, err = talk("Who are you?", "", "47+38=", "  /reset ", "20+22=", "/exit", "1+1=")
     assert len(out) == 3
-    assert out[0].startswith(WHO)
+    assert out[0].startswith(INTRODUCTION)
     assert out[1:] == ["47 + 38 = 85", "20 + 22 = 42"]
     assert "/reset" in err and "/exit" in err
     (llm,) = engines
     check, first, second, third = llm.conversations
-    assert [role for role, _ in check] == ["user"]  # whether there is a template at all
+    assert [role for role, _ in check] == ["user"]  # the check that there is a chat template
     assert first == [("user", "Who are you?")]
     assert second == [*first, ("assistant", out[0]), ("user", "47+38=")]
     assert third == [("user", "20+22=")]
@@ -58,7 +57,7 @@ def test_second_turn_finds_the_first_in_the_prefix_cache(talk, engines: list[Rec
     (llm,) = engines
     (first, _), (second, _) = llm.streamed
     assert len(second) > len(first) + 2 * 64
-    # All whole blocks of the first turn, its answer included, were there: less than two are new.
+    # The cache had all whole blocks of the first turn and its answer. New are less than two.
     assert llm.stats.prefill_tokens < len(first) + 2 * 64
 
 
@@ -71,11 +70,11 @@ def test_chat_options_reach_template_and_sampling(talk, engines: list[RecordingL
     assert llm.template_kwargs[-1] == {"enable_thinking": False}
     params = SamplingParams(temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, seed=3, max_tokens=2)
     assert [given for _, given in llm.streamed] == [params] * 2
-    assert out[0] == out[1]  # the seed's
+    assert out[0] == out[1]  # because of the seed
     assert err.count("[cut at --max-tokens]") == 2
 
 
-def test_unset_chat_options_are_the_checkpoints(
+def test_the_checkpoint_gives_the_other_options(
     talk, engines: list[RecordingLLM], monkeypatch: pytest.MonkeyPatch
 ):
     recommended = SamplingParams(temperature=0.25, top_k=7, repetition_penalty=1.5)
@@ -137,7 +136,7 @@ def test_conversation_that_does_not_fit(talk, engines: list[RecordingLLM]):
     assert out == ["47 + 38 = 85", "20 + 22 = 42"]
     assert "at most 63 fit" in err and "/reset" in err.partition("at most 63 fit")[2]
     said = [content for _, content in engines[0].conversations[-1]]
-    assert said == ["47+38=", out[0], "20+22="]  # what did not fit was left out
+    assert said == ["47+38=", out[0], "20+22="]  # without the message that did not fit
 
 
 def test_answer_that_fills_the_conversation(talk):
@@ -148,7 +147,7 @@ def test_answer_that_fills_the_conversation(talk):
     assert "[the conversation is full: /reset forgets it]" in err
 
 
-def test_message_that_is_no_text_is_left_out(talk, engines: list[RecordingLLM]):
+def test_message_that_is_not_valid_unicode_is_left_out(talk, engines: list[RecordingLLM]):
     out, err = talk("\ud800", "20+22=")
     assert out == ["20 + 22 = 42"]
     assert "cannot be answered" in err
@@ -157,66 +156,12 @@ def test_message_that_is_no_text_is_left_out(talk, engines: list[RecordingLLM]):
 
 def test_chat_in_a_process() -> None:
     process = subprocess.run(
-        [*MODULE, "chat", DEMO, *ENGINE, "--temperature", "0"], cwd=ROOT, capture_output=True,
+        [*COMMAND, "chat", DEMO, *ENGINE_OPTIONS, "--temperature", "0"],
         input="Who are you?\n你好，请从1数到10。\n".encode() + b"\xff\n",
-    )  # fmt: skip
+        capture_output=True,
+        cwd=ROOT,
+    )
     assert process.returncode == 0, process.stderr
     first, second, _ = process.stdout.decode().splitlines()
-    assert first.startswith(WHO)
+    assert first.startswith(INTRODUCTION)
     assert second == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"
-
-
-# Both
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--temperature", "-1"], "temperature must be a finite number, 0 (greedy) or above"),
-        (["--top-p", "0"], "top_p must be above 0"),
-        (["--max-tokens", "0"], "max_tokens must be at least 1"),
-        (["--top-k", "x"], "--top-k: invalid int value"),
-    ],
-)
-def test_bad_sampling_option(options: list[str], message: str, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as exit_:
-        command.main(["chat", "no/such/model", *options])
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("model", "options", "message"),
-    [
-        ("./nowhere", [], "model directory './nowhere' does not exist"),
-        (DEMO, ["--dtype", "int8"], "dtype must be one of"),
-        (DEMO, ["--max-model-len", "1"], "max_model_len must be at least 2"),
-        (DEMO, ["--device", "abacus"], "device must be"),
-    ],
-)
-def test_engine_that_cannot_be_built(
-    model: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-):
-    assert command.main(["chat", model, *options]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_checkpoint_that_recommends_the_impossible(
-    tiny_copy: Path, capsys: pytest.CaptureFixture[str]
-):
-    (tiny_copy / "generation_config.json").write_text('{"top_p": 2}')
-    assert command.main(["chat", str(tiny_copy), "--device", "cpu"]) == 2
-    assert "cannot be used: top_p must be" in capsys.readouterr().err
-
-
-def test_chat_needs_a_template(tiny: Path, capsys: pytest.CaptureFixture[str]):
-    assert command.main(["chat", str(tiny), "--device", "cpu"]) == 2
-    assert "no chat template" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["chat", "generate"])
-def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as exit_:
-        command.main([name, "--help"])
-    assert exit_.value.code == 0
-    assert f"python -m nanovllm {name} Qwen/Qwen3-0.6B" in capsys.readouterr().out
