@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from nanovllm.engine.outputs import RequestOutput
+from nanovllm.outputs import RequestOutput
 
 from nanovllm import LLM
 from nanovllm.engine.scheduler import Batch

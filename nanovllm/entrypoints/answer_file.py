@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanovllm.engine.outputs import RequestOutput
 from nanovllm.entrypoints.common import CommandError
+from nanovllm.outputs import RequestOutput
 
 
 def encode_answer(id_: Any, line_number: int, digest: str, output: RequestOutput) -> bytes:

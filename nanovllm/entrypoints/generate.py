@@ -12,7 +12,6 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.outputs import RequestOutput
 from nanovllm.entrypoints.answer_file import encode_answer, read_digests
 from nanovllm.entrypoints.common import (
     SAMPLING_OPTIONS,
@@ -24,6 +23,7 @@ from nanovllm.entrypoints.common import (
     print_message,
     sampling_params,
 )
+from nanovllm.outputs import RequestOutput
 
 HELP = """\
 Answer a file of prompts. Each line of the input is a JSON object with one of

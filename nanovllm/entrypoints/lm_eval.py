@@ -33,7 +33,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from nanovllm import LLM, SamplingParams, __version__
-from nanovllm.engine.outputs import Logprob, RequestOutput
+from nanovllm.outputs import Logprob, RequestOutput
 from nanovllm.utils.validation import as_integer
 
 logger = logging.getLogger(__name__)
