@@ -70,11 +70,10 @@ def norm_rope_factors(
     angles = cos_sin_ptr + position.to(tl.int64) * head_dim + tl.where(lower, dims, partners)
     cos = tl.load(angles, mask=mask, other=0.0)
     sin = tl.load(angles + half, mask=mask, other=0.0)
-    sin = tl.where(lower, -sin, sin)
     if HAS_NORM:
-        return (own_weight * cos)[None, :], (partner_weight * sin)[None, :]
+        return (own_weight * cos)[None, :], (partner_weight * tl.where(lower, -sin, sin))[None, :]
     else:
-        return cos[None, :], sin[None, :]
+        return cos[None, :], tl.where(lower, -sin, sin)[None, :]
 
 
 @triton.jit
@@ -93,12 +92,11 @@ def norm_rope(
     cells = row_ptr + heads[:, None] * head_dim
     own = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     partner = tl.load(cells + partners[None, :], mask=mask, other=0.0).to(tl.float32)
-    rotated = own * own_factor + partner * partner_factor
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(own * own, axis=1) / head_dim + eps)
-        return rotated * scale[:, None]
+        return (own * own_factor + partner * partner_factor) * scale[:, None]
     else:
-        return rotated
+        return own * own_factor + partner * partner_factor
 
 
 @triton.jit
