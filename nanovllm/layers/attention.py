@@ -66,8 +66,8 @@ class Attention(nn.Module):
     def forward(self, x: Normed, context: Context) -> Product:
         """What is to be added to the stream of `x`; see `Context` for what is read and written."""
         qkv = self.qkv_proj(x).values()
-        keys, values = context.kv_cache[self.layer_index]
-        attended = context.backend.attend(qkv, self.spec, keys, values, context)
+        cache = context.kv_cache[self.layer_index]
+        attended = context.backend.attend(qkv, self.spec, cache, context)
         if context.output_indices is not None:
             attended = attended[context.output_indices]
         return self.o_proj(attended, tokens=context.output_indices)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from nanovllm.layers.attention import AttentionSpec
 from nanovllm.layers.paged_attention import decode_attention, norm_rope_store, prefill_attention
-from nanovllm.utils.context import Context
+from nanovllm.utils.context import Context, LayerCache
 from nanovllm.utils.kernels import has_kernels, kernels
 
 try:
@@ -45,12 +45,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def attend(
-        self,
-        qkv: torch.Tensor,
-        spec: AttentionSpec,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        context: Context,
+        self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
     ) -> torch.Tensor:
         """QK-norm (if any) and RoPE of new queries and keys, their keys and values to the cache,
         and attention of each new token to its sequence up to itself.
@@ -60,7 +55,8 @@ class AttentionBackend(ABC):
 
         Args:
             qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim].
-            k_cache, v_cache: this layer's, [num_blocks, block_size, num_kv_heads, head_dim].
+            cache: keys and values of this layer, each [num_blocks, block_size, num_kv_heads,
+                head_dim].
 
         Returns:
             [tokens, num_heads * head_dim].
@@ -99,23 +95,14 @@ class TorchBackend(AttentionBackend):
     can_capture = False  # it reads lengths on the host
 
     def attend(
-        self,
-        qkv: torch.Tensor,
-        spec: AttentionSpec,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        context: Context,
+        self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
     ) -> torch.Tensor:
-        q = norm_rope_store(
-            qkv, spec.q_weight, spec.k_weight, spec.eps, context.cos_sin, context.positions,
-            k_cache, v_cache, context.slot_mapping,
-        )  # fmt: skip
-        tables = (context.context_lens, context.block_tables, spec.scale)
+        q = norm_rope_store(*_store_args(qkv, spec, cache, context))
+        lens, tables = context.context_lens, context.block_tables
         if context.is_prefill:
-            out = prefill_attention(q, k_cache, v_cache, context.cu_seqlens_q, *tables)
-        else:
-            out = decode_attention(q, k_cache, v_cache, *tables)
-        return out.flatten(1)
+            starts = context.cu_seqlens_q
+            return prefill_attention(q, *cache, starts, lens, tables, spec.scale).flatten(1)
+        return decode_attention(q, *cache, lens, tables, spec.scale).flatten(1)
 
 
 class TritonBackend(AttentionBackend):
@@ -130,23 +117,15 @@ class TritonBackend(AttentionBackend):
         self.num_ranges: int = kernels.num_decode_ranges(device, num_kv_heads)
 
     def attend(
-        self,
-        qkv: torch.Tensor,
-        spec: AttentionSpec,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        context: Context,
+        self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
     ) -> torch.Tensor:
-        args = (
-            qkv, spec.q_weight, spec.k_weight, spec.eps, context.cos_sin, context.positions,
-            k_cache, v_cache, context.slot_mapping,
-        )  # fmt: skip
+        args = _store_args(qkv, spec, cache, context)
         if not context.is_prefill:
             out = kernels.paged_decode(*args, context.decode_metadata, spec.scale)
         else:
             q = kernels.qk_norm_rope_store(*args)
             out = kernels.paged_prefill(
-                q, k_cache, v_cache, context.cu_seqlens_q, context.context_lens,
+                q, *cache, context.cu_seqlens_q, context.context_lens,
                 context.block_tables, spec.scale, context.max_seqlen_q,
             )  # fmt: skip
         return out.flatten(1)
@@ -181,32 +160,34 @@ class FlashBackend(AttentionBackend):
     name = "flash-attn"
 
     def attend(
-        self,
-        qkv: torch.Tensor,
-        spec: AttentionSpec,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        context: Context,
+        self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
     ) -> torch.Tensor:
         store = kernels.qk_norm_rope_store if has_kernels(qkv) else norm_rope_store
-        q = store(
-            qkv, spec.q_weight, spec.k_weight, spec.eps, context.cos_sin, context.positions,
-            k_cache, v_cache, context.slot_mapping,
-        )  # fmt: skip
+        q = store(*_store_args(qkv, spec, cache, context))
         if context.is_prefill:
             cu_seqlens_k = F.pad(context.context_lens.cumsum(0), (1, 0))
             out = flash_attn_varlen_func(
-                q, k_cache, v_cache,
+                q, *cache,
                 cu_seqlens_q=context.cu_seqlens_q, cu_seqlens_k=cu_seqlens_k.int(),
                 max_seqlen_q=context.max_seqlen_q, max_seqlen_k=context.max_context_len,
                 softmax_scale=spec.scale, causal=True, block_table=context.block_tables,
             )  # fmt: skip
         else:
             out = flash_attn_with_kvcache(
-                q.unsqueeze(1), k_cache, v_cache, cache_seqlens=context.context_lens,
+                q.unsqueeze(1), *cache, cache_seqlens=context.context_lens,
                 block_table=context.block_tables, softmax_scale=spec.scale, causal=True,
             )  # fmt: skip
         return out.flatten(-2).view(len(qkv), -1)
+
+
+def _store_args(
+    qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
+) -> tuple[Any, ...]:
+    """The arguments of `norm_rope_store`, and the first ones of the kernels."""
+    return (
+        qkv, spec.q_weight, spec.k_weight, spec.eps, context.cos_sin, context.positions, *cache,
+        context.slot_mapping,
+    )  # fmt: skip
 
 
 def make_backend(
