@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import VOCAB_SIZE, Reference, edit_json, make_checkpoint, random_tokens
 
+from helpers.checkpoints import VOCAB_SIZE, Reference, edit_json, make_checkpoint, random_tokens
 from nanovllm import LLM, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)

@@ -9,9 +9,9 @@ import pytest
 
 import bench
 from benchmarks import timeline
+from helpers.paths import DEMO
 from nanovllm import LLM, SamplingParams
 
-DEMO = Path(__file__).parent.parent / "demo" / "tiny-qwen3"
 PROMPTS = [[5 + index] * (8 + 5 * index) for index in range(6)]
 SMALL_CACHE = {
     "kvcache_block_size": 16, "num_kvcache_blocks": 14, "max_num_batched_tokens": 48,

@@ -4,36 +4,14 @@ from collections.abc import Callable
 from unittest.mock import patch
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from helpers.blocks import MACHINE_SETTINGS, assert_blocks_consistent
 from nanovllm.engine import block_manager as block_manager_module
 from nanovllm.engine.block_manager import BlockManager, hash_block
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
-
-
-def assert_blocks_consistent(manager: BlockManager, live: list[Sequence]) -> None:
-    """What must hold of the pool after every action, `live` being all sequences with a table."""
-    holders = [0] * len(manager.blocks)
-    for seq in live:
-        assert len(set(seq.block_table)) == len(seq.block_table), "a table holds a block twice"
-        for block_id in seq.block_table:
-            holders[block_id] += 1
-    assert [block.ref_count for block in manager.blocks] == holders, "ref count != tables"
-    used = {block_id for block_id, count in enumerate(holders) if count}
-    assert used.isdisjoint(manager.free_blocks), "a block is both free and used"
-    assert used | set(manager.free_blocks) == set(range(len(manager.blocks))), "a block is lost"
-    for block_id, block in manager.free_blocks.items():
-        assert block is manager.blocks[block_id]
-    for key, block in manager.block_of_hash.items():
-        assert block.hash == key, "a stale hash points at a reused block"
-        assert len(block.token_ids) == manager.block_size
-    for seq in live:
-        first_open = seq.num_computed_tokens // manager.block_size
-        for block_id in seq.block_table[first_open:]:
-            assert holders[block_id] == 1, "a block that can still be written to is shared"
 
 
 def new_sequence(token_ids: list[int], max_tokens: int = 1000) -> Sequence:
@@ -240,13 +218,6 @@ class PrefixBlindMachine(BlockManagerMachine):
         return hash_block(0, token_ids)
 
 
-MACHINE_SETTINGS = settings(
-    max_examples=150,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    report_multiple_bugs=False,
-)
 TestBlockManager = BlockManagerMachine.TestCase
 TestBlockManager.settings = MACHINE_SETTINGS
 TestCollidingHashes = CollidingMachine.TestCase

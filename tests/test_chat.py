@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import VOCAB_SIZE, Reference, edit_json
-from test_engine import GREEDY, PROMPTS, assert_empty, build
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from helpers.checkpoints import VOCAB_SIZE, Reference, edit_json
+from helpers.engines import GREEDY, PROMPTS, assert_empty, build
+from helpers.paths import DEMO
 from nanovllm import LLM, SamplingParams
 
-DEMO = Path(__file__).parent.parent / "demo" / "tiny-qwen3"
 ANSWER = SamplingParams(temperature=0, max_tokens=40)
 SUM = [{"role": "user", "content": "47+38="}]
 CONVERSATIONS = [

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import link_checkpoint
 from command_line import DEMO, ENGINE, MODULE, ROOT, RecordingLLM
 
+from helpers.checkpoints import link_checkpoint
 from nanovllm import LLM, SamplingParams
 from nanovllm import __main__ as command
 from nanovllm.commands import common

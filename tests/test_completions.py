@@ -1,9 +1,9 @@
 """Several completions of one prompt."""
 
 import pytest
-from small_model import BOTH_ORDERS, PROMPT, Model, build, sample, summary, tokens_of, words
-from test_engine import assert_empty
 
+from helpers.engines import BOTH_ORDERS, assert_empty
+from helpers.small_model import PROMPT, Model, build, sample, summary, tokens_of, words
 from nanovllm import LLM, SamplingParams
 
 

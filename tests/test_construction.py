@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import Reference, edit_json, link_checkpoint, random_tokens
 from safetensors.torch import load_file, save_file
-from test_engine import GREEDY, PROMPTS, build
 
 import nanovllm
+from helpers.checkpoints import Reference, edit_json, link_checkpoint, random_tokens
+from helpers.engines import GREEDY, PROMPTS, build
 from nanovllm import LLM
 
 

@@ -2,17 +2,16 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-from checkpoints import VOCAB_SIZE, add_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from helpers.checkpoints import VOCAB_SIZE, add_tokenizer
+from helpers.paths import DEMO
 from nanovllm.engine.detokenizer import Detokenizer
 
-DEMO = Path(__file__).parent.parent / "demo" / "tiny-qwen3"
 BROKEN = "\ufffd"  # what decoding makes of bytes that are no character
 EXAMPLES = settings(max_examples=120, deadline=None, derandomize=True)
 

@@ -7,33 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import Reference, random_tokens
-from test_block_manager import assert_blocks_consistent
 
+from helpers.checkpoints import Reference, random_tokens
+from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, assert_empty, build
 from nanovllm import LLM, SamplingParams
-
-GREEDY = SamplingParams(temperature=0, max_tokens=12)
-PROMPTS = [random_tokens(length, seed=length) for length in (5, 40, 16, 33)]
-BOTH_ORDERS = pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
-
-
-def build(path: Path, **options) -> LLM:
-    settings = {"kvcache_block_size": 16, "num_kvcache_blocks": 40, "device": "cpu"}
-    return LLM(path, **settings | options)
 
 
 @pytest.fixture
 def llm(tiny: Path):
     with build(tiny) as engine:
         yield engine
-
-
-def assert_empty(llm: LLM) -> None:
-    manager = llm.scheduler.block_manager
-    assert llm.is_finished()
-    assert not llm.scheduler.waiting and not llm.scheduler.running
-    assert manager.num_free_blocks == len(manager.blocks)
-    assert_blocks_consistent(manager, [])
 
 
 # Results
@@ -66,7 +49,7 @@ def test_text_is_the_decoded_tokens(llm: LLM):
 
 
 def test_text_leaves_out_the_end_of_sequence_token(tiny_copy: Path, tiny_reference: Reference):
-    from checkpoints import add_tokenizer
+    from helpers.checkpoints import add_tokenizer
 
     tokens = tiny_reference.tokens([1, 2, 3], 12)
     add_tokenizer(tiny_copy, eos_token=f"t{tokens[2]}")
@@ -220,7 +203,7 @@ def test_generate_after_a_loop_that_left_a_step_under_way(
     tiny_copy: Path, tiny_reference: Reference
 ):
     """A request that ended by EOS had its next step launched: nobody has to collect it."""
-    from checkpoints import edit_json
+    from helpers.checkpoints import edit_json
 
     expected = tiny_reference.tokens(PROMPTS[0], 12)
     edit_json(tiny_copy / "generation_config.json", eos_token_id=expected[3])

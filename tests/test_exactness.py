@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
+
+from helpers.blocks import assert_blocks_consistent
+from helpers.checkpoints import (
     TRANSFORMERS_5,
     Reference,
     edit_json,
@@ -14,8 +16,6 @@ from checkpoints import (
     old_rope,
     random_tokens,
 )
-from test_block_manager import assert_blocks_consistent
-
 from nanovllm import LLM, SamplingParams
 
 MAX_TOKENS = 20

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "demo" / "tiny-qwen3"
+from helpers.paths import DEMO, ROOT
 
 
 def run(*command: str) -> str:

@@ -5,9 +5,9 @@ from threading import Thread
 
 import pytest
 import torch
-from checkpoints import Reference
-from test_engine import BOTH_ORDERS, GREEDY, PROMPTS, assert_empty, build
 
+from helpers.checkpoints import Reference
+from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, Fault, assert_empty, build
 from nanovllm import LLM
 from nanovllm.engine.model_runner import load_libraries
 
@@ -16,28 +16,6 @@ from nanovllm.engine.model_runner import load_libraries
 def llm(tiny: Path):
     with build(tiny) as engine:
         yield engine
-
-
-class Fault:
-    """Makes a method fail at its n-th call, before or after it has done its work."""
-
-    def __init__(self, owner: object, name: str, at_call: int, error: BaseException, after: bool):
-        self.method, self.calls = getattr(owner, name), 0
-        self.owner, self.name = owner, name
-        self.at_call, self.error, self.after = at_call, error, after
-        setattr(owner, name, self)
-
-    def __call__(self, *args, **kwargs):
-        self.calls += 1
-        if self.calls == self.at_call and not self.after:
-            raise self.error
-        result = self.method(*args, **kwargs)
-        if self.calls == self.at_call:
-            raise self.error
-        return result
-
-    def remove(self) -> None:
-        delattr(self.owner, self.name)
 
 
 @BOTH_ORDERS

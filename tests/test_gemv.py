@@ -4,7 +4,8 @@ import ctypes
 
 import pytest
 import torch
-from kernel_inputs import (
+
+from helpers.kernel_inputs import (
     BF16,
     EPS,
     FP16,
@@ -16,7 +17,6 @@ from kernel_inputs import (
     relative_error,
     rms_norm_float64,
 )
-
 from nanovllm.kernels import gemv
 from nanovllm.kernels._triton import prefer_shared_memory
 from nanovllm.kernels.embed import embed_torch, embed_triton

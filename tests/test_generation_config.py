@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Reference, add_tokenizer, edit_json, random_tokens
 from test_chat import ANSWER, SUM, build_demo
-from test_engine import GREEDY, build
 
+from helpers.checkpoints import Reference, add_tokenizer, edit_json, random_tokens
+from helpers.engines import GREEDY, build
 from nanovllm import SamplingParams
 
 DISTINCT = random_tokens(5, seed=15)  # no two of the 12 greedy tokens after it are the same

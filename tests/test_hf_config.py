@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import add_tokenizer, edit_json
 from transformers import AutoTokenizer
 
+from helpers.checkpoints import add_tokenizer, edit_json
+from helpers.paths import DEMO
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.layers.rotary_embedding import rope_cos_sin
 from nanovllm.utils.hf_config import SIZES, Qwen3Config
 
 CPU = torch.device("cpu")
-DEMO = Path(__file__).parent.parent / "demo" / "tiny-qwen3"
 SAME_AS_THEIRS = (
     *SIZES, "rms_norm_eps", "initializer_range", "attention_bias", "tie_word_embeddings",
     "eos_token_id",

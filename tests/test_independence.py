@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from checkpoints import random_tokens
 
+from helpers.checkpoints import random_tokens
 from nanovllm import LLM, SamplingParams
 
 MAX_TOKENS = 24

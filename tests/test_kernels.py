@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_inputs import (
+
+from helpers.kernel_inputs import (
     BF16,
     EPS,
     FP32,
@@ -30,12 +31,11 @@ from kernel_inputs import (
     relative_error,
     rms_norm_float64,
 )
-
+from helpers.noise import noise_of_tokens
 from nanovllm.kernels import gumbel_sample
 from nanovllm.kernels._triton import tl, triton
 from nanovllm.kernels.gumbel_sample import (
     TILE,
-    gumbel_noise,
     gumbel_sample_torch,
     gumbel_sample_triton,
 )
@@ -234,14 +234,6 @@ def test_the_twins_philox_gives_the_published_numbers() -> None:
         numbers = gumbel_sample._philox(seed, torch.tensor(counters), torch.tensor(position))
         expected = [philox4x32((counter, position, 0, 0), key) for counter in counters]
         assert [tuple(column) for column in numbers.T.tolist()] == expected
-
-
-def noise_of_tokens(seed: int, position: int, vocab_size: int) -> torch.Tensor:
-    """[vocab_size] float32, by the numbers that `gumbel_sample`'s twin draws."""
-    tiles = -(-vocab_size // TILE)
-    counters = torch.arange(tiles * TILE // 4)
-    noise = gumbel_noise(torch.tensor(seed), torch.tensor(position), counters)
-    return noise.view(4, tiles, -1).transpose(0, 1).flatten()[:vocab_size]
 
 
 def test_noise_is_a_gumbel_number_for_every_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:

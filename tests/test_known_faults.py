@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
+
+from bench import dummy_llm
+from helpers.checkpoints import (
     VOCAB_SIZE,
     Reference,
     add_tokenizer,
@@ -13,9 +15,7 @@ from checkpoints import (
     make_checkpoint,
     random_tokens,
 )
-from test_scheduler import Driver
-
-from bench import dummy_llm
+from helpers.scheduling import Driver
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import SequenceStatus

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import Reference, random_tokens
-from test_engine import build
 
+from helpers.checkpoints import Reference, random_tokens
+from helpers.engines import build
 from nanovllm import SamplingParams
 from nanovllm.kernels.gemv import gemv_torch
 from nanovllm.kernels.split_k import split_k_torch

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import link_checkpoint
+
+from helpers.checkpoints import link_checkpoint
 
 lm_eval = pytest.importorskip("lm_eval")
 huggingface = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import VOCAB_SIZE, Reference, add_tokenizer, edit_json, random_tokens
 from safetensors.torch import load_file, save_file
-from test_engine import BOTH_ORDERS, assert_empty, build
 
+from helpers.checkpoints import VOCAB_SIZE, Reference, add_tokenizer, edit_json, random_tokens
+from helpers.engines import BOTH_ORDERS, assert_empty, build
 from nanovllm import LLM, SamplingParams
 
 Request = tuple[list[int], dict[str, Any]]  # a prompt, and options of a SamplingParams

@@ -4,10 +4,10 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoints import Reference, random_tokens
-from streams import gather
-from test_engine import BOTH_ORDERS, GREEDY, PROMPTS, assert_empty, build
 
+from helpers.checkpoints import Reference, random_tokens
+from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, assert_empty, build
+from helpers.streams import gather
 from nanovllm import LLM, SamplingParams
 
 

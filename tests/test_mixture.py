@@ -3,8 +3,10 @@
 import random
 
 import pytest
-from small_model import (
-    BOTH_ORDERS,
+
+from helpers.engines import BOTH_ORDERS, assert_empty
+from helpers.noise import noise_of_tokens
+from helpers.small_model import (
     EOS,
     PROMPT,
     VOCAB,
@@ -19,9 +21,6 @@ from small_model import (
     tokens_of,
     words,
 )
-from test_engine import assert_empty
-from test_kernels import noise_of_tokens
-
 from nanovllm import LLM, SamplingParams
 
 

@@ -6,7 +6,8 @@ from itertools import accumulate
 import numpy as np
 import pytest
 import torch
-from kernel_inputs import (
+
+from helpers.kernel_inputs import (
     BF16,
     EPS,
     FP16,
@@ -22,7 +23,6 @@ from kernel_inputs import (
     paged_batch,
     relative_error,
 )
-
 from nanovllm.kernels import paged_decode
 from nanovllm.kernels.paged_cache import tile_tokens
 from nanovllm.kernels.paged_decode import (

@@ -5,7 +5,17 @@ import math
 
 import pytest
 import torch
-from small_model import (
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from helpers.engines import assert_empty
+from helpers.small_model import (
     PROMPT,
     VOCAB,
     Model,
@@ -18,16 +28,6 @@ from small_model import (
     stop_tokens,
     tokens_of,
 )
-from test_engine import assert_empty
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-
 from nanovllm import LLM
 
 

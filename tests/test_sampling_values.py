@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from small_model import (
-    BOTH_ORDERS,
+
+from helpers.engines import BOTH_ORDERS, assert_empty
+from helpers.small_model import (
     EOS,
     PROMPT,
     VOCAB,
@@ -20,8 +21,6 @@ from small_model import (
     tokens_of,
     words,
 )
-from test_engine import assert_empty
-
 from nanovllm import LLM, SamplingParams
 
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_inputs import BF16, FP16, FP32, TOLERANCE, interpreted, normal, relative_error
 
+from helpers.kernel_inputs import BF16, FP16, FP32, TOLERANCE, interpreted, normal, relative_error
 from nanovllm.kernels import _triton, split_k, tiled_gemm
 from nanovllm.kernels._triton import has_large_shared_memory, has_pdl
 from nanovllm.kernels.split_k import split_k_torch, split_k_triton

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import random_tokens
 from test_known_faults import BLOCK, build
 
+from helpers.checkpoints import random_tokens
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.step_inputs import InputBuffers
 from nanovllm.kernels.paged_decode import plan_decode

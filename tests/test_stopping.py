@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Reference, add_tokenizer, edit_json, random_tokens
-from streams import (
-    DEMO,
+
+from helpers.checkpoints import Reference, add_tokenizer, edit_json, random_tokens
+from helpers.engines import BOTH_ORDERS, build
+from helpers.paths import DEMO
+from helpers.streams import (
     DISTINCT,
     IM_END,
     IM_START,
@@ -17,8 +19,6 @@ from streams import (
     parts,
     question,
 )
-from test_engine import BOTH_ORDERS, build
-
 from nanovllm import LLM, SamplingParams
 
 

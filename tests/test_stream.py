@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Reference, random_tokens
-from streams import DEMO, QUESTIONS, assert_idle, assert_works, gather, parts, question
-from test_engine import BOTH_ORDERS, GREEDY, PROMPTS, assert_empty, build
 
+from helpers.checkpoints import Reference, random_tokens
+from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, assert_empty, build
+from helpers.paths import DEMO
+from helpers.streams import QUESTIONS, assert_idle, assert_works, gather, parts, question
 from nanovllm import LLM, SamplingParams
 
 
@@ -342,7 +343,7 @@ def test_a_stream_that_was_never_started_queues_nothing(llm: LLM, tiny_reference
 def test_a_failed_step_ends_the_stream_and_the_engine_goes_on(
     tiny: Path, tiny_reference: Reference, place: str, at_call: int, async_scheduling: bool
 ):
-    from test_failures import Fault
+    from helpers.engines import Fault
 
     with build(tiny, async_scheduling=async_scheduling) as llm:
         fault = Fault(llm.model_runner, place, at_call, RuntimeError("device on fire"), False)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Reference, edit_json
-from streams import assert_works, gather
-from test_engine import BOTH_ORDERS, GREEDY, PROMPTS, assert_empty, build
 
+from helpers.checkpoints import Reference, edit_json
+from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, assert_empty, build
+from helpers.streams import assert_works, gather
 from nanovllm import LLM
 
 

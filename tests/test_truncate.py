@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_inputs import BF16, FP16, FP32, interpreted, normal, on_cpu, on_gpu
 
+from helpers.kernel_inputs import BF16, FP16, FP32, interpreted, normal, on_cpu, on_gpu
 from nanovllm.kernels import truncate
 from nanovllm.kernels.truncate import (
     truncation_thresholds,

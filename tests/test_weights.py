@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import Reference, make_checkpoint
 from safetensors.torch import load_file, save_file
 from test_bad_input import GOOD, GREEDY, build
+
+from helpers.checkpoints import Reference, make_checkpoint
 
 
 @pytest.fixture

@@ -1,18 +1,16 @@
 """What a stream brings, put together, and how an engine looks after it."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Reference, random_tokens
-from test_block_manager import assert_blocks_consistent
-from test_engine import GREEDY, PROMPTS, assert_empty
 
+from helpers.blocks import assert_blocks_consistent
+from helpers.checkpoints import Reference, random_tokens
+from helpers.engines import GREEDY, PROMPTS, assert_empty
 from nanovllm import LLM
 from nanovllm.engine.outputs import Logprob
 
-DEMO = Path(__file__).parent.parent / "demo" / "tiny-qwen3"
 END_OF_TEXT, IM_START, IM_END = 0, 1, 2  # the demo's special tokens; the first and last end a text
 DISTINCT = random_tokens(5, seed=15)  # no two of the 12 greedy tokens after it are the same
 QUESTIONS = ["Who are you?", "47+38=", "从3数到9。", "List the primes under 30.", "你是谁？"]

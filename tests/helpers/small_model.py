@@ -5,16 +5,14 @@ import random
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from checkpoints import Reference, edit_json, make_checkpoint
 
+from helpers.checkpoints import Reference, edit_json, make_checkpoint
 from nanovllm import LLM, SamplingParams
 
 VOCAB = 48
 EOS = 14  # the likeliest token after PROMPT
 PROMPT = [1, 2, 3]
-BOTH_ORDERS = pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 Options = dict[str, Any]  # of a SamplingParams
 
 
