@@ -1,189 +1,34 @@
-"""Every Triton kernel against its torch twin, and both against float64 written out here.
+"""Gumbel-max sampling: the noise, the choice it makes, and the kernel against its torch twin.
 
 Without a GPU the kernels run in Triton's interpreter, in float32 and float16 (it gets bfloat16
 wrong). Tests marked `gpu` repeat them at the sizes of a real model, in bfloat16 too.
 """
 
 import math
-import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 
 from helpers.kernel_inputs import (
     BF16,
-    EPS,
     FP32,
     PHILOX_VECTORS,
-    TOLERANCE,
-    Sizes,
-    cos_sin_table,
     interpreted,
-    norm_rope_float64,
     normal,
     on_cpu,
-    on_gpu,
     philox4x32,
-    relative_error,
-    rms_norm_float64,
 )
 from helpers.noise import noise_of_tokens
 from nanovllm.kernels import gumbel_sample
 from nanovllm.kernels._triton import tl, triton
-from nanovllm.kernels.gumbel_sample import (
-    TILE,
-    gumbel_sample_torch,
-    gumbel_sample_triton,
-)
-from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_torch, qk_norm_rope_store_triton
-from nanovllm.kernels.rms_norm import rms_norm_torch, rms_norm_triton
-from nanovllm.kernels.silu_and_mul import silu_and_mul_torch, silu_and_mul_triton
+from nanovllm.kernels.gumbel_sample import TILE, gumbel_sample_torch, gumbel_sample_triton
 from nanovllm.kernels.truncate import truncation_thresholds_torch
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-@interpreted
-def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "compile_kernels.py")],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.strip() == "all compiled"
-
-
-# RMSNorm
-
-
-def check_rms_norm(rms_norm, rows: int, n: int, dtype: torch.dtype, device: str = "cpu") -> None:
-    x = normal(rows, n, dtype=dtype, device=device) * 3
-    weight = normal(n, dtype=dtype, device=device, seed=1)
-    y = rms_norm(x, weight, EPS)
-    assert y.dtype == dtype
-    assert relative_error(y, rms_norm_float64(x, weight, EPS)) < TOLERANCE[dtype]
-
-    partials = normal(3, rows, n, dtype=FP32, device=device, seed=2)
-    total = x.double() + partials.double().sum(dim=0)
-    y = rms_norm(x, weight, EPS, partials)
-    assert relative_error(x, total) < TOLERANCE[dtype]
-    assert relative_error(y, rms_norm_float64(total, weight, EPS)) < TOLERANCE[dtype]
-
-
-@interpreted
-@on_cpu
-@pytest.mark.parametrize("rms_norm", [rms_norm_triton, rms_norm_torch])
-@pytest.mark.parametrize(("rows", "n"), [(1, 64), (7, 1000), (5, 1024), (3, 5120), (2, 37)])
-def test_rms_norm(rms_norm, rows: int, n: int, dtype: torch.dtype) -> None:
-    check_rms_norm(rms_norm, rows, n, dtype)
-
-
-@pytest.mark.gpu
-@on_gpu
-@pytest.mark.parametrize(("rows", "n"), [(1, 1024), (333, 1000), (2048, 5120)])
-def test_rms_norm_gpu(rows: int, n: int, dtype: torch.dtype) -> None:
-    check_rms_norm(rms_norm_triton, rows, n, dtype, "cuda")
-
-
-@interpreted
-@pytest.mark.parametrize("rms_norm", [rms_norm_triton, rms_norm_torch])
-def test_rms_norm_of_zeros_is_zero(rms_norm) -> None:
-    y = rms_norm(torch.zeros(2, 64), torch.ones(64), EPS)
-    assert torch.equal(y, torch.zeros(2, 64))
-
-
-# SiLU and mul
-
-
-def check_silu_and_mul(silu_and_mul, rows: int, n: int, dtype, device: str = "cpu") -> None:
-    x = normal(rows, 2 * n, dtype=dtype, device=device) * 4
-    x[0, 0], x[0, 1] = -100.0, 100.0  # where exp overflows, and where it vanishes
-    y = silu_and_mul(x)
-    gate, up = x.double().split(n, dim=1)
-    assert y.dtype == dtype
-    assert relative_error(y, gate * up / (1 + (-gate).exp())) < TOLERANCE[dtype]
-
-
-@interpreted
-@on_cpu
-@pytest.mark.parametrize("silu_and_mul", [silu_and_mul_triton, silu_and_mul_torch])
-@pytest.mark.parametrize(("rows", "n"), [(1, 2), (3, 1000), (2, 1024), (2, 3072)])
-def test_silu_and_mul(silu_and_mul, rows: int, n: int, dtype: torch.dtype) -> None:
-    check_silu_and_mul(silu_and_mul, rows, n, dtype)
-
-
-@pytest.mark.gpu
-@on_gpu
-@pytest.mark.parametrize(("rows", "n"), [(1, 3072), (777, 1000), (2048, 9728)])
-def test_silu_and_mul_gpu(rows: int, n: int, dtype: torch.dtype) -> None:
-    check_silu_and_mul(silu_and_mul_triton, rows, n, dtype, "cuda")
-
-
-# QK-norm, RoPE, KV store
-
-
-def check_qk_norm_rope_store(function, tokens: int, sizes: Sizes, dtype, device: str = "cpu"):
-    block_size, num_heads, num_kv_heads, head_dim = sizes
-    num_blocks, max_len = -(-2 * tokens // block_size), 512
-    generator = torch.Generator().manual_seed(0)
-    positions = torch.randint(max_len, (tokens,), generator=generator).to(device, torch.int32)
-    slots = torch.randperm(num_blocks * block_size, generator=generator)[:tokens].to(device)
-    slots[::3] = -1
-    cos_sin = cos_sin_table(max_len, head_dim, device)
-    all_heads = num_heads + 2 * num_kv_heads
-    qkv = normal(tokens, all_heads * head_dim, dtype=dtype, device=device) * 2
-    q_weight, k_weight = (normal(head_dim, dtype=dtype, device=device, seed=s) for s in (1, 2))
-    # The block in front is not the cache's: slot -1 would be its last token.
-    memory_shape = (1 + num_blocks, block_size, num_kv_heads, head_dim)
-    k_memory, v_memory = (normal(*memory_shape, dtype=dtype, device=device, seed=s) for s in (3, 4))
-    k_cache, v_cache = k_memory[1:], v_memory[1:]
-    k_before, v_before, qkv_before = k_memory.clone(), v_memory.clone(), qkv.clone()
-    q_out = function(
-        qkv, q_weight, k_weight, EPS, cos_sin, positions, k_cache, v_cache, slots.int()
-    )
-
-    heads = qkv.view(tokens, all_heads, head_dim)
-    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    assert q_out.dtype == dtype
-    assert torch.equal(qkv, qkv_before)
-    assert relative_error(q_out, norm_rope_float64(q, q_weight, positions)) < TOLERANCE[dtype]
-
-    def flat(cache: torch.Tensor) -> torch.Tensor:
-        return cache.view(-1, num_kv_heads, head_dim)
-
-    real = slots >= 0
-    stored = slots[real]
-    k_expected = norm_rope_float64(k, k_weight, positions)[real]
-    assert relative_error(flat(k_cache)[stored], k_expected) < TOLERANCE[dtype]
-    assert torch.equal(flat(v_cache)[stored], v[real])
-    for memory, before in ((k_memory, k_before), (v_memory, v_before)):
-        flat(memory[1:])[stored] = flat(before[1:])[stored]
-        assert torch.equal(memory, before)  # what was not to be written is as it was
-
-
-@interpreted
-@on_cpu
-@pytest.mark.parametrize("function", [qk_norm_rope_store_triton, qk_norm_rope_store_torch])
-@pytest.mark.parametrize(
-    "sizes", [(16, 2, 2, 32), (48, 4, 2, 64), (16, 4, 1, 96), (64, 8, 1, 128), (256, 6, 2, 128)]
-)
-def test_qk_norm_rope_store(function, sizes: Sizes, dtype: torch.dtype) -> None:
-    check_qk_norm_rope_store(function, 11, sizes, dtype)
-
-
-@pytest.mark.gpu
-@on_gpu
-@pytest.mark.parametrize("sizes", [(256, 16, 8, 128), (16, 8, 1, 64), (48, 4, 4, 96)])
-def test_qk_norm_rope_store_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
-    check_qk_norm_rope_store(qk_norm_rope_store_triton, 1500, sizes, dtype, "cuda")
-
-
-# Gumbel-max sampling
+# The noise
 
 
 @triton.jit
@@ -276,6 +121,9 @@ def test_noise_of_other_seeds_positions_and_tokens_is_independent() -> None:
     assert abs(neighbours) < 4.5 / math.sqrt(n)
 
 
+# The choice
+
+
 @pytest.mark.parametrize("spread", [0, 0.1, 1, 5, 20, 1000])
 @pytest.mark.parametrize("vocab", [1, 7, TILE - 1, TILE, 2 * TILE + 1500])
 def test_the_highest_of_all_is_found_though_few_have_noise(vocab: int, spread: float) -> None:
@@ -331,6 +179,9 @@ def test_sampled_frequencies_are_the_softmax(temperature: float) -> None:
     chi_squared = ((counts - expected) ** 2 / expected).sum()
     freedom = torch.tensor((len(possible) - 1) / 2, dtype=torch.float64)
     assert torch.special.gammaincc(freedom, chi_squared / 2) > 1e-3
+
+
+# The kernel and its twin
 
 
 def tied_logits(rows: int, vocab: int, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:

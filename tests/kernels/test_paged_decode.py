@@ -1,24 +1,20 @@
-"""Attention kernels against their torch twins, and both against float64 written out here."""
+"""Decode attention over the paged cache: its plan, and the kernel and its twin against float64."""
 
 from dataclasses import replace
-from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
 
+from helpers.attention import GPU_SIZES, prefill
 from helpers.kernel_inputs import (
     BF16,
-    EPS,
-    FP16,
     FP32,
     TOLERANCE,
     DecodeBatch,
-    PagedBatch,
     Sizes,
     decode_batch,
     interpreted,
-    normal,
     on_cpu,
     paged_batch,
     relative_error,
@@ -35,72 +31,13 @@ from nanovllm.kernels.paged_decode import (
     paged_decode_triton,
     plan_decode,
 )
-from nanovllm.kernels.paged_prefill import paged_prefill_torch, paged_prefill_triton
+from nanovllm.kernels.paged_prefill import paged_prefill_triton
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_torch
-from nanovllm.layers.attention import BACKENDS, select_backend
-from nanovllm.utils.context import Context
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-# Prefill
-
-
-def prefill(function, batch: PagedBatch) -> torch.Tensor:
-    longest = (batch.max_seqlen_q,) if function is paged_prefill_triton else ()
-    return function(
-        batch.q, batch.k_cache, batch.v_cache, batch.cu_seqlens_q, batch.context_lens,
-        batch.block_tables, batch.scale, *longest,
-    )  # fmt: skip
-
-
-# (new tokens, tokens cached before them) of each sequence, then the sizes
-PREFILLS = [
-    ([(1, 0), (5, 0), (16, 0), (3, 12)], (16, 2, 2, 32)),
-    ([(17, 0), (1, 40), (33, 15), (20, 64)], (16, 4, 2, 64)),
-    ([(48, 0), (49, 48), (1, 0), (30, 70)], (48, 4, 1, 96)),
-    ([(65, 0), (130, 0), (1, 200), (70, 63)], (64, 2, 1, 64)),
-    ([(10, 0), (257, 0), (3, 254), (80, 256)], (256, 2, 1, 128)),
-    ([(20, 300)], (256, 8, 1, 32)),
-]
-
-
-@interpreted
-@on_cpu
-@pytest.mark.parametrize("function", [paged_prefill_triton, paged_prefill_torch])
-@pytest.mark.parametrize(("rows", "sizes"), PREFILLS)
-def test_paged_prefill(function, rows, sizes: Sizes, dtype: torch.dtype) -> None:
-    batch = paged_batch([new for new, _ in rows], [sum(row) for row in rows], sizes, dtype)
-    out = prefill(function, batch)
-    assert out.dtype == dtype
-    assert relative_error(out, batch.expected()) < TOLERANCE[dtype]
-
-
-GPU_SIZES = [
-    ((256, 16, 8, 128), BF16),
-    ((16, 8, 1, 64), BF16),
-    ((64, 16, 8, 128), FP16),
-    ((48, 4, 4, 96), FP16),
-    ((256, 16, 4, 128), FP32),
-    ((16, 4, 2, 64), FP32),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("sizes", "dtype"), GPU_SIZES)
-def test_paged_prefill_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
-    short = [(1, 0), (2, 700), (16, 15), (1, 32767)]
-    longer = [(64, 0), (33, 31), (50, 4000)]
-    longest = [(128, 0), (129, 127), (1, 255), (700, 0), (1000, 1049), (1500, 500), (300, 32468)]
-    for rows in (short, short + longer, short + longer + longest):
-        batch = paged_batch(
-            [new for new, _ in rows], [sum(row) for row in rows], sizes, dtype, "cuda"
-        )
-        out = prefill(paged_prefill_triton, batch)
-        assert relative_error(out, batch.expected()) < TOLERANCE[dtype]
-
-
-# Decode: the plan
+# The plan
 
 
 @pytest.mark.parametrize("padded_rows", [FUSED_ROWS, 40, MANY_ROWS + 1, 2 * MANY_ROWS + 1])
@@ -175,7 +112,7 @@ def test_chunks_are_dealt_out_longest_first_and_their_ends_count():
     assert _balance(np.array([10, 2, 2, 2, 2, 2]), 2).tolist() == [0, 1, 1, 1, 1, 0]
 
 
-# Decode: the kernel
+# The kernel
 
 
 def decode(function, batch: DecodeBatch, num_ranges: int = 7) -> torch.Tensor:
@@ -311,49 +248,3 @@ def test_decode_of_random_ragged_batches_gpu(seed: int) -> None:
     rows = int(random.choice([1, FUSED_ROWS, 12, MANY_ROWS + 20]))
     context_lens = np.exp(random.uniform(0, np.log(32768), rows)).astype(int).tolist()
     check_decode(paged_decode_triton, context_lens, sizes, BF16, "cuda")
-
-
-# The backends
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_backends_agree_gpu(head_dim: int, dtype: torch.dtype) -> None:
-    pytest.importorskip("flash_attn")
-    device = torch.device("cuda")
-    assert select_backend("flash-attn", device, dtype, head_dim, 256) == "flash-attn"
-    sizes = (256, 16, 8, head_dim)
-    for is_prefill, query_lens in ((True, [300, 1, 70, 5, 129]), (False, [1, 1, 1, 1, 1])):
-        outs = {}
-        for backend, attend in BACKENDS.items():
-            batch = decode_batch([300, 1, 326, 5005, 641], sizes, dtype, "cuda")
-            # What lies in unwritten slots is for our own kernels to ignore: no NaN for flash-attn.
-            caches = [c.nan_to_num_() for c in (batch.before.k_cache, batch.before.v_cache)]
-            tokens = sum(query_lens)
-            tables, lens = batch.before.block_tables, batch.before.context_lens
-            rows = [
-                (row, context_len - count + i)
-                for row, (count, context_len) in enumerate(zip(query_lens, lens.tolist()))
-                for i in range(count)
-            ]
-            slots = [tables[row, p // 256].item() * 256 + p % 256 for row, p in rows]
-            plan = plan_decode(lens.cpu().numpy(), tables.cpu().numpy(), 256, 33, len(lens))
-            context = Context(
-                cos_sin=batch.cos_sin,
-                is_prefill=is_prefill,
-                positions=torch.tensor([p for _, p in rows], device=device).int(),
-                slot_mapping=torch.tensor(slots, device=device).int(),
-                context_lens=lens,
-                block_tables=tables,
-                decode_plan=tuple(torch.from_numpy(piece).to(device) for piece in plan),
-                cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], device=device).int(),
-                logits_indices=None,
-                max_seqlen_q=max(query_lens),
-                max_context_len=5005,
-            )
-            qkv = normal(tokens, 32 * head_dim, dtype=dtype, device="cuda", seed=3)
-            norms = (batch.q_weight, batch.k_weight, EPS)
-            outs[backend] = attend(qkv, norms, *caches, context, batch.before.scale)
-        for backend in ("flash-attn", "triton"):
-            assert relative_error(outs[backend], outs["torch"]) < 2 * TOLERANCE[dtype], backend

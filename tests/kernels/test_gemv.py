@@ -1,4 +1,4 @@
-"""The kernels of the smallest decode batches: matrix times a vector or two, and the embedding."""
+"""Matrix times a vector or two, for the smallest decode batches."""
 
 import ctypes
 
@@ -19,7 +19,6 @@ from helpers.kernel_inputs import (
 )
 from nanovllm.kernels import gemv
 from nanovllm.kernels._triton import prefer_shared_memory
-from nanovllm.kernels.embed import embed_torch, embed_triton
 from nanovllm.kernels.gemv import MAX_ROWS, gemv_torch, gemv_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -110,22 +109,3 @@ def test_gemv_leaves_shared_memory_to_others_gpu(monkeypatch: pytest.MonkeyPatch
         ctypes.byref(percent), 9, ctypes.c_void_p(launched[0].function)
     )
     assert (error, percent.value) == (0, 100)
-
-
-def check_embed(function, device: str = "cpu") -> None:
-    weight = normal(50, 96, dtype=torch.float16, device=device)
-    token_ids = torch.tensor([7, -1, 49, 0, -3, -1], dtype=torch.int32, device=device)
-    sampled = torch.tensor([11, -9999, 48], device=device)  # the second one is nobody's
-    expected = weight[torch.tensor([7, 11, 49, 0, 48, 11], device=device)]
-    assert torch.equal(function(token_ids, sampled, weight), expected)
-
-
-@interpreted
-@pytest.mark.parametrize("function", [embed_triton, embed_torch])
-def test_embed(function) -> None:
-    check_embed(function)
-
-
-@pytest.mark.gpu
-def test_embed_gpu() -> None:
-    check_embed(embed_triton, "cuda")
