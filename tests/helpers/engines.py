@@ -13,9 +13,13 @@ PROMPTS = [random_tokens(length, seed=length) for length in (5, 40, 16, 33)]
 BOTH_ORDERS = pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 
 
-def build(path: Path, **options) -> LLM:
+def build(path: Path | str, **options) -> LLM:
     settings = {"kvcache_block_size": 16, "num_kvcache_blocks": 40, "device": "cpu"}
     return LLM(path, **settings | options)
+
+
+def greedy(llm: LLM, prompts: list, params: object = GREEDY) -> list[list[int]]:
+    return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
 
 
 def assert_empty(llm: LLM) -> None:

@@ -1,10 +1,12 @@
 """The attention backends: which one runs, and that they agree."""
 
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.engines import build
 from helpers.kernel_inputs import BF16, EPS, FP16, TOLERANCE, decode_batch, normal, relative_error
 from nanovllm.kernels.paged_decode import plan_decode
 from nanovllm.layers.attention import BACKENDS, select_backend
@@ -54,3 +56,11 @@ def test_backends_agree_gpu(head_dim: int, dtype: torch.dtype) -> None:
             outs[backend] = attend(qkv, norms, *caches, context, batch.before.scale)
         for backend in ("flash-attn", "triton"):
             assert relative_error(outs[backend], outs["torch"]) < 2 * TOLERANCE[dtype], backend
+
+
+@pytest.mark.parametrize("backend", ["triton", "flash-attn"])
+def test_backend_that_needs_a_gpu_says_so_on_a_cpu(tiny: Path, backend: str):
+    message = f"attention_backend '{backend}' cannot run: it needs a GPU, and device is 'cpu'"
+    with pytest.raises(ValueError, match=message) as raised:
+        build(tiny, attention_backend=backend)
+    assert "'torch'" in str(raised.value)

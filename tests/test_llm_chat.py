@@ -8,31 +8,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from helpers.chats import ANSWER, CONVERSATIONS, SHOWING, SUM, build_demo, same, shown, templated
 from helpers.checkpoints import VOCAB_SIZE, Reference, edit_json
 from helpers.engines import GREEDY, PROMPTS, assert_empty, build
 from helpers.paths import DEMO
 from nanovllm import LLM, SamplingParams
-
-ANSWER = SamplingParams(temperature=0, max_tokens=40)
-SUM = [{"role": "user", "content": "47+38="}]
-CONVERSATIONS = [
-    SUM,
-    [{"role": "user", "content": "从3数到9。"}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}],
-    [*SUM, {"role": "assistant", "content": "47 + 38 = 85"}, {"role": "user", "content": "20+22="}],
-]
-# Shows all that a template may be told.
-SHOWING = (
-    "{% for message in messages %}[{{ message.role }}:{{ message.content }}]{% endfor %}"
-    "{% if tools %}{% for tool in tools %}<{{ tool.function.name }}>{% endfor %}{% endif %}"
-    "{% if enable_thinking is defined %}thinking={{ enable_thinking }}{% endif %}"
-    "{% if documents_at is defined %}{{ documents_at | join('+') }}{% endif %}"
-    "{% if add_generation_prompt %}>{% endif %}"
-)
-
-
-def build_demo(path: Path) -> LLM:
-    return build(path, num_kvcache_blocks=128, dtype="float32")  # room for all its positions
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +28,6 @@ def llm(engine: LLM):
     assert_empty(engine)
     (output,) = engine.chat(SUM, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
     assert "47 + 38".startswith(output["text"].strip())
-
-
-def templated(llm: LLM, messages: list[Any], **options: Any) -> str:
-    defaults = {"add_generation_prompt": True, "tokenize": False}
-    return llm.tokenizer.apply_chat_template(messages, **defaults | options)
-
-
-def shown(llm: LLM, messages: list[Any], **options: Any) -> str:
-    """What the model is to read, as text."""
-    return llm.tokenizer.decode(llm.chat_prompt(messages, **options), skip_special_tokens=False)
-
-
-def same(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What two runs of the same prompts have in common."""
-    keys = ("text", "token_ids", "finish_reason", "stop_reason", "prompt_token_ids", "logprobs")
-    return [{key: output[key] for key in keys} for output in outputs]
 
 
 # Chats are generate with the template's text
@@ -345,35 +309,19 @@ BAD_MESSAGES = {
     "content is a number": [{"role": "user", "content": 5}],
     "content in parts": [{"role": "user", "content": [{"type": "text", "text": "47+38="}]}],
 }
-SAID_OTHERWISE = {"empty string", "number", "None", "empty dict", "no messages"}
-SAID_OTHERWISE |= {"no messages in a tuple", "nested too deep"}
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        pytest.param(
-            messages,
-            id=name,
-        )
-        for name, messages in BAD_MESSAGES.items()
-    ],
-)
+@pytest.mark.parametrize("messages", BAD_MESSAGES.values(), ids=BAD_MESSAGES)
 def test_messages_that_cannot_be_are_refused_as_messages(llm: LLM, messages: Any):
     with pytest.raises((TypeError, ValueError), match=r"messages|conversation"):
         llm.chat(messages, ANSWER, use_tqdm=False)
     assert_empty(llm)
 
 
-LIST_OF_LISTS = pytest.param(
-    [[ONE]],
-)
-
-
 @pytest.mark.parametrize(
     "messages",
     [
-        "47+38=", 5, None, ONE, {}, [], ["47+38="], [None], [ONE, "47+38="], LIST_OF_LISTS,
+        "47+38=", 5, None, ONE, {}, [], ["47+38="], [None], [ONE, "47+38="], [[ONE]],
         [{"role": "user"}],
     ],
     ids=str,

@@ -19,9 +19,6 @@ def llm(tiny: Path):
         yield engine
 
 
-# Beside a stream
-
-
 @BOTH_ORDERS
 def test_generate_is_refused_while_a_stream_is_open_and_the_stream_goes_on(
     tiny: Path, tiny_reference: Reference, async_scheduling: bool

@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_bad_input import GOOD, GREEDY, build
 
-from helpers.checkpoints import Reference, make_checkpoint
+from helpers.checkpoints import Reference, link_checkpoint, make_checkpoint, random_tokens
+from helpers.engines import PROMPTS, build
+from nanovllm import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+GOOD = random_tokens(20, seed=1)
+NAME = "model.layers.1.self_attn.k_proj.weight"
 
 
 @pytest.fixture
@@ -20,9 +25,6 @@ def weights(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 def save(path: Path, tensors: dict[str, torch.Tensor], name: str = "model.safetensors") -> None:
     save_file(tensors, path / name, metadata={"format": "pt"})
-
-
-NAME = "model.layers.1.self_attn.k_proj.weight"
 
 
 def test_missing_weights_are_refused(tmp_path: Path):
@@ -120,3 +122,14 @@ def test_failed_construction_leaves_room_for_another(tiny: Path, weights, tiny_r
     with build(tiny) as llm:
         output = llm.generate(GOOD, GREEDY, use_tqdm=False)[0]
         assert output["token_ids"] == tiny_reference.tokens(GOOD, 8)
+
+
+def test_dummy_weights_need_no_files_and_repeat(tiny: Path, tmp_path: Path):
+    path = link_checkpoint(tiny, tmp_path / "model")
+    (path / "model.safetensors").unlink()
+    found = []
+    for seed in (0, 0, 1):
+        with build(path, load_format="dummy", seed=seed) as llm:
+            outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+            found.append([output["token_ids"] for output in outputs])
+    assert found[0] == found[1] != found[2]

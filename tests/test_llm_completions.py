@@ -165,8 +165,3 @@ def test_only_the_id_of_the_request_aborts_it(llm: LLM):
 def test_stream_refuses_several_completions(llm: LLM):
     with pytest.raises(ValueError, match="n must be 1"):
         llm.stream(PROMPT, SamplingParams(n=2))
-
-
-def test_more_completions_than_anyone_wants_are_refused():
-    with pytest.raises(ValueError, match="n must be at most 16384"):
-        SamplingParams(n=10**9)

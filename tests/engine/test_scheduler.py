@@ -195,6 +195,27 @@ def test_headroom_keeps_a_newcomer_from_being_preempted_at_once():
 
 
 @DEPTHS
+def test_preempted_sequence_finds_its_own_blocks_again(depth: int):
+    """It is not computed from the start, and not from blocks that others have taken since."""
+    driver = Driver(num_blocks=6, block_size=2, max_num_seqs=2, budget=64)
+    old = driver.add([0, 0, 1], 4, True, 0)
+    new = driver.add([1, 1, 0, 1, 0], 6, True, 1)
+    resumed_at = None
+    while driver.scheduler.num_unfinished or driver.in_flight:
+        was_waiting = new.status is SequenceStatus.WAITING and driver.scheduler.num_preemptions
+        if driver.waits or len(driver.in_flight) > depth or not driver.scheduler.num_unfinished:
+            driver.collect()
+        else:
+            batch = driver.schedule()
+            if was_waiting and batch is not None and new in batch.seqs:
+                resumed_at = batch.starts[batch.seqs.index(new)]
+        driver.check_invariants()
+    driver.check_end()
+    assert old.is_finished and driver.scheduler.num_preemptions == 1
+    assert resumed_at >= 4, "its full blocks were still there"
+
+
+@DEPTHS
 def test_abort_all_empties_everything_in_the_middle(depth: int):
     driver = Driver(num_blocks=5, block_size=2, max_num_seqs=3, budget=3)
     for i in range(5):

@@ -6,16 +6,8 @@ import pytest
 import torch
 
 from helpers.blocks import assert_blocks_consistent
-from helpers.checkpoints import (
-    TRANSFORMERS_5,
-    Reference,
-    edit_json,
-    link_checkpoint,
-    make_checkpoint,
-    native_rope,
-    old_rope,
-    random_tokens,
-)
+from helpers.checkpoints import Reference, make_checkpoint, random_tokens
+from helpers.engines import BOTH_ORDERS
 from nanovllm import LLM, SamplingParams
 
 MAX_TOKENS = 20
@@ -145,7 +137,7 @@ def check_preemption(model: Model, block_size: int, **options) -> None:
         model.check(llm, prompts)
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@BOTH_ORDERS
 @pytest.mark.parametrize("block_size", CROWDS)
 def test_preempted_sequences_give_transformers_tokens(
     model: Model, block_size: int, async_scheduling: bool
@@ -156,7 +148,7 @@ def test_preempted_sequences_give_transformers_tokens(
     )
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@BOTH_ORDERS
 def test_blocks_filled_by_generation_are_shared_correctly(model: Model, async_scheduling: bool):
     """A prompt and its own answer, as in a chat, find the blocks that the answer has filled."""
     with engine(
@@ -216,80 +208,3 @@ def test_flash_attn_is_the_same_eager_and_as_a_graph(tmp_path: Path, head_dim: i
     assert found[0] == found[1], "eager is not deterministic"
     assert found[2] == found[3], "a graph's replay differs from its capture"
     assert found[0] == found[2], "a graph gives other tokens than eager"
-
-
-WINDOW = MAX_MODEL_LEN // 2  # positions that the rope types with scaling were "trained" on
-HALF_DIM = 16
-ROPES = {
-    "default": {"rope_type": "default", "rope_theta": 10000.0},
-    "default-theta": {"rope_type": "default", "rope_theta": 1_000_000.0},
-    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
-    "yarn": {
-        "rope_type": "yarn", "rope_theta": 1_000_000.0, "factor": 2.0,
-        "original_max_position_embeddings": WINDOW,
-    },
-    "yarn-attention-factor": {
-        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "attention_factor": 1.3,
-        "beta_fast": 16.0, "beta_slow": 2.0, "original_max_position_embeddings": WINDOW,
-    },
-    "llama3": {
-        "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": WINDOW,
-    },
-    "longrope": {
-        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0,
-        "short_factor": [1.0 + 0.1 * i for i in range(HALF_DIM)],
-        "long_factor": [2.0 + 0.3 * i for i in range(HALF_DIM)],
-        "original_max_position_embeddings": WINDOW,
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("form", ["rope_theta", "rope_parameters"])
-@pytest.mark.parametrize("name", ROPES)
-def test_every_rope_type_gives_transformers_tokens(tmp_path: Path, name: str, form: str):
-    """config.json as transformers 4 writes it (`rope_theta`, `rope_scaling`), and as 5 does."""
-    rope = ROPES[name]
-    source = make_checkpoint(tmp_path / "source", rope=rope, seed=3)
-    path = link_checkpoint(source, tmp_path / "model")
-    written = old_rope(rope) if form == "rope_theta" else {"rope_parameters": rope}
-    rope_keys = ("rope_theta", "rope_scaling", "rope_parameters")
-    edit_json(path / "config.json", remove=rope_keys, **written)
-    # The frequencies of longrope depend on the length; the engine's are those of its max_model_len.
-    cases = [((1, 100, 280, 500), MAX_MODEL_LEN)]
-    if name == "longrope":
-        cases = [((1, 100, 280), WINDOW), ((330, 500), MAX_MODEL_LEN)]
-    reference = Reference(source)
-    for lengths, max_model_len in cases:
-        prompts = [random_tokens(length, seed=length) for length in lengths]
-        with LLM(path, num_kvcache_blocks=20, max_model_len=max_model_len, device="cpu") as llm:
-            outputs = llm.generate(
-                prompts, SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False
-            )
-        for prompt, output in zip(prompts, outputs, strict=True):
-            assert output["token_ids"] == reference.tokens(prompt, MAX_TOKENS)
-
-
-def test_rope_type_is_written_as_type_in_old_checkpoints(tmp_path: Path):
-    source = make_checkpoint(tmp_path / "source", rope=ROPES["linear"])
-    path = link_checkpoint(source, tmp_path / "model")
-    edit_json(
-        path / "config.json",
-        remove=tuple(native_rope(ROPES["linear"])),
-        rope_theta=10000.0,
-        rope_scaling={"type": "linear", "factor": 4.0},
-    )
-    prompt = random_tokens(100)
-    with LLM(path, num_kvcache_blocks=20, device="cpu") as llm:
-        params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-        (output,) = llm.generate(prompt, params, use_tqdm=False)
-    assert output["token_ids"] == Reference(source).tokens(prompt, MAX_TOKENS)
-
-
-def test_unknown_rope_type_is_refused_by_name(tiny_copy: Path):
-    rope = {"rope_type": "spiral", "rope_theta": 10000.0}
-    changes = {"rope_parameters": rope} if TRANSFORMERS_5 else old_rope(rope)
-    edit_json(tiny_copy / "config.json", **changes)
-    with pytest.raises(ValueError, match="spiral"):
-        LLM(tiny_copy, device="cpu", num_kvcache_blocks=4)

@@ -1,21 +1,12 @@
 """Ctrl-C, or an exception, in the middle of a run: the engine is empty after, and works."""
 
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
 
 from helpers.checkpoints import Reference
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, Fault, assert_empty, build
-from nanovllm import LLM
-from nanovllm.engine.model_runner import load_libraries
-
-
-@pytest.fixture
-def llm(tiny: Path):
-    with build(tiny) as engine:
-        yield engine
 
 
 @BOTH_ORDERS
@@ -76,35 +67,6 @@ def test_failed_step_of_the_loop_aborts_and_the_engine_goes_on(
         assert_empty(llm)
         (output,) = llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
         assert output["token_ids"] == tiny_reference.tokens(PROMPTS[1], 12)
-
-
-def test_tokenizer_that_fails_on_a_prompt_queues_nothing(llm: LLM, monkeypatch):
-    class Broken:
-        def encode(self, text: str) -> list[int]:
-            raise KeyError(text)
-
-    monkeypatch.setattr(llm.input_processor, "tokenizer", Broken())
-    with pytest.raises(KeyError):
-        llm.generate([[1], "t1"], GREEDY, use_tqdm=False)
-    assert_empty(llm)
-
-
-def test_without_a_gpu_no_thread_is_needed(tiny: Path, monkeypatch: pytest.MonkeyPatch):
-    """Which an interpreter that shuts down would not start, nor a system that has no more."""
-
-    def refuse(self: Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(Thread, "start", refuse)
-    with build(tiny) as llm:
-        assert llm.generate([[1, 2]], GREEDY, use_tqdm=False)[0]["token_ids"]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_libraries_load(dtype: torch.dtype):
-    """Of an error in the thread that does it an engine says nothing."""
-    load_libraries(torch.device("cuda"), dtype)
 
 
 @pytest.mark.gpu

@@ -21,15 +21,6 @@ def llm(tiny: Path):
         yield engine
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["sync", "async"])
-def demo(request: pytest.FixtureRequest):
-    """The demo, which answers in English and Chinese. Tests leave nothing behind in it."""
-    with build(
-        DEMO, num_kvcache_blocks=128, dtype="float32", async_scheduling=request.param
-    ) as engine:
-        yield engine
-
-
 # What comes
 
 

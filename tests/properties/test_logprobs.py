@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.checkpoints import VOCAB_SIZE, Reference, add_tokenizer, edit_json, random_tokens
+from helpers.checkpoints import VOCAB_SIZE, Reference, edit_json, random_tokens
 from helpers.engines import BOTH_ORDERS, assert_empty, build
 from nanovllm import LLM, SamplingParams
 
@@ -356,23 +356,6 @@ def test_an_aborted_request_leaves_its_neighbours_their_own(
             for index, output in found.items():
                 check(expected, REQUESTS[4 + index], output)
             assert_empty(llm)
-
-
-def test_tokens_are_decoded_special_ones_too_or_not_at_all_without_a_tokenizer(tiny_copy: Path):
-    request = random_tokens(5, seed=1), {"logprobs": VOCAB_SIZE, "prompt_logprobs": 3}
-    add_tokenizer(tiny_copy, eos_token="t7")
-    with build(tiny_copy) as llm:
-        (output,) = run(llm, [request])
-    for entry in output["logprobs"]:
-        assert {found.decoded_token for found in entry.values()} == {
-            f"t{token}" for token in range(VOCAB_SIZE)
-        }
-    for path in tiny_copy.glob("*token*.json"):
-        path.unlink()
-    with build(tiny_copy) as llm:
-        (output,) = run(llm, [request])
-    for entry in output["logprobs"] + output["prompt_logprobs"][1:]:
-        assert {found.decoded_token for found in entry.values()} == {None}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -1,72 +1,14 @@
-"""What a checkpoint says of generation: where an answer ends, and what it recommends."""
+"""The parameters that a checkpoint recommends."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_chat import ANSWER, SUM, build_demo
 
-from helpers.checkpoints import Reference, add_tokenizer, edit_json, random_tokens
+from helpers.chats import SUM, build_demo
+from helpers.checkpoints import edit_json
 from helpers.engines import GREEDY, build
 from nanovllm import SamplingParams
-
-DISTINCT = random_tokens(5, seed=15)  # no two of the 12 greedy tokens after it are the same
-
-
-# When an answer ends
-
-
-@pytest.mark.parametrize(
-    ("generation", "config", "tokenizer", "ends_at"),
-    [
-        (None, None, None, 12), (3, None, None, 4), (None, 3, None, 4), (None, None, 3, 4),
-        ([9, 3], None, None, 4), (None, [9, 3], None, 4), (3, 9, None, 4), (9, 3, None, 10),
-        (9, None, 3, 4), (3, None, 9, 4), (None, 9, 3, 4), (None, 3, 9, 4), (9, 3, 5, 6),
-        ([9, 8], 3, 5, 6), ([], 3, 5, 6), ([], 3, None, 12), (3, 3, 3, 4),
-    ],
-)  # fmt: skip
-def test_answers_end_at_the_tokens_of_generation_config_and_tokenizer(
-    tiny_copy: Path,
-    tiny_reference: Reference,
-    generation: int | list[int] | None,
-    config: int | list[int] | None,
-    tokenizer: int | None,
-    ends_at: int,
-):
-    """Numbers are places in the answer. config.json counts if generation_config.json has none."""
-    tokens = tiny_reference.tokens(DISTINCT, 12)
-    assert len(set(tokens)) == 12
-
-    def at(places: int | list[int] | None) -> int | list[int] | None:
-        if isinstance(places, list):
-            return [tokens[place] for place in places]
-        return None if places is None else tokens[places]
-
-    edit_json(tiny_copy / "generation_config.json", eos_token_id=at(generation))
-    edit_json(tiny_copy / "config.json", eos_token_id=at(config))
-    if tokenizer is not None:
-        add_tokenizer(tiny_copy, eos_token=f"t{tokens[tokenizer]}")
-    with build(tiny_copy) as llm:
-        outputs = llm.generate(
-            [DISTINCT] * 2,
-            [GREEDY, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)],
-            use_tqdm=False,
-        )
-    assert [output["token_ids"] for output in outputs] == [tokens[:ends_at], tokens]
-    assert outputs[0]["finish_reason"] == ("length" if ends_at == 12 else "stop")
-    assert outputs[0]["stop_reason"] is None
-
-
-def test_an_answer_ends_where_the_template_ends_messages(demo_copy: Path):
-    """By the tokenizer's end-of-sequence token, which generation_config.json does not name."""
-    edit_json(demo_copy / "generation_config.json", eos_token_id=0)
-    edit_json(demo_copy / "config.json", eos_token_id=0)
-    with build_demo(demo_copy) as llm:
-        (output,) = llm.chat(SUM, ANSWER, use_tqdm=False)
-    assert (output["text"], output["finish_reason"]) == ("47 + 38 = 85", "stop")
-
-
-# What the checkpoint recommends
 
 
 def recommended(path: Path, **content: Any) -> SamplingParams:
