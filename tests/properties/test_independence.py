@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from helpers.checkpoints import random_tokens
+from helpers.engines import BOTH_ORDERS
 from nanovllm import LLM, SamplingParams
 
 MAX_TOKENS = 24
@@ -66,7 +67,7 @@ def test_same_with_a_prefix_hit(tiny: Path, alone: list[list[int]]):
         assert [output["token_ids"] for output in outputs] == alone
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@BOTH_ORDERS
 def test_same_when_preempted(tiny: Path, alone: list[list[int]], async_scheduling: bool):
     with build(
         tiny, num_kvcache_blocks=9, max_model_len=144, async_scheduling=async_scheduling
@@ -75,7 +76,7 @@ def test_same_when_preempted(tiny: Path, alone: list[list[int]], async_schedulin
         assert llm.scheduler.num_preemptions > 0, "the test does not test what it says"
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@BOTH_ORDERS
 @pytest.mark.parametrize("budget", [1, 5, 17])
 def test_same_when_chunked(tiny: Path, alone: list[list[int]], budget: int, async_scheduling: bool):
     options = {"max_num_batched_tokens": budget, "async_scheduling": async_scheduling}
@@ -133,7 +134,7 @@ def test_same_seed_and_bits_beyond_32_matter(tiny: Path):
         assert first == second != third
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@BOTH_ORDERS
 def test_unseeded_requests_repeat_with_the_engines_seed(tiny: Path, async_scheduling: bool):
     unseeded = [(prompt, SamplingParams(max_tokens=MAX_TOKENS)) for prompt in PROMPTS]
     found = []
