@@ -154,14 +154,12 @@ def test_abort_drops_all_completions_wherever_they_are(model: Model, async_sched
 
 
 def test_only_the_id_of_the_request_aborts_it(llm: LLM):
+    aborted_before = llm.metrics()["requests_aborted"]
     request_id = llm.add_request(PROMPT, SamplingParams(n=3, max_tokens=3))
     for unknown in (request_id + 1, request_id + 2, request_id + 3):
         llm.abort(unknown)
     assert len(llm.scheduler.waiting) == 3
+    assert llm.metrics()["requests_aborted"] == aborted_before
     llm.abort(request_id)
+    assert llm.metrics()["requests_aborted"] == aborted_before + 1
     assert_empty(llm)
-
-
-def test_stream_refuses_several_completions(llm: LLM):
-    with pytest.raises(ValueError, match="n must be 1"):
-        llm.stream(PROMPT, SamplingParams(n=2))

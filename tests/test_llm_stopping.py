@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from helpers.chats import ANSWER, SUM, build_demo
-from helpers.checkpoints import VOCAB_SIZE, Reference, add_tokenizer, edit_json, random_tokens
+from helpers.checkpoints import Reference, add_tokenizer, edit_json, random_tokens
 from helpers.engines import BOTH_ORDERS, GREEDY, build, greedy
 from helpers.paths import DEMO
 from helpers.streams import (
@@ -21,8 +21,6 @@ from helpers.streams import (
     question,
 )
 from nanovllm import LLM, SamplingParams
-
-TWENTY = SamplingParams(temperature=0, max_tokens=20)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["sync", "async"])
@@ -259,12 +257,13 @@ def test_an_end_of_sequence_token_outside_the_vocabulary_ends_nothing(
         ([9, 3], None, None, 4), (None, [9, 3], None, 4), (3, 9, None, 4), (9, 3, None, 10),
         (9, None, 3, 4), (3, None, 9, 4), (None, 9, 3, 4), (None, 3, 9, 4), (9, 3, 5, 6),
         ([9, 8], 3, 5, 6), ([], 3, 5, 6), ([], 3, None, 12), (3, 3, 3, 4),
+        ("no key", [9, 3], None, 4), ("no file", 3, None, 4), ("no file", 9, 3, 4),
     ],
 )  # fmt: skip
 def test_answers_end_at_the_tokens_of_generation_config_and_tokenizer(
     tiny_copy: Path,
     tiny_reference: Reference,
-    generation: int | list[int] | None,
+    generation: int | list[int] | str | None,
     config: int | list[int] | None,
     tokenizer: int | None,
     ends_at: int,
@@ -278,7 +277,13 @@ def test_answers_end_at_the_tokens_of_generation_config_and_tokenizer(
             return [tokens[place] for place in places]
         return None if places is None else tokens[places]
 
-    edit_json(tiny_copy / "generation_config.json", eos_token_id=at(generation))
+    path = tiny_copy / "generation_config.json"
+    if generation == "no file":
+        path.unlink(missing_ok=True)
+    elif generation == "no key":
+        edit_json(path, remove=("eos_token_id",))
+    else:
+        edit_json(path, eos_token_id=at(generation))
     edit_json(tiny_copy / "config.json", eos_token_id=at(config))
     if tokenizer is not None:
         add_tokenizer(tiny_copy, eos_token=f"t{tokens[tokenizer]}")
@@ -302,72 +307,9 @@ def test_an_answer_ends_where_the_template_ends_messages(demo_copy: Path):
     assert (output["text"], output["finish_reason"]) == ("47 + 38 = 85", "stop")
 
 
-def stop_prompt(reference: Reference) -> tuple[list[int], list[int]]:
-    """A prompt whose first eight greedy tokens all differ, and these."""
-    for seed in range(100):
-        prompt = random_tokens(12, seed=seed)
-        tokens = reference.tokens(prompt, 20)
-        if len(set(tokens[:8])) == 8:
-            return prompt, tokens
-    raise AssertionError("no prompt serves")
-
-
-def unused(tokens: list[int], count: int) -> list[int]:
-    return [i for i in range(VOCAB_SIZE) if i not in tokens][:count]
-
-
-@BOTH_ORDERS
-@pytest.mark.parametrize("source", ["config", "generation_config", "tokenizer", "all"])
-def test_any_of_several_eos_ids_ends_a_sequence(
-    tiny_copy: Path, tiny_reference: Reference, source: str, async_scheduling: bool
-):
-    prompt, tokens = stop_prompt(tiny_reference)
-    a, b, c = unused(tokens, 3)
-    generation_config = tiny_copy / "generation_config.json"
-    generation_config.unlink(missing_ok=True)
-    if source == "config":
-        edit_json(tiny_copy / "config.json", eos_token_id=tokens[3])
-        ends = [3]
-    elif source == "generation_config":
-        edit_json(tiny_copy / "config.json", eos_token_id=a)
-        edit_json(generation_config, eos_token_id=[b, tokens[5], tokens[4]])
-        ends = [4]
-    elif source == "tokenizer":
-        edit_json(generation_config, eos_token_id=[a, b])
-        add_tokenizer(tiny_copy, eos_token=f"t{tokens[6]}")
-        ends = [6]
-    else:
-        edit_json(generation_config, eos_token_id=[c, tokens[5]])
-        add_tokenizer(tiny_copy, eos_token=f"t{tokens[6]}")
-        ends = [5, 6]
-    with build(tiny_copy, async_scheduling=async_scheduling) as llm:
-        outputs = llm.generate(
-            [prompt, prompt + tokens[: ends[0] + 1], prompt],
-            [TWENTY, TWENTY, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)],
-            use_tqdm=False,
-        )
-    assert outputs[0]["token_ids"] == tokens[: ends[0] + 1], "the EOS is the last of its tokens"
-    assert outputs[0]["finish_reason"] == "stop"
-    if len(ends) > 1:
-        assert outputs[1]["token_ids"] == tokens[ends[0] + 1 : ends[1] + 1]
-        assert outputs[1]["finish_reason"] == "stop"
-    assert outputs[2]["token_ids"] == tokens
-    assert outputs[2]["finish_reason"] == "length"
-
-
-def test_generation_config_without_eos_leaves_that_of_config_json(
-    tiny_copy: Path, tiny_reference: Reference
-):
-    prompt, tokens = stop_prompt(tiny_reference)
-    edit_json(tiny_copy / "config.json", eos_token_id=[tokens[3]])
-    edit_json(tiny_copy / "generation_config.json", remove=("eos_token_id",), top_k=20)
-    with build(tiny_copy) as llm:
-        assert greedy(llm, [prompt], TWENTY) == [tokens[:4]]
-
-
 def test_eos_in_the_prompt_ends_nothing(tiny_copy: Path, tiny_reference: Reference):
-    prompt, tokens = stop_prompt(tiny_reference)
-    eos = next(token for token in prompt if token not in tokens)
+    tokens = tiny_reference.tokens(DISTINCT, 12)
+    eos = next(token for token in DISTINCT if token not in tokens)
     edit_json(tiny_copy / "generation_config.json", eos_token_id=eos)
     with build(tiny_copy) as llm:
-        assert greedy(llm, [prompt], TWENTY) == [tokens]
+        assert greedy(llm, [DISTINCT]) == [tokens]

@@ -103,30 +103,6 @@ def test_abort_drops_one_request_wherever_it_is(
 
 
 @BOTH_ORDERS
-def test_an_aborted_request_of_several_completions_is_gone_whole(
-    tiny: Path, tiny_reference: Reference, async_scheduling: bool
-):
-    several = SamplingParams(n=3, seed=5, max_tokens=9)
-    with build(tiny, max_num_seqs=3, async_scheduling=async_scheduling) as llm:
-        for steps in range(5):
-            aborted = llm.add_request(PROMPTS[0], several)
-            kept = llm.add_request(PROMPTS[1], GREEDY)
-            outputs = [output for _ in range(steps) for output in llm.step()]
-            llm.abort(aborted + 1)  # no request's id
-            assert llm.metrics()["requests_aborted"] == steps
-            assert llm.scheduler.num_unfinished == 4
-            llm.abort(aborted)
-            llm.abort(aborted)
-            assert llm.metrics()["requests_aborted"] == steps + 1
-            assert llm.scheduler.num_unfinished == 1
-            while not llm.is_finished():
-                outputs += llm.step()
-            assert [output["request_id"] for output in outputs] == [kept]
-            assert outputs[0]["token_ids"] == tiny_reference.tokens(PROMPTS[1], 12)
-            assert_empty(llm)
-
-
-@BOTH_ORDERS
 def test_a_request_whose_first_completion_has_ended_can_be_aborted(
     tiny: Path, async_scheduling: bool
 ):
@@ -160,17 +136,6 @@ def test_aborting_a_request_that_has_ended_does_nothing(llm: LLM):
     llm.abort(request_id)
     assert llm.metrics()["requests_aborted"] == 0
     assert llm.metrics()["requests_finished"] == 1
-
-
-@BOTH_ORDERS
-def test_a_request_of_several_completions_is_given_back_once(tiny: Path, async_scheduling: bool):
-    with build(tiny, async_scheduling=async_scheduling) as llm:
-        request_id = llm.add_request([1, 2], SamplingParams(n=3, seed=1, max_tokens=4))
-        outputs = []
-        while not llm.is_finished():
-            outputs += llm.step()
-        assert [output["request_id"] for output in outputs] == [request_id]
-        assert [one["index"] for one in outputs[0]["outputs"]] == [0, 1, 2]
 
 
 # A cache that holds less than the model could
