@@ -1,4 +1,4 @@
-"""Tiny random Qwen3 checkpoints, and what transformers generates with them."""
+"""Tiny random checkpoints of several families, and what transformers generates with them."""
 
 import json
 import os
@@ -9,7 +9,11 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+# The bulk of what the first model would load, after conftest has frozen what there is: each closing
+# of an engine would look through it for garbage, in 0.15 s.
+from transformers import GenerationMixin, PreTrainedModel  # noqa: F401  # isort: skip
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 VOCAB_SIZE = 128
@@ -18,31 +22,46 @@ INITIALIZER_RANGE = 0.15  # wide enough to keep logits apart
 # float32 implementations: seeds are chosen so that no reference comes near it.
 SMALLEST_GAP = 1e-4
 
+SETTINGS: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 640,
+    "initializer_range": INITIALIZER_RANGE,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+# By transformers' model_type, what a family has besides. Where the size of a head is not an option,
+# or may be left out, it is the hidden size over the heads: 32 everywhere.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 32},
+    "qwen2": {"hidden_size": 128},
+    "llama": {"hidden_size": 128},
+    "mistral": {"hidden_size": 128, "sliding_window": None},
+}
+
 
 def make_checkpoint(
-    path: Path, *, seed: int = 0, max_shard_size: str = "1GB", rope: dict | None = None, **options
+    path: Path,
+    *,
+    family: str = "qwen3",
+    seed: int = 0,
+    max_shard_size: str = "1GB",
+    rope: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Path:
-    """Save a random float32 Qwen3 under `path`: norms and biases too are random, so all matter.
+    """Save a random float32 model under `path`: norms and biases too are random, so all matter.
 
-    `rope` is a dict in the form of transformers 5 (`rope_parameters`); `options` are Qwen3Config's.
+    `rope` is a dict in the form of transformers 5 (`rope_parameters`); `options` are those of the
+    family's config, and are in config.json as given.
     """
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 640,
-        "initializer_range": INITIALIZER_RANGE,
-        "tie_word_embeddings": False,
-        "eos_token_id": None,
-        "architectures": ["Qwen3ForCausalLM"],
-    }
-    settings |= native_rope(rope or {"rope_type": "default", "rope_theta": 10000.0}) | options
-    config = Qwen3Config(**settings)
-    model = Qwen3ForCausalLM(config).float()
+    rope = rope or {"rope_type": "default", "rope_theta": 10000.0}
+    settings = SETTINGS | FAMILIES[family] | native_rope(rope) | options
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).float()
     # Not transformers' own initialisation: its order is another in each version.
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -52,6 +71,13 @@ def make_checkpoint(
             else:
                 parameter.normal_(std=INITIALIZER_RANGE, generator=generator)
     model.save_pretrained(path, max_shard_size=max_shard_size)
+    # transformers writes what it makes of the options: a head_dim that was left out, and no window
+    # that is not used. Published checkpoints are not like that.
+    content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    derived = {"head_dim"} & (content.keys() - settings.keys())
+    changed = {name: value for name, value in options.items() if content.get(name) != value}
+    if derived or changed:
+        edit_json(path / "config.json", remove=tuple(derived), **changed)
     return path
 
 
@@ -104,9 +130,9 @@ def random_tokens(length: int, seed: int = 0) -> list[int]:
 class Reference:
     """Greedy generation through transformers, one prompt at a time, each computed once."""
 
-    def __init__(self, path: Path, device: str = "cpu", config: Path | None = None) -> None:
-        model = Qwen3ForCausalLM.from_pretrained(
-            path, config=config, torch_dtype=torch.float32, attn_implementation="eager"
+    def __init__(self, path: Path, device: str = "cpu") -> None:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, torch_dtype=torch.float32, attn_implementation="eager"
         )
         self.model = model.to(device).eval()
         self._known: dict[tuple[tuple[int, ...], int], list[int]] = {}
