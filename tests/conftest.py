@@ -11,10 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-DEMO = Path(__file__).parent.parent / "demo" / "tiny-qwen3"
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:  # before anything imports triton: its kernels run in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+pytest.register_assert_rewrite("helpers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,7 +37,7 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that a kernel should have written, and did not, is NaN."""
-    from kernel_inputs import poisoned
+    from helpers.kernel_inputs import poisoned
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
@@ -44,7 +46,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint with a tokenizer ("t0 t1 t2 ...") and no end-of-sequence token."""
-    from checkpoints import add_tokenizer, make_checkpoint
+    from helpers.checkpoints import add_tokenizer, make_checkpoint
 
     return add_tokenizer(make_checkpoint(tmp_path_factory.mktemp("tiny")))
 
@@ -52,7 +54,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_reference(tiny: Path):
     """Greedy generation with `tiny` through transformers."""
-    from checkpoints import Reference
+    from helpers.checkpoints import Reference
 
     return Reference(tiny)
 
@@ -60,7 +62,7 @@ def tiny_reference(tiny: Path):
 @pytest.fixture
 def tiny_copy(tiny: Path, tmp_path: Path) -> Path:
     """A checkpoint like `tiny`, in a directory whose JSON files a test may change."""
-    from checkpoints import link_checkpoint
+    from helpers.checkpoints import link_checkpoint
 
     return link_checkpoint(tiny, tmp_path / "model")
 
@@ -68,7 +70,8 @@ def tiny_copy(tiny: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def demo_copy(tmp_path: Path) -> Path:
     """The trained checkpoint, in a directory whose JSON files a test may change."""
-    from checkpoints import link_checkpoint
+    from helpers.checkpoints import link_checkpoint
+    from helpers.paths import DEMO
 
     return link_checkpoint(DEMO, tmp_path / "demo")
 
@@ -76,7 +79,7 @@ def demo_copy(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory):
     """A checkpoint with a vocabulary of 48 tokens, of which one ends a text, and its logits."""
-    from small_model import Model
+    from helpers.small_model import Model
 
     return Model(tmp_path_factory.mktemp("small") / "model")
 
@@ -84,7 +87,7 @@ def model(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def small_engine(model):
     """An engine with that checkpoint. Tests leave it empty."""
-    from small_model import build
+    from helpers.small_model import build
 
     with build(model, max_num_seqs=1024, num_kvcache_blocks=1200, max_model_len=64) as llm:
         yield llm

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
-from helpers.command_line import DEMO, RecordingLLM
 
+from helpers.command_line import DEMO, RecordingLLM
 from nanovllm import LLM
 from nanovllm.entrypoints import common
 

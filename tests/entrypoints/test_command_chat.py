@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers.command_line import COMMAND, DEMO, ENGINE_OPTIONS, INTRODUCTION, ROOT, RecordingLLM
 
+from helpers.command_line import COMMAND, DEMO, ENGINE_OPTIONS, INTRODUCTION, ROOT, RecordingLLM
 from nanovllm import LLM, SamplingParams
 from nanovllm.entrypoints.command_line import main
 

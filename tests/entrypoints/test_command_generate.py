@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import link_checkpoint
-from helpers.command_line import COMMAND, DEMO, ENGINE_OPTIONS, ROOT, RecordingLLM
 
+from helpers.checkpoints import link_checkpoint
+from helpers.command_line import COMMAND, DEMO, ENGINE_OPTIONS, ROOT, RecordingLLM
 from nanovllm import LLM, SamplingParams
 from nanovllm.entrypoints import common
 from nanovllm.entrypoints.command_line import main

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from helpers.command_line import DEMO
 
+from helpers.command_line import DEMO
 from nanovllm.entrypoints.command_line import main
 
 

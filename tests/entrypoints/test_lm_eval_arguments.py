@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import link_checkpoint
+
+from helpers.checkpoints import link_checkpoint
 from helpers.command_line import DEMO
 from helpers.lm_eval_requests import COUNTING, END, RIGHT, SUM, generate, score
-
 from nanovllm import LLM, SamplingParams
 from nanovllm.lm_eval import NanoVLLM
 

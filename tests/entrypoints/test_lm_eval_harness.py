@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
 from helpers.command_line import DEMO, ROOT
 from helpers.lm_eval_requests import (
     COUNTING,
@@ -18,9 +21,6 @@ from helpers.lm_eval_requests import (
     roll,
     score,
 )
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
-
 from nanovllm import LLM
 from nanovllm.lm_eval import NanoVLLM
 

@@ -5,6 +5,8 @@ import logging
 from typing import Any
 
 import pytest
+from lm_eval.models.huggingface import HFLM
+
 from helpers.command_line import DEMO
 from helpers.lm_eval_requests import (
     ASSISTANT,
@@ -20,8 +22,6 @@ from helpers.lm_eval_requests import (
     roll,
     score,
 )
-from lm_eval.models.huggingface import HFLM
-
 from nanovllm import LLM, SamplingParams
 from nanovllm.lm_eval import NanoVLLM
 

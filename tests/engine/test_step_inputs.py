@@ -1,0 +1,154 @@
+"""The inputs of a step as the device would find them, with a decode plan and without."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nanovllm.kernels.paged_decode import plan_decode
+
+from helpers.checkpoints import VOCAB_SIZE, random_tokens
+from helpers.engines import GREEDY, build
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.scheduler import Batch
+from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
+
+BLOCK = 16
+
+
+LONG = SamplingParams(temperature=0.5, max_tokens=400, seed=3)
+
+
+def prefilled(llm: LLM, lengths: list[int]) -> None:
+    """Requests of some lengths, each after its prefill: the next batch is a decode batch."""
+    for length in lengths:
+        llm.add_request(random_tokens(length, seed=length), GREEDY)
+    llm.step()
+
+
+def send(llm: LLM, batch: Batch, padded_rows: int) -> tuple[StepShape, StepInputs]:
+    """The inputs of a step as the device gets them."""
+    inputs = llm.model_runner.inputs
+    shape = inputs.send(batch, padded_rows, {}, for_graph=False)
+    return shape, inputs.view(shape)
+
+
+# Positions, slots and bounds
+
+
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1])
+@torch.inference_mode()
+def test_decode_runs_the_newest_token_at_its_own_position_and_slot(tiny: Path, length: int):
+    with build(tiny) as llm:
+        prefilled(llm, [length])
+        batch = llm.scheduler.schedule()
+        (seq,) = batch.seqs
+        shape, inputs = send(llm, batch, padded_rows=1)
+        assert seq.token_ids[length:] == [inputs.input_ids.item()]
+        assert inputs.positions.tolist() == [length]
+        block_id = seq.block_table[length // BLOCK]
+        assert inputs.slot_mapping.tolist() == [block_id * BLOCK + length % BLOCK]
+        assert inputs.context_lens.tolist() == [length + 1]
+        assert (shape.max_seqlen_q, shape.max_context_len) == (1, length + 1)
+
+
+@torch.inference_mode()
+def test_prefill_rows_have_their_own_positions_slots_and_bounds(tiny: Path):
+    with build(tiny, max_num_batched_tokens=40) as llm:
+        llm.add_request(random_tokens(20, seed=1), GREEDY)
+        llm.add_request(random_tokens(50, seed=2), GREEDY)
+        for expected in ([(0, 20), (0, 20)], [(20, 50)]):
+            batch = llm.scheduler.schedule()
+            shape, inputs = send(llm, batch, len(batch.seqs))
+            positions = [p for start, end in expected for p in range(start, end)]
+            slots = [
+                seq.block_table[p // BLOCK] * BLOCK + p % BLOCK
+                for seq, (start, end) in zip(batch.seqs, expected, strict=True)
+                for p in range(start, end)
+            ]
+            assert inputs.positions.tolist() == positions
+            assert inputs.slot_mapping.tolist() == slots
+            assert inputs.context_lens.tolist() == [end for _, end in expected]
+            lengths = [end - start for start, end in expected]
+            assert inputs.cu_seqlens_q.diff().tolist() == lengths
+            assert shape.max_seqlen_q == max(lengths)
+            assert shape.max_context_len == max(end for _, end in expected)
+
+
+@torch.inference_mode()
+def test_padding_rows_point_at_no_slot_and_no_context(tiny: Path):
+    with build(tiny) as llm:
+        prefilled(llm, [5, 6, 7, 8, 9, 10, 11, 12])
+        runner = llm.model_runner
+        batch = llm.scheduler.schedule()
+        for host in runner.inputs.hosts:  # what a larger batch may have left
+            host.fill_(3)
+        _, inputs = send(llm, batch, padded_rows=16)
+        assert (inputs.slot_mapping[:8] >= 0).all()
+        assert (inputs.slot_mapping[8:] == -1).all()
+        assert (inputs.context_lens[8:] == 0).all()
+        assert (inputs.positions[8:] == 0).all()
+        assert (inputs.temperatures[8:] == 0).all()
+        assert ((inputs.input_ids[8:] >= 0) & (inputs.input_ids[8:] < VOCAB_SIZE)).all()
+
+
+# The decode plan
+
+
+def batches(llm: LLM, lengths: list[int]):
+    """A prefill batch, then a decode batch, of prompts of some lengths."""
+    for length in lengths:
+        llm.add_request(random_tokens(length, seed=length), LONG)
+    prefill = llm.scheduler.schedule()
+    llm.scheduler.postprocess(prefill, [7] * len(lengths))
+    return prefill, llm.scheduler.schedule()
+
+
+@pytest.mark.parametrize("for_graph", [False, True])
+@pytest.mark.parametrize("max_num_seqs", [5, 7, 16])
+def test_plan_is_sent_in_place_of_block_tables(tiny: Path, max_num_seqs: int, for_graph: bool):
+    lengths = [1, 30, BLOCK, 200, 17]
+    with build(tiny, max_num_seqs=max_num_seqs) as llm:
+        buffers = InputBuffers(llm.config, num_ranges=6)
+        prefill, decode = batches(llm, lengths)
+        shape = buffers.send(prefill, len(lengths), {}, for_graph=False)
+        assert not shape.has_plan
+        tables = buffers.view(shape).block_tables.tolist()
+        for table, seq in zip(tables, prefill.seqs, strict=True):
+            used = -(-len(seq.token_ids) // BLOCK)
+            assert table[:used] == seq.block_table[:used]
+
+        padded_rows = min(8, max_num_seqs)
+        for host in buffers.hosts:  # what a larger batch may have left
+            host.fill_(3)
+        shape = buffers.send(decode, padded_rows, {}, for_graph)
+        assert shape.has_plan
+        if for_graph:
+            assert shape == buffers.decode_shape(padded_rows)
+        inputs = buffers.view(shape)
+        width = max(len(seq.block_table) for seq in decode.seqs)
+        tables = np.zeros((len(lengths), width), dtype=np.int32)
+        for row, seq in enumerate(decode.seqs):
+            tables[row, : len(seq.block_table)] = seq.block_table
+        plan = plan_decode(np.array(lengths) + 1, tables, BLOCK, 6, padded_rows)
+        assert inputs.bounds.tolist() == plan.bounds.tolist()
+        assert inputs.tiles[: len(plan.tiles)].tolist() == plan.tiles.tolist()
+        padding = padded_rows - len(lengths)
+        assert inputs.chunk_counts.tolist() == plan.chunk_counts.tolist() + [0] * padding
+        assert inputs.seeds[: len(lengths)].tolist() == [3] * len(lengths)
+        assert inputs.temperatures.tolist() == [0.5] * len(lengths) + [0.0] * padding
+        assert inputs.input_ids.tolist() == [7] * len(lengths) + [0] * padding
+        assert inputs.slot_mapping[len(lengths) :].tolist() == [-1] * padding
+
+
+def test_buffers_hold_the_largest_steps(tiny: Path):
+    """As many rows as there may be, each as long as it may be."""
+    with build(
+        tiny, max_num_seqs=5, max_model_len=640, num_kvcache_blocks=220, max_num_batched_tokens=4000
+    ) as llm:
+        buffers = InputBuffers(llm.config, num_ranges=33)
+        _, decode = batches(llm, [638] * 5)
+        shape = buffers.send(decode, 5, {}, for_graph=True)
+        tiles = buffers.view(shape).tiles
+        assert len(tiles) >= 5 * 639 // BLOCK
+        assert (tiles[: 5 * 639 // BLOCK, 1] >> 16).unique().tolist() == [0, 1, 2, 3, 4]

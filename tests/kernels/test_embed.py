@@ -1,0 +1,28 @@
+"""The embedding of tokens that the host knows, and of those that only the device knows."""
+
+import pytest
+import torch
+from nanovllm.kernels.embed import embed_torch, embed_triton
+
+from helpers.kernel_inputs import interpreted, normal
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def check_embed(function, device: str = "cpu") -> None:
+    weight = normal(50, 96, dtype=torch.float16, device=device)
+    token_ids = torch.tensor([7, -1, 49, 0, -3, -1], dtype=torch.int32, device=device)
+    sampled = torch.tensor([11, -9999, 48], device=device)  # the second one is nobody's
+    expected = weight[torch.tensor([7, 11, 49, 0, 48, 11], device=device)]
+    assert torch.equal(function(token_ids, sampled, weight), expected)
+
+
+@interpreted
+@pytest.mark.parametrize("function", [embed_triton, embed_torch])
+def test_embed(function) -> None:
+    check_embed(function)
+
+
+@pytest.mark.gpu
+def test_embed_gpu() -> None:
+    check_embed(embed_triton, "cuda")

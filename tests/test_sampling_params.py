@@ -1,0 +1,90 @@
+"""SamplingParams: what they refuse, each by its name."""
+
+import math
+
+import numpy as np
+import pytest
+
+from nanovllm import SamplingParams
+
+NAN, INF = math.nan, math.inf
+BAD_PARAMS = [
+    ("top_k", [-2, -(2**70)], [1.0, "5", None, True, [5], NAN]),
+    ("top_p", [0, 0.0, -0.1, 1.0001, NAN, INF, -INF, 10**400], ["1", None, True, [1]]),
+    ("min_p", [-1e-9, 1.0001, NAN, INF, -INF], ["0", None, False, np.bool_(True)]),
+    ("min_tokens", [-1, 65], [1.0, None, True, "1"]),
+    ("max_tokens", [0, -1], [1.0, "1", False, INF]),
+    ("presence_penalty", [-2.001, 2.001, NAN, INF], ["1", None, True, 1j]),
+    ("frequency_penalty", [-2.001, 2.001, NAN, -INF], ["1", None, True, [0]]),
+    ("repetition_penalty", [0, 0.0, -0.0, -1, NAN, INF, 10**400], ["1", None, True]),
+    ("n", [0, -1], [1.0, None, True, "2"]),
+    ("logprobs", [-1, -(2**70)], [1.0, True, False, "1"]),
+    ("prompt_logprobs", [-1], [1.0, True, "1"]),
+    ("ignore_eos", [], [0, 1, None, "yes", np.bool_(True)]),
+    ("skip_special_tokens", [], [0, None]),
+    ("include_stop_str_in_output", [], [1, None]),
+    ("stop_token_ids", [], [5, "5", {5}, {5: 1}, [5.0], ["5"], [None], [True], [[5]], range(3)]),
+    ("allowed_token_ids", [[], ()], [5, "5", {5}, [5.0], ["5"], [None], [True], b"5"]),
+    (
+        "logit_bias", [{5: NAN}, {5: INF}, {5: -INF}, {5: 10**400}],
+        [5, [5], [(5, 1.0)], "5", {"5": 1}, {5.0: 1}, {True: 1}, {None: 1}, {5: None}, {5: "1"},
+         {5: True}],
+    ),
+    ("stop", ["", ["a", ""]], [5, b"a", ["a", 5], [None], {"a"}, True]),
+    ("seed", [2**64, -(2**63) - 1], [1.0, "1", True]),
+    ("temperature", [-1e-9, NAN, INF, -INF, 10**400], [None, "1", True, 1j, np.ones(2)]),
+]  # fmt: skip
+BAD_CASES = [
+    (name, value, error)
+    for name, values, types in BAD_PARAMS
+    for error, cases in ((ValueError, values), (TypeError, types))
+    for value in cases
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"), BAD_CASES, ids=[f"{n}={str(v)[:12]}" for n, v, _ in BAD_CASES]
+)
+def test_an_impossible_value_is_refused_by_name(name: str, value: object, error: type):
+    with pytest.raises(error, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_unknown_sampling_param_is_refused():
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams(best_of=2)
+
+
+def test_more_completions_than_anyone_wants_are_refused():
+    with pytest.raises(ValueError, match="n must be at most 16384"):
+        SamplingParams(n=10**9)
+
+
+@pytest.mark.parametrize("penalty", [9e-6, 1.1e5, 1e-300, 1e300])
+def test_a_repetition_penalty_that_could_overflow_is_refused(penalty: float):
+    with pytest.raises(ValueError, match="repetition_penalty must be a finite number, 1e-5 to"):
+        SamplingParams(repetition_penalty=penalty)
+
+
+def test_min_tokens_may_be_max_tokens_and_no_more():
+    assert SamplingParams(min_tokens=5, max_tokens=5).min_tokens == 5
+    assert SamplingParams(min_tokens=1000, max_tokens=None).max_tokens is None
+    with pytest.raises(ValueError, match=r"min_tokens must be at most max_tokens \(5\), got 6"):
+        SamplingParams(min_tokens=6, max_tokens=5)
+
+
+def test_params_cannot_be_changed_afterwards_and_copy_what_they_are_given():
+    stops, bias = [5, 6], {5: 1.0}
+    params = SamplingParams(stop_token_ids=stops, allowed_token_ids=stops, logit_bias=bias)
+    stops.append(-1)
+    bias[-1] = NAN
+    assert params == SamplingParams(
+        stop_token_ids=[5, 6], allowed_token_ids=(5, 6), logit_bias={5: 1}
+    )
+    with pytest.raises(AttributeError):
+        params.top_k = 3
+
+
+def test_params_have_names():
+    with pytest.raises(TypeError):
+        SamplingParams(0.5)

@@ -1,0 +1,135 @@
+"""A checkpoint's weights: converted where they can be, else refused by the name of the tensor."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers.checkpoints import Reference, link_checkpoint, make_checkpoint, random_tokens
+from helpers.engines import PROMPTS, build
+from nanovllm import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+GOOD = random_tokens(20, seed=1)
+NAME = "model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint directory, and the tensors of its only file, to be changed and saved again."""
+    path = make_checkpoint(tmp_path / "model")
+    return path, load_file(path / "model.safetensors")
+
+
+def save(path: Path, tensors: dict[str, torch.Tensor], name: str = "model.safetensors") -> None:
+    save_file(tensors, path / name, metadata={"format": "pt"})
+
+
+def test_missing_weights_are_refused(tmp_path: Path):
+    path = make_checkpoint(tmp_path / "model")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors file.*load_format='dummy'"):
+        build(path)
+
+
+def test_missing_tensor_is_named(weights):
+    path, tensors = weights
+    del tensors[NAME]
+    save(path, tensors)
+    with pytest.raises(ValueError, match=rf"'{NAME}'.* is missing from"):
+        build(path)
+
+
+def test_unexpected_tensor_is_named(weights):
+    path, tensors = weights
+    save(path, tensors | {"model.layers.9.mlp.up_proj.weight": torch.zeros(2)})
+    message = r"model\.safetensors holds an unexpected tensor 'model\.layers\.9\.mlp\.up_proj"
+    with pytest.raises(ValueError, match=message):
+        build(path)
+
+
+def test_misshaped_tensor_is_named_with_both_shapes(weights):
+    path, tensors = weights
+    tensors[NAME] = tensors[NAME].T.contiguous()[:, :32].contiguous()
+    save(path, tensors)
+    message = rf"'{NAME}' in .*model\.safetensors has shape \[64, 32\].*\[64, 64\]"
+    with pytest.raises(ValueError, match=message):
+        build(path)
+
+
+def test_tensor_in_two_files_is_named_with_both_files(weights):
+    path, tensors = weights
+    save(path, {NAME: tensors[NAME]}, "extra.safetensors")
+    message = rf"'{NAME}' is both in .*extra\.safetensors and in .*model\.safetensors"
+    with pytest.raises(ValueError, match=message):
+        build(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.999])
+def test_truncated_file_is_named(weights, share: float):
+    path, _ = weights
+    file = path / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file"):
+        build(path)
+
+
+def test_second_shard_missing_is_noticed(tmp_path: Path):
+    path = make_checkpoint(tmp_path / "model", max_shard_size="100KB")
+    shards = sorted(path.glob("*.safetensors"))
+    assert len(shards) > 1
+    shards[-1].unlink()
+    with pytest.raises(ValueError, match="is missing from"):
+        build(path)
+
+
+def test_tied_head_may_be_stored_too(tmp_path: Path):
+    path = make_checkpoint(tmp_path / "model", tie_word_embeddings=True)
+    expected = Reference(path).tokens(GOOD, 8)
+    tensors = load_file(path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    save(path, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    with build(path) as llm:
+        assert llm.generate(GOOD, GREEDY, use_tqdm=False)[0]["token_ids"] == expected
+
+
+def test_weights_of_another_dtype_are_converted(weights):
+    path, tensors = weights
+    save(path, {name: tensor.to(torch.bfloat16).double() for name, tensor in tensors.items()})
+    expected = Reference(path).tokens(GOOD, 8)
+    with build(path, dtype="float32") as llm:
+        assert llm.generate(GOOD, GREEDY, use_tqdm=False)[0]["token_ids"] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_weights_that_are_no_plain_floats_are_refused_by_name(weights, dtype: torch.dtype):
+    path, tensors = weights
+    save(path, tensors | {NAME: torch.zeros_like(tensors[NAME]).to(dtype)})
+    with pytest.raises(ValueError, match=NAME):
+        build(path)
+
+
+def test_failed_construction_leaves_room_for_another(tiny: Path, weights, tiny_reference):
+    path, tensors = weights
+    del tensors[NAME]
+    save(path, tensors)
+    with pytest.raises(ValueError):
+        build(path)
+    assert json.loads((path / "config.json").read_text())["model_type"] == "qwen3"
+    with build(tiny) as llm:
+        output = llm.generate(GOOD, GREEDY, use_tqdm=False)[0]
+        assert output["token_ids"] == tiny_reference.tokens(GOOD, 8)
+
+
+def test_dummy_weights_need_no_files_and_repeat(tiny: Path, tmp_path: Path):
+    path = link_checkpoint(tiny, tmp_path / "model")
+    (path / "model.safetensors").unlink()
+    found = []
+    for seed in (0, 0, 1):
+        with build(path, load_format="dummy", seed=seed) as llm:
+            outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+            found.append([output["token_ids"] for output in outputs])
+    assert found[0] == found[1] != found[2]
