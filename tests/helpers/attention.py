@@ -1,13 +1,13 @@
 """How the prefill kernel is called, and the sizes at which attention runs on a GPU."""
 
 import torch
-from nanovllm.kernels.paged_prefill import paged_prefill_triton
 
 from helpers.kernel_inputs import BF16, FP16, FP32, PagedBatch
+from nanovllm.kernels.prefill_attention import paged_prefill
 
 
 def prefill(function, batch: PagedBatch) -> torch.Tensor:
-    longest = (batch.max_seqlen_q,) if function is paged_prefill_triton else ()
+    longest = (batch.max_seqlen_q,) if function is paged_prefill else ()
     return function(
         batch.q, batch.k_cache, batch.v_cache, batch.cu_seqlens_q, batch.context_lens,
         batch.block_tables, batch.scale, *longest,

@@ -60,10 +60,11 @@ def cos_sin_table(max_len: int, head_dim: int, device: str = "cpu") -> torch.Ten
 
 
 def norm_rope_float64(
-    heads: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor
+    heads: torch.Tensor, weight: torch.Tensor | None, positions: torch.Tensor
 ) -> torch.Tensor:
-    """RMSNorm of [tokens, heads, head_dim], rotated as complex numbers."""
-    first, second = rms_norm_float64(heads, weight, EPS).chunk(2, dim=-1)
+    """RMSNorm, if there is a weight, of [tokens, heads, head_dim], rotated as complex numbers."""
+    normed = heads.double() if weight is None else rms_norm_float64(heads, weight, EPS)
+    first, second = normed.chunk(2, dim=-1)
     angles = rope_angles(int(positions.max()) + 1, heads.shape[-1]).to(heads.device)
     rotation = torch.polar(torch.ones_like(angles), angles)[positions.long(), None]
     rotated = torch.complex(first, second) * rotation
@@ -170,8 +171,8 @@ class DecodeBatch:
     before: PagedBatch  # the cache without the new tokens; its q is of no use
     after: PagedBatch  # with them, and with the queries that attend, all in float64
     qkv: torch.Tensor
-    q_weight: torch.Tensor
-    k_weight: torch.Tensor
+    q_weight: torch.Tensor | None
+    k_weight: torch.Tensor | None
     cos_sin: torch.Tensor
     positions: torch.Tensor
     slot_mapping: torch.Tensor
@@ -186,7 +187,12 @@ class DecodeBatch:
 
 
 def decode_batch(
-    context_lens: list[int], sizes: Sizes, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+    context_lens: list[int],
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
+    qk_norm: bool = True,
 ) -> DecodeBatch:
     """Padding rows, whose context is 0, come last."""
     _, num_heads, num_kv_heads, head_dim = sizes
@@ -198,7 +204,9 @@ def decode_batch(
         device=device,
     )
     qkv = normal(rows, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype, device=device)
-    q_weight, k_weight = (normal(head_dim, dtype=dtype, device=device, seed=s) for s in (7, 8))
+    q_weight, k_weight = (
+        normal(head_dim, dtype=dtype, device=device, seed=s) if qk_norm else None for s in (7, 8)
+    )
     heads = qkv.view(rows, -1, head_dim)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     q = norm_rope_float64(q, q_weight, positions)

@@ -1,7 +1,9 @@
 """The noise that sampling adds to the logits."""
 
 import torch
-from nanovllm.kernels.gumbel_sample import TILE, gumbel_noise
+
+from nanovllm.kernels.gumbel import TILE
+from nanovllm.layers.sampler import gumbel_noise
 
 
 def noise_of_tokens(seed: int, position: int, vocab_size: int) -> torch.Tensor:

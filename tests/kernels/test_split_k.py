@@ -3,25 +3,65 @@
 import pytest
 import torch
 
-from helpers.kernel_inputs import BF16, FP16, interpreted, normal
-from helpers.products import check_gate, check_split_k
-from nanovllm.kernels import split_k
-from nanovllm.kernels.split_k import split_k_torch, split_k_triton
+from helpers.kernel_inputs import (
+    BF16,
+    FP16,
+    FP32,
+    TOLERANCE,
+    interpreted,
+    normal,
+    relative_error,
+)
+from nanovllm.kernels import split_k as split_k_module
+from nanovllm.kernels.split_k import num_splits, split_k, tiling
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 
+def check_split_k(rows: int, shape: tuple[int, int], splits, dtype, device="cpu"):
+    n, k = shape
+    x = normal(rows, k, dtype=dtype, device=device)
+    weight = normal(n, k, dtype=dtype, device=device, seed=1)
+    bias = normal(n, dtype=dtype, device=device, seed=2)
+    product = x.double() @ weight.double().T
+    for b, expected in ((None, product), (bias, product + bias)):
+        out = split_k(x, weight, b, splits)
+        if splits is None:
+            assert out.dtype == dtype
+            into = torch.empty_like(out)
+            assert split_k(x, weight, b, out=into) is into
+            assert torch.equal(into, out)
+        else:
+            assert out.dtype == FP32
+            assert out.shape == (splits, rows, n)
+            out = out.sum(dim=0)
+        assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+def check_gate(rows: int, shape: tuple[int, int], dtype, device="cpu") -> None:
+    n, k = shape
+    x = normal(rows, k, dtype=dtype, device=device)
+    weight = normal(2 * n, k, dtype=dtype, device=device, seed=1) / k**0.5
+    bias = normal(2 * n, dtype=dtype, device=device, seed=2)
+    for b in (None, bias):
+        product = x.double() @ weight.double().T + (0 if b is None else b)
+        gate, up = product.chunk(2, dim=1)
+        out = split_k(x, weight, b, gated=True)
+        assert out.dtype == dtype
+        assert out.shape == (rows, n)
+        assert relative_error(out, gate.sigmoid() * gate * up) < TOLERANCE[dtype]
+
+
 @interpreted
-@pytest.mark.parametrize("function", [split_k_triton, split_k_torch])
 @pytest.mark.parametrize("splits", [None, 1, 3, 8])
 @pytest.mark.parametrize(
     "rows_and_shape",
     [(5, (64, 256)), (5, (64, 300)), (5, (65, 256)), (20, (65, 300)), (65, (3, 1000))],
 )
-def test_split_k(function, rows_and_shape: tuple[int, tuple[int, int]], splits: int | None) -> None:
-    check_split_k(function, *rows_and_shape, splits, FP16)
+def test_split_k(rows_and_shape: tuple[int, tuple[int, int]], splits: int | None) -> None:
+    check_split_k(*rows_and_shape, splits, FP16)
     if splits is None:
-        check_gate(function, *rows_and_shape, FP16)
+        check_gate(*rows_and_shape, FP16)
 
 
 @pytest.mark.gpu
@@ -34,26 +74,12 @@ def test_split_k(function, rows_and_shape: tuple[int, tuple[int, int]], splits: 
 )  # fmt: skip
 def test_split_k_gpu(rows: int, shape: tuple[int, int], dtype) -> None:
     for splits in (None, 8):
-        check_split_k(split_k_triton, rows, shape, splits, dtype, "cuda")
-    check_gate(split_k_triton, rows, shape, dtype, "cuda")
-
-
-@pytest.mark.parametrize(
-    ("out_features", "in_parts", "most"),
-    [(2**15, False, 128), (2**15 + 1, False, 64), (2**15 + 1, True, 128)],
-)
-def test_split_k_takes_few_rows(
-    monkeypatch: pytest.MonkeyPatch, out_features: int, in_parts: bool, most: int
-) -> None:
-    monkeypatch.setattr(split_k, "has_large_shared_memory", lambda x: True)
-    for rows in (1, most, most + 1):
-        x = torch.empty(rows, 1024, dtype=BF16, device="meta")
-        assert split_k.can_split_k(x, out_features, in_parts) == (rows <= most)
-    assert not split_k.can_split_k(x[:1].float(), out_features, in_parts)
+        check_split_k(rows, shape, splits, dtype, "cuda")
+    check_gate(rows, shape, dtype, "cuda")
 
 
 def test_slices_give_each_multiprocessor_a_program() -> None:
-    splits = {outputs: split_k.num_splits(outputs) for outputs in (64, 1024, 1025, 4096, 8193)}
+    splits = {outputs: num_splits(outputs) for outputs in (64, 1024, 1025, 4096, 8193)}
     assert splits == {64: 8, 1024: 8, 1025: 7, 4096: 2, 8193: 1}
 
 
@@ -68,11 +94,11 @@ def test_split_k_fetches_nothing_but_the_weight(
     def record(addresses, num_bytes, PDL):
         fetched.extend((int(at), int(num_bytes)) for at in addresses.handle.data.flat)
 
-    monkeypatch.setattr(split_k, "prefetch", record)
+    monkeypatch.setattr(split_k_module, "prefetch", record)
     weight = normal(n, k, dtype=FP16)
     start, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
     for rows in (5, 128):
-        split_k_triton(normal(rows, k, dtype=FP16), weight, **form)
+        split_k(normal(rows, k, dtype=FP16), weight, **form)
         outputs = n // 2 if "gated" in form else n
         is_even = outputs % (32 if "gated" in form else 64) == 0
         assert bool(fetched) == is_even
@@ -81,7 +107,7 @@ def test_split_k_fetches_nothing_but_the_weight(
             assert at + num_bytes <= end
             assert (at - start) % 16 == num_bytes % 16 == 0
         # the first two blocks of each row of the weight, where a slice has as many
-        block = split_k.tiling(rows)[1] * weight.itemsize
+        block = tiling(rows)[1] * weight.itemsize
         firsts = {start + row * k * weight.itemsize for row in range(n)} if is_even else set()
         assert firsts <= {at for at, _ in fetched}
         assert {num_bytes for _, num_bytes in fetched} <= {block}

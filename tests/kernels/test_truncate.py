@@ -15,11 +15,8 @@ from hypothesis import strategies as st
 
 from helpers.kernel_inputs import BF16, FP16, FP32, interpreted, normal, on_cpu, on_gpu
 from nanovllm.kernels import truncate
-from nanovllm.kernels.truncate import (
-    truncation_thresholds,
-    truncation_thresholds_torch,
-    truncation_thresholds_triton,
-)
+from nanovllm.kernels.truncate import truncation_thresholds as truncation_thresholds_triton
+from nanovllm.layers.sampler import truncation_thresholds as truncation_thresholds_torch
 
 pytestmark = pytest.mark.usefixtures("poison")
 both = pytest.mark.parametrize(
@@ -277,14 +274,6 @@ def test_any_row(logits: list[float], rows: list[Options], lanes: int, dtype) ->
             check(run(function, batch, rows), batch, rows)
 
 
-def test_dispatch_takes_the_twin_on_a_cpu() -> None:
-    rows = [OFF, Options(0.7, 20, 0.9, 0.01)]
-    logits = normal(2, 100, dtype=BF16)
-    thresholds = run(truncation_thresholds, logits, rows)
-    assert torch.equal(thresholds, run(truncation_thresholds_torch, logits, rows))
-    check(thresholds, logits, rows)
-
-
 # On a GPU, at the size of a real vocabulary
 
 
@@ -306,11 +295,11 @@ def test_ragged_rows_gpu(scale: float, dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     logits = torch.randn(2000, VOCAB, generator=generator, device="cuda", dtype=dtype).mul_(scale)
     rows = [RAGGED[i % len(RAGGED)] for i in range(len(logits))]
-    thresholds = run(truncation_thresholds, logits, rows)
+    thresholds = run(truncation_thresholds_triton, logits, rows)
     certain = check(thresholds, logits, rows)
     # In float32 alone many logits differ by less than the rounding of a wide top_p's sum.
     assert certain > (0.55 if dtype == FP32 else 0.8) * len(rows)
-    assert torch.equal(thresholds, run(truncation_thresholds, logits, rows))
+    assert torch.equal(thresholds, run(truncation_thresholds_triton, logits, rows))
     twins = run(truncation_thresholds_torch, logits, rows)
     kept, kept_by_twin = ((logits.float() >= t[:, None]).sum(1) for t in (thresholds, twins))
     assert (kept != kept_by_twin).sum() < 0.1 * len(rows)
@@ -324,7 +313,7 @@ def test_ties_and_minus_infinity_gpu(dtype: torch.dtype) -> None:
     logits[:15] = 1.5
     logits[15:30, 3:] = -INF
     logits[30:45, ::3] = -INF
-    thresholds = run(truncation_thresholds, logits, rows)
+    thresholds = run(truncation_thresholds_triton, logits, rows)
     finite = torch.tensor([not (15 <= i < 30 and row.top_k > 3) for i, row in enumerate(rows)])
     check(thresholds[finite], logits[finite], [row for row, yes in zip(rows, finite) if yes])
 
@@ -334,5 +323,5 @@ def test_offsets_beyond_32_bits_gpu() -> None:
     logits = torch.zeros(2**31 // VOCAB + 2, VOCAB, dtype=BF16, device="cuda")
     logits[-1, :3] = torch.tensor([3.0, 2.0, 1.0])
     rows = [OFF] * (len(logits) - 1) + [Options(1.0, 2)]
-    thresholds = run(truncation_thresholds, logits, rows)
+    thresholds = run(truncation_thresholds_triton, logits, rows)
     assert thresholds[-1] == 2.0 and (thresholds[:-1] == -INF).all()

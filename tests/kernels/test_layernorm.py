@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from nanovllm.kernels.rms_norm import rms_norm_torch, rms_norm_triton
 
 from helpers.kernel_inputs import (
     EPS,
@@ -15,6 +14,8 @@ from helpers.kernel_inputs import (
     relative_error,
     rms_norm_float64,
 )
+from nanovllm.kernels.layernorm import rms_norm as rms_norm_triton
+from nanovllm.layers.layernorm import rms_norm as rms_norm_torch
 
 pytestmark = pytest.mark.usefixtures("poison")
 

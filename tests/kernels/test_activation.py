@@ -1,10 +1,13 @@
 """SiLU times: the kernel and its torch twin against float64."""
 
+from functools import partial
+
 import pytest
 import torch
-from nanovllm.kernels.silu_and_mul import silu_and_mul_torch, silu_and_mul_triton
 
 from helpers.kernel_inputs import TOLERANCE, interpreted, normal, on_cpu, on_gpu, relative_error
+from nanovllm.kernels.activation import silu_and_mul as silu_and_mul_triton
+from nanovllm.layers.activation import activate_and_mul
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -20,7 +23,9 @@ def check_silu_and_mul(silu_and_mul, rows: int, n: int, dtype, device: str = "cp
 
 @interpreted
 @on_cpu
-@pytest.mark.parametrize("silu_and_mul", [silu_and_mul_triton, silu_and_mul_torch])
+@pytest.mark.parametrize(
+    "silu_and_mul", [silu_and_mul_triton, partial(activate_and_mul, activation="silu")]
+)
 @pytest.mark.parametrize(("rows", "n"), [(1, 2), (3, 1000), (2, 1024), (2, 3072)])
 def test_silu_and_mul(silu_and_mul, rows: int, n: int, dtype: torch.dtype) -> None:
     check_silu_and_mul(silu_and_mul, rows, n, dtype)

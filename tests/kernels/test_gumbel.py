@@ -9,8 +9,8 @@ from itertools import product
 
 import pytest
 import torch
-from nanovllm.kernels._triton import tl, triton
-from nanovllm.kernels.gumbel_sample import TILE, gumbel_sample_torch, gumbel_sample_triton
+import triton
+import triton.language as tl
 
 from helpers.kernel_inputs import (
     BF16,
@@ -22,8 +22,8 @@ from helpers.kernel_inputs import (
     philox4x32,
 )
 from helpers.noise import noise_of_tokens
-from nanovllm.kernels import gumbel_sample
-from nanovllm.kernels.truncate import truncation_thresholds_torch
+from nanovllm.kernels.gumbel import TILE, gumbel_sample
+from nanovllm.layers import sampler
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -71,12 +71,12 @@ def test_the_twins_philox_gives_the_published_numbers() -> None:
     for counter, key, expected in PHILOX_VECTORS:
         assert philox4x32(counter, key) == expected
     zero = torch.tensor(0)
-    assert gumbel_sample._philox(zero, zero[None], zero)[:, 0].tolist() == [*PHILOX_VECTORS[0][2]]
+    assert sampler._philox(zero, zero[None], zero)[:, 0].tolist() == [*PHILOX_VECTORS[0][2]]
     # The published vectors with other counters than (c0, c1, 0, 0) reach it through `philox4x32`.
     counters = [0, 1, 2**16, 2**32 - 1]
     for key, position in product([(0, 0), (7, 0), (2**32 - 1,) * 2], [0, 5, 2**31 - 1]):
         seed = torch.tensor(as_int64(key[0] + (key[1] << 32)))
-        numbers = gumbel_sample._philox(seed, torch.tensor(counters), torch.tensor(position))
+        numbers = sampler._philox(seed, torch.tensor(counters), torch.tensor(position))
         expected = [philox4x32((counter, position, 0, 0), key) for counter in counters]
         assert [tuple(column) for column in numbers.T.tolist()] == expected
 
@@ -85,13 +85,13 @@ def test_noise_is_a_gumbel_number_for_every_32_bits(monkeypatch: pytest.MonkeyPa
     edges = [0, 1, 2, 3, 127, 128, 2**23, 2**24 + 1, 4294967, 4294968, 2**31]
     spread = torch.arange(0, 2**32, 2**32 // (TILE - len(edges)))[: TILE - len(edges)]
     bits = torch.cat((torch.tensor(edges), spread))
-    monkeypatch.setattr(gumbel_sample, "_philox", lambda *_: bits.view(4, -1))
+    monkeypatch.setattr(sampler, "_philox", lambda *_: bits.view(4, -1))
     noise = noise_of_tokens(0, 0, TILE).double()
     u = (bits.double() + 0.5) / 2**32
     torch.testing.assert_close(noise, -(-(-u).log1p()).log(), atol=5e-5, rtol=1e-6)
     # The highest numbers round to u = 1: they may lose the draw, never win it.
     highest = torch.full((4, TILE // 4), 2**32 - 1)
-    monkeypatch.setattr(gumbel_sample, "_philox", lambda *_: highest)
+    monkeypatch.setattr(sampler, "_philox", lambda *_: highest)
     assert noise_of_tokens(0, 0, TILE).max() < -2.8
 
 
@@ -132,13 +132,11 @@ def test_the_highest_of_all_is_found_though_few_have_noise(vocab: int, spread: f
     logits[1::2] = logits[1::2].where(logits[1::2] >= spread, float("-inf"))
     temperatures = torch.tensor([0.3, 1, 2, 1e-5, 1e5, 1e30])
     seeds, positions = torch.arange(rows) + 2**40, torch.arange(rows, dtype=torch.int32)
-    out, copies = torch.zeros(rows, dtype=torch.int64), torch.zeros(1, rows, dtype=torch.int64)
-    turn = torch.zeros(1, dtype=torch.int32)
-    gumbel_sample_torch(logits, temperatures, seeds, positions, out, copies, turn)
+    out = torch.zeros(rows, dtype=torch.int64)
+    sampler.gumbel_sample(logits, temperatures, seeds, positions, out)
     scores = logits / temperatures[:, None]
     scores += torch.stack([noise_of_tokens(2**40 + row, row, vocab) for row in range(rows)])
     assert out.tolist() == scores.argmax(dim=1).tolist()
-    assert copies[0].tolist() == out.tolist()
 
 
 def test_a_logit_that_is_no_number_is_never_sampled_and_stops_nobody() -> None:
@@ -149,13 +147,11 @@ def test_a_logit_that_is_no_number_is_never_sampled_and_stops_nobody() -> None:
     seeds, positions = torch.arange(4), torch.arange(4, dtype=torch.int32)
     off = torch.zeros(4, dtype=torch.int32)
     for top_k, top_p in ((0, 1.0), (5, 1.0), (0, 0.9), (5, 0.9)):
-        out, copies = torch.zeros(4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)
-        thresholds = truncation_thresholds_torch(
+        out = torch.zeros(4, dtype=torch.int64)
+        thresholds = sampler.truncation_thresholds(
             logits, temperatures, off + top_k, torch.full((4,), top_p), torch.zeros(4)
         )
-        gumbel_sample_torch(
-            logits, temperatures, seeds, positions, out, copies, off[:1], thresholds
-        )
+        sampler.gumbel_sample(logits, temperatures, seeds, positions, out, thresholds)
         assert ((out >= 0) & (out < 50)).all() and 7 not in out[:2].tolist()
 
 
@@ -169,10 +165,7 @@ def test_sampled_frequencies_are_the_softmax(temperature: float) -> None:
     seeds, positions = torch.tensor(pairs).unbind(1)
     out = torch.zeros(len(pairs), dtype=torch.int64)
     temperatures = torch.full((len(pairs),), temperature)
-    copies, turn = torch.zeros(1, len(pairs), dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
-    gumbel_sample_torch(
-        logits.expand(len(pairs), -1), temperatures, seeds, positions.int(), out, copies, turn
-    )
+    sampler.gumbel_sample(logits.expand(len(pairs), -1), temperatures, seeds, positions.int(), out)
     expected = (logits[0, possible].double() / temperature).softmax(0) * len(pairs)
     counts = (out[:, None] == possible).sum(0)
     assert counts.sum() == len(pairs)
@@ -198,24 +191,29 @@ SEEDS = [0, 1, 2**31, 2**32 + 1, -1, -(2**63), 2**63 - 1, 12345678901234]
 
 
 def sample(function, logits: torch.Tensor, temperatures: list[float], positions: list[int]):
-    """One token a row; row `i` has seed SEEDS[i % 8]. Of three copies the second is written."""
+    """One token a row; row `i` has seed SEEDS[i % 8]. Of the kernel's three host buffers the second
+    is written."""
     rows, device = len(logits), logits.device
     out = torch.full((rows,), -1, dtype=torch.int64, device=device)
-    copies = torch.full((3, rows + 2), -1, dtype=torch.int64, pin_memory=logits.is_cuda)
     seeds = torch.tensor(SEEDS, device=device).repeat(-(-rows // len(SEEDS)))[:rows]
-    function(
+    args = (
         logits, torch.tensor(temperatures, device=device), seeds,
-        torch.tensor(positions, dtype=torch.int32, device=device), out, copies,
-        torch.ones(1, dtype=torch.int32, device=device),
+        torch.tensor(positions, dtype=torch.int32, device=device), out,
     )  # fmt: skip
-    nothing, expected = [-1] * (rows + 2), [*out.tolist(), -1, -1]
-    assert copies.tolist() == [nothing, expected, nothing]
+    function(*args)
+    if function is gumbel_sample:
+        alone = out.clone()
+        host_tokens = torch.full((3, rows + 2), -1, dtype=torch.int64, pin_memory=logits.is_cuda)
+        function(*args, host_tokens, torch.ones(1, dtype=torch.int32, device=device))
+        nothing, expected = [-1] * (rows + 2), [*out.tolist(), -1, -1]
+        assert host_tokens.tolist() == [nothing, expected, nothing]
+        assert torch.equal(out, alone)
     return out
 
 
 @interpreted
 @on_cpu
-@pytest.mark.parametrize("function", [gumbel_sample_triton, gumbel_sample_torch])
+@pytest.mark.parametrize("function", [gumbel_sample, sampler.gumbel_sample])
 @pytest.mark.parametrize("vocab", [1, 5, TILE, TILE + 1, 3 * TILE + 1500])
 def test_greedy_takes_the_lowest_of_the_best(function, vocab: int, dtype: torch.dtype) -> None:
     logits = tied_logits(6, vocab, dtype)
@@ -226,7 +224,7 @@ def test_greedy_takes_the_lowest_of_the_best(function, vocab: int, dtype: torch.
 
 
 @interpreted
-@pytest.mark.parametrize("function", [gumbel_sample_triton, gumbel_sample_torch])
+@pytest.mark.parametrize("function", [gumbel_sample, sampler.gumbel_sample])
 def test_of_two_equal_tokens_the_lower_wins(function) -> None:
     quarter = TILE // 4
     steps = [1, quarter, 2 * quarter, 3 * quarter, TILE, TILE + quarter + 1]
@@ -247,20 +245,20 @@ def test_sampled_tokens_are_the_twins(vocab: int, dtype: torch.dtype) -> None:
     logits[8:] = 0.0  # here the noise alone decides
     temperatures = [0.0, 0.3, 1.0, 2.0, 1.0, 0.0, 10.0, 1.0] + [1.0] * 8
     positions = [*range(8), *(10**6, 2**31 - 1, 0, 3, 3, 3, 4, 5)]
-    tokens = sample(gumbel_sample_triton, logits, temperatures, positions)
-    assert tokens.tolist() == sample(gumbel_sample_torch, logits, temperatures, positions).tolist()
+    tokens = sample(gumbel_sample, logits, temperatures, positions)
+    assert (
+        tokens.tolist() == sample(sampler.gumbel_sample, logits, temperatures, positions).tolist()
+    )
     greedy = lowest_of_the_best(logits)
     assert tokens[0] == greedy[0] and tokens[5] == greedy[5]
 
 
 def test_a_token_depends_on_its_own_row_only() -> None:
     logits = normal(4, 5000, dtype=FP32)
-    together = sample(gumbel_sample_torch, logits, [1.0, 0.0, 0.7, 2.0], [1, 2, 3, 4])
-    out, turn = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    together = sample(sampler.gumbel_sample, logits, [1.0, 0.0, 0.7, 2.0], [1, 2, 3, 4])
+    out = torch.zeros(1, dtype=torch.int64)
     seeds, position = torch.tensor(SEEDS[2:3]), torch.tensor([3])
-    gumbel_sample_torch(
-        logits[2:3], torch.tensor([0.7]), seeds, position, out, torch.zeros_like(out[None]), turn
-    )
+    sampler.gumbel_sample(logits[2:3], torch.tensor([0.7]), seeds, position, out)
     assert out[0] == together[2]
 
 
@@ -271,8 +269,8 @@ def test_sampled_tokens_are_the_twins_gpu() -> None:
     logits = torch.randn(rows, vocab, generator=generator, device="cuda").mul_(3)
     temperatures = [(0.0, 0.6, 1.0, 2.0)[row % 4] for row in range(rows)]
     positions = [(row * 37) % 40960 for row in range(rows)]
-    tokens = sample(gumbel_sample_triton, logits, temperatures, positions)
-    expected = sample(gumbel_sample_torch, logits, temperatures, positions)
+    tokens = sample(gumbel_sample, logits, temperatures, positions)
+    expected = sample(sampler.gumbel_sample, logits, temperatures, positions)
     assert (tokens[::4] == lowest_of_the_best(logits[::4])).all()
     # Logarithms may differ in the last bit, and once in a great while decide.
     assert (tokens != expected).sum() < rows / 1000
@@ -281,5 +279,5 @@ def test_sampled_tokens_are_the_twins_gpu() -> None:
 @pytest.mark.gpu
 def test_greedy_takes_the_lowest_of_the_best_gpu() -> None:
     logits = tied_logits(64, 151936, BF16, "cuda")
-    tokens = sample(gumbel_sample_triton, logits, [0.0] * 64, [0] * 64)
+    tokens = sample(gumbel_sample, logits, [0.0] * 64, [0] * 64)
     assert torch.equal(tokens, lowest_of_the_best(logits))

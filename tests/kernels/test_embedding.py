@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from nanovllm.kernels.embed import embed_torch, embed_triton
 
 from helpers.kernel_inputs import interpreted, normal
+from nanovllm.kernels.embedding import embed as embed_triton
+from nanovllm.layers.embed_head import embed as embed_torch
 
 pytestmark = pytest.mark.usefixtures("poison")
 

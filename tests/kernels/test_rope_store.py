@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_torch, qk_norm_rope_store_triton
 
 from helpers.kernel_inputs import (
     EPS,
@@ -16,11 +15,15 @@ from helpers.kernel_inputs import (
     on_gpu,
     relative_error,
 )
+from nanovllm.kernels.rope_store import qk_norm_rope_store
+from nanovllm.layers.paged_attention import norm_rope_store
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def check_qk_norm_rope_store(function, tokens: int, sizes: Sizes, dtype, device: str = "cpu"):
+def check_qk_norm_rope_store(
+    function, tokens: int, sizes: Sizes, dtype, device: str = "cpu", qk_norm: bool = True
+):
     block_size, num_heads, num_kv_heads, head_dim = sizes
     num_blocks, max_len = -(-2 * tokens // block_size), 512
     generator = torch.Generator().manual_seed(0)
@@ -30,7 +33,9 @@ def check_qk_norm_rope_store(function, tokens: int, sizes: Sizes, dtype, device:
     cos_sin = cos_sin_table(max_len, head_dim, device)
     all_heads = num_heads + 2 * num_kv_heads
     qkv = normal(tokens, all_heads * head_dim, dtype=dtype, device=device) * 2
-    q_weight, k_weight = (normal(head_dim, dtype=dtype, device=device, seed=s) for s in (1, 2))
+    q_weight, k_weight = (
+        normal(head_dim, dtype=dtype, device=device, seed=s) if qk_norm else None for s in (1, 2)
+    )
     # The block in front is not the cache's: slot -1 would be its last token.
     memory_shape = (1 + num_blocks, block_size, num_kv_heads, head_dim)
     k_memory, v_memory = (normal(*memory_shape, dtype=dtype, device=device, seed=s) for s in (3, 4))
@@ -61,16 +66,18 @@ def check_qk_norm_rope_store(function, tokens: int, sizes: Sizes, dtype, device:
 
 @interpreted
 @on_cpu
-@pytest.mark.parametrize("function", [qk_norm_rope_store_triton, qk_norm_rope_store_torch])
+@pytest.mark.parametrize("function", [qk_norm_rope_store, norm_rope_store])
 @pytest.mark.parametrize(
     "sizes", [(16, 2, 2, 32), (48, 4, 2, 64), (16, 4, 1, 96), (64, 8, 1, 128), (256, 6, 2, 128)]
 )
-def test_qk_norm_rope_store(function, sizes: Sizes, dtype: torch.dtype) -> None:
-    check_qk_norm_rope_store(function, 11, sizes, dtype)
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_qk_norm_rope_store(function, sizes: Sizes, dtype: torch.dtype, qk_norm: bool) -> None:
+    check_qk_norm_rope_store(function, 11, sizes, dtype, qk_norm=qk_norm)
 
 
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("sizes", [(256, 16, 8, 128), (16, 8, 1, 64), (48, 4, 4, 96)])
-def test_qk_norm_rope_store_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
-    check_qk_norm_rope_store(qk_norm_rope_store_triton, 1500, sizes, dtype, "cuda")
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_qk_norm_rope_store_gpu(sizes: Sizes, dtype: torch.dtype, qk_norm: bool) -> None:
+    check_qk_norm_rope_store(qk_norm_rope_store, 1500, sizes, dtype, "cuda", qk_norm)

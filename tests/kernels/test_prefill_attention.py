@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from nanovllm.kernels.paged_prefill import paged_prefill_torch, paged_prefill_triton
 
 from helpers.attention import GPU_SIZES, prefill
 from helpers.kernel_inputs import TOLERANCE, Sizes, interpreted, on_cpu, paged_batch, relative_error
+from nanovllm.kernels.prefill_attention import paged_prefill
+from nanovllm.layers.paged_attention import prefill_attention
 
 pytestmark = pytest.mark.usefixtures("poison")
 # (new tokens, tokens cached before them) of each sequence, then the sizes
@@ -21,7 +22,7 @@ PREFILLS = [
 
 @interpreted
 @on_cpu
-@pytest.mark.parametrize("function", [paged_prefill_triton, paged_prefill_torch])
+@pytest.mark.parametrize("function", [paged_prefill, prefill_attention])
 @pytest.mark.parametrize(("rows", "sizes"), PREFILLS)
 def test_paged_prefill(function, rows, sizes: Sizes, dtype: torch.dtype) -> None:
     batch = paged_batch([new for new, _ in rows], [sum(row) for row in rows], sizes, dtype)
@@ -40,5 +41,5 @@ def test_paged_prefill_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
         batch = paged_batch(
             [new for new, _ in rows], [sum(row) for row in rows], sizes, dtype, "cuda"
         )
-        out = prefill(paged_prefill_triton, batch)
+        out = prefill(paged_prefill, batch)
         assert relative_error(out, batch.expected()) < TOLERANCE[dtype]

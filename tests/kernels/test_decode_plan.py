@@ -1,0 +1,87 @@
+"""The work list of decode attention: every token once, in chunks that depend on its row alone."""
+
+import numpy as np
+import pytest
+
+from nanovllm.kernels.decode_plan import (
+    FUSED_ROWS,
+    MANY_ROWS,
+    MAX_CHUNKS,
+    _balance,
+    max_plan_words,
+    plan_decode,
+)
+from nanovllm.kernels.paged_cache import tile_tokens
+
+
+@pytest.mark.parametrize("padded_rows", [FUSED_ROWS, 40, MANY_ROWS + 1, 2 * MANY_ROWS + 1])
+@pytest.mark.parametrize("num_ranges", [1, 7, 66])
+@pytest.mark.parametrize("block_size", [16, 48, 64, 256])
+@pytest.mark.parametrize("seed", range(4))
+def test_plan_holds_every_token_once(
+    seed: int, block_size: int, num_ranges: int, padded_rows: int
+) -> None:
+    random = np.random.default_rng(seed)
+    edges = [1, 2, 17, 64, 65, 66, 512, 513, 514, 4096, 4097, 4098, 32768, 40960]
+    context_lens = random.permutation(edges + random.integers(1, 1500, 20).tolist())
+    width = -(-max(context_lens) // block_size)
+    tables = random.permutation(len(context_lens) * width).reshape(-1, width).astype(np.int32)
+    # A fused kernel has the newest token in registers.
+    lengths = context_lens - (padded_rows <= FUSED_ROWS)
+    plan = plan_decode(context_lens, tables, block_size, num_ranges, padded_rows)
+
+    # Chunks lie in any order, each in one piece.
+    chunk_of_tile = plan.tiles[:, 1] >> 10
+    borders = np.flatnonzero(np.diff(chunk_of_tile, prepend=-1, append=-1))
+    assert len(borders) - 1 == len(set(chunk_of_tile))
+    in_order = plan.tiles[np.argsort(chunk_of_tile, kind="stable")]
+    slots, info = in_order.T
+    rows, chunks, tokens = info >> 16, (info >> 10) & 63, info & 127
+    found = [slot + i for slot, count in zip(slots, tokens) for i in range(count)]
+    assert found == [
+        tables[row, i // block_size] * block_size + i % block_size
+        for row, length in enumerate(lengths)
+        for i in range(length)
+    ]
+    tiles_of_row = np.maximum(1, -(-lengths // tile_tokens(block_size)))
+    assert np.bincount(rows).tolist() == tiles_of_row.tolist()
+    size = (len(context_lens), max(context_lens), block_size, num_ranges)
+    assert len(plan.bounds) + len(plan.chunk_counts) + plan.tiles.size <= max_plan_words(*size)
+    counts = np.array([len(set(chunks[rows == row])) for row in range(len(lengths))])
+    assert plan.chunk_counts.tolist() == counts.tolist()
+    assert counts.min() >= 1 and counts.max() <= MAX_CHUNKS
+
+    first, last, newest = (plan.tiles[:, 1] & flag > 0 for flag in (128, 256, 512))
+    assert np.flatnonzero(first).tolist() == borders[:-1].tolist()
+    assert np.flatnonzero(last).tolist() == (borders[1:] - 1).tolist()
+    assert (newest == ((chunk_of_tile & 63) == counts[chunk_of_tile >> 6] - 1)).all()
+
+    assert plan.bounds.shape == (num_ranges + 1,)
+    assert set(plan.bounds) <= set(borders)
+    assert (plan.bounds[0], plan.bounds[-1]) == (0, len(info))
+    loads = np.diff(plan.bounds) + np.diff(np.searchsorted(borders, plan.bounds))
+    assert loads.max() - loads.min() <= np.diff(borders).max() + 1
+
+    alone = plan_decode(context_lens[5:6], tables[5:6], block_size, num_ranges, padded_rows).tiles
+    alone = alone[np.argsort(alone[:, 1] >> 10, kind="stable")]
+    assert (alone + np.array([0, 5 << 16])).tolist() == in_order[rows == 5].tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "counts"),
+    [
+        (1, [1, 2, 8, 5, 10, 32]), (FUSED_ROWS + 1, [1, 1, 4, 3, 5, 32]),
+        (MANY_ROWS + 1, [1, 1, 1, 2, 3, 32]), (2 * MANY_ROWS + 1, [1, 1, 1, 1, 2, 32]),
+    ],
+)  # fmt: skip
+def test_chunks_depend_on_the_context_and_the_class_of_the_batch(rows: int, counts: list[int]):
+    context_lens = np.array([64, 128, 512, 600, 1200, 40000]) + (rows <= FUSED_ROWS)
+    tables = np.arange(6 * 157, dtype=np.int32).reshape(6, 157)
+    plan = plan_decode(context_lens, tables, 256, 33, rows)
+    assert plan.chunk_counts.tolist() == counts
+
+
+def test_chunks_are_dealt_out_longest_first_and_their_ends_count():
+    assert _balance(np.array([1, 1, 2]), 2).tolist() == [1, 1, 0]  # not 1 and 2 against 1
+    # Four chunks of 2 cost 12, one of 10 costs 11: the fifth goes there, though it has more tiles.
+    assert _balance(np.array([10, 2, 2, 2, 2, 2]), 2).tolist() == [0, 1, 1, 1, 1, 0]
