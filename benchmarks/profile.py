@@ -36,7 +36,6 @@ GROUPS = {
     "nvjet": "matrix products",
     "splitk": "matrix products",
     "split_k": "matrix products",
-    "tiled_gemm": "matrix products",
     "linear_pointwise": "matrix products",
     "aten::mm": "matrix products",
     "rms_norm": "norm",

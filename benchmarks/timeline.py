@@ -16,10 +16,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from nanovllm.outputs import RequestOutput
 
 from nanovllm import LLM
 from nanovllm.engine.scheduler import Batch
+from nanovllm.outputs import RequestOutput
 
 PREFILL, DECODE, WAITING, CACHE, PREEMPTION = "#d9730d", "#1f5fa8", "#7a7a7a", "#2f8f6b", "#c0271d"
 MOST_BARS = 300  # of throughput: a long step has its own, short ones share one

@@ -7,15 +7,19 @@ import torch
 from nanovllm.engine.step_inputs import StepShape
 
 
+def graph_rows(rows: int, max_rows: int) -> int:
+    """The batch size whose graph runs `rows` rows: 1, 2, 4, 8, or a multiple of 16."""
+    size = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 16) * 16
+    return min(size, max_rows)
+
+
 class CudaGraphs:
     """Runs decode steps, each shape from its second time on as a graph.
 
-    All graphs share one pool of memory. Batches are padded to a few sizes: 1, 2, 4, 8, then
-    multiples of 16.
+    All graphs share one pool of memory.
 
     Args:
         device: of the steps.
-        max_rows: of a step.
         run_step: runs the step of a shape, whose inputs are on the device, from memory to memory
             that is always the same; returns its logits.
     """
@@ -23,21 +27,14 @@ class CudaGraphs:
     def __init__(
         self,
         device: torch.device,
-        max_rows: int,
         run_step: Callable[[StepShape], torch.Tensor],
     ) -> None:
         self.device = device
-        self.max_rows = max_rows
         self.run_step = run_step
         self.graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         # One of each: every new stream would bring a cuBLAS workspace.
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
-
-    def padded_rows(self, rows: int) -> int:
-        """The batch size whose graph runs `rows` rows."""
-        size = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 16) * 16
-        return min(size, self.max_rows)
 
     def run(self, shape: StepShape) -> torch.Tensor:
         """Run the step of a shape; returns its logits [rows, vocab]."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nanovllm.config import Config
-from nanovllm.engine.cuda_graphs import CudaGraphs
+from nanovllm.engine.cuda_graphs import CudaGraphs, graph_rows
 from nanovllm.engine.kv_cache import allocate_kv_cache, num_fitting_blocks
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputBuffers, StepShape
@@ -106,7 +106,7 @@ class ModelRunner:
         self.kv_cache = allocate_kv_cache(config, specs, self.num_kvcache_blocks)
         self.graphs: CudaGraphs | None = None
         if use_graphs:
-            self.graphs = CudaGraphs(self.device, config.max_num_seqs, self._run)
+            self.graphs = CudaGraphs(self.device, self._run)
             self.graphs.capture(self.inputs.decode_shape(config.max_num_seqs))
         self._launched_rows: dict[int, int] = {}  # seq_id -> row of the last launch
 
@@ -120,7 +120,7 @@ class ModelRunner:
         on the device from the step launched before."""
         rows = len(batch.seqs)
         graphs = None if batch.is_prefill else self.graphs
-        padded_rows = rows if graphs is None else graphs.padded_rows(rows)
+        padded_rows = rows if graphs is None else graph_rows(rows, self.config.max_num_seqs)
         with self.on_device():
             shape = self.inputs.send(
                 batch, padded_rows, self._launched_rows, for_graph=graphs is not None

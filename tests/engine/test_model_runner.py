@@ -11,6 +11,7 @@ from bench import dummy_llm
 from helpers.checkpoints import Reference, random_tokens
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, build, greedy
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.cuda_graphs import graph_rows
 from nanovllm.engine.model_runner import load_libraries
 
 
@@ -20,14 +21,21 @@ def llm(tiny: Path):
         yield engine
 
 
+def whole_cache(llm: LLM) -> torch.Tensor:
+    """A copy: [layers, 2, blocks, block_size, num_kv_heads, head_dim]."""
+    return torch.stack([torch.stack(pair) for pair in llm.model_runner.kv_cache])
+
+
 @torch.inference_mode()
 def fill_cache(llm: LLM, value: float) -> None:
-    llm.model_runner.kv_cache.fill_(value)
+    for keys, values in llm.model_runner.kv_cache:
+        keys.fill_(value)
+        values.fill_(value)
 
 
 def changed_slots(llm: LLM, value: float) -> set[int]:
     """Slots whose keys or values, in any layer, are no longer `value`."""
-    changed = (llm.model_runner.kv_cache != value).any(dim=-1).any(dim=-1)  # kinds, layers, slots
+    changed = (whole_cache(llm) != value).any(dim=-1).any(dim=-1)  # layers, kinds, slots
     changed = changed.flatten(2)
     assert (changed == changed[:1, :1]).all(), "keys, values and layers are written at other slots"
     return set(changed[0, 0].nonzero().flatten().tolist())
@@ -60,15 +68,15 @@ def test_running_padding_rows_changes_no_other_slot_and_no_token(
             llm.add_request(prompt, GREEDY)
         llm.step()
         batch = llm.scheduler.schedule()
-        before = runner.kv_cache.clone()
+        before = whole_cache(llm)
         shape = runner.inputs.send(batch, 8, {}, for_graph=False)
         inputs = runner.inputs.view(shape)
         runner._run(shape)
-        slots = (runner.kv_cache != before).flatten(2, 3).flatten(3).any(dim=-1).any(dim=0)
+        slots = (whole_cache(llm) != before).flatten(2, 3).flatten(3).any(dim=-1).any(dim=0)
         written = set(slots.any(dim=0).nonzero().flatten().tolist())
         assert written <= set(inputs.slot_mapping[:3].tolist())
         second = [tiny_reference.tokens(prompt, 2)[1] for prompt in prompts]
-        assert runner.sampled[:3].tolist() == second
+        assert runner.sampler.tokens[:3].tolist() == second
 
 
 @pytest.mark.gpu
@@ -82,35 +90,34 @@ def test_padding_rows_of_a_graph_write_nowhere(tiny: Path, rows: int):
             greedy(llm, prompts)
             expected = sum(map(len, prompts)) + rows * (GREEDY.max_tokens - 1)
             assert len(changed_slots(llm, 7.0)) == expected
-        assert llm.model_runner.graphs
+        assert llm.model_runner.graphs.graphs
 
 
 def test_steps_in_a_row_use_different_host_memory(llm: LLM):
     """The device may still be reading the inputs of the step before."""
-    turns = []
+    indices = []
     launch = llm.model_runner.launch
 
     def spy(batch):
         result = launch(batch)
-        turns.append(llm.model_runner.inputs.turn)
+        indices.append(llm.model_runner.inputs.buffer_index)
         return result
 
     llm.model_runner.launch = spy
     llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-    assert turns == [turns[0] ^ (i & 1) for i in range(len(turns))]
+    assert indices == [indices[0] ^ (i & 1) for i in range(len(indices))]
 
 
 # Graphs
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 8, 9, 40])
-def test_every_batch_has_a_graph_size_that_holds_it(tiny: Path, max_num_seqs: int):
-    with build(tiny, max_num_seqs=max_num_seqs) as llm:
-        sizes = [llm.model_runner._graph_size(rows) for rows in range(1, max_num_seqs + 1)]
-        for rows, size in enumerate(sizes, start=1):
-            assert rows <= size <= max_num_seqs
-        assert sizes == sorted(sizes)
-        assert sizes[-1] == max_num_seqs
+def test_every_batch_has_a_graph_size_that_holds_it(max_num_seqs: int):
+    sizes = [graph_rows(rows, max_num_seqs) for rows in range(1, max_num_seqs + 1)]
+    for rows, size in enumerate(sizes, start=1):
+        assert rows <= size <= max_num_seqs
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == max_num_seqs
 
 
 @pytest.mark.gpu
@@ -140,8 +147,7 @@ def test_graphs_of_all_sizes_share_their_memory():
         with torch.inference_mode():
             for rows in (1, 2, 4, 8, *range(16, 256, 16)):
                 shape = runner.inputs.decode_shape(rows)
-                runner._run(shape)
-                runner._capture(shape)
+                runner.graphs.run(shape)
         assert torch.cuda.memory_reserved() - before < 2**27
 
 
@@ -158,7 +164,7 @@ def test_size_of_the_cache_is_computed_where_it_is_not_given(tiny: Path):
 def test_half_precision_runs_and_repeats(tiny: Path, dtype: str):
     with build(tiny, dtype=dtype) as llm:
         first, second = (llm.generate(PROMPTS, GREEDY, use_tqdm=False) for _ in range(2))
-        assert llm.model_runner.kv_cache.dtype == getattr(torch, dtype)
+        assert llm.model_runner.kv_cache[0][0].dtype == getattr(torch, dtype)
         assert [len(output["token_ids"]) for output in first] == [12] * 4
         assert [output["finish_reason"] for output in second] == ["length"] * 4
 
@@ -192,7 +198,7 @@ def test_another_default_device_does_no_harm(tiny: Path, tiny_reference: Referen
 def test_close_gives_the_kv_cache_back(tiny: Path):
     llm = build(tiny)
     llm.generate([1, 2], GREEDY, use_tqdm=False)
-    cache = weakref.ref(llm.model_runner.kv_cache)
+    cache = weakref.ref(llm.model_runner.kv_cache[0][0])
     model = weakref.ref(llm.model_runner.model)
     llm.close()
     gc.collect()

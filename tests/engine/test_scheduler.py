@@ -182,7 +182,7 @@ def test_preempted_while_its_last_token_is_in_flight_ends_from_the_queue():
 
 
 def _without_headroom(allocate):
-    return lambda seq, headroom: allocate(seq, 0)
+    return lambda seq, headroom, use_cache: allocate(seq, 0, use_cache)
 
 
 def test_headroom_keeps_a_newcomer_from_being_preempted_at_once():

@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nanovllm.kernels.paged_decode import plan_decode
 
 from helpers.checkpoints import VOCAB_SIZE, random_tokens
 from helpers.engines import GREEDY, build
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
+from nanovllm.kernels.decode_plan import plan_decode
+from nanovllm.layers.attention_backends import TritonBackend
 
 BLOCK = 16
 
@@ -95,6 +96,13 @@ def test_padding_rows_point_at_no_slot_and_no_context(tiny: Path):
 # The decode plan
 
 
+def triton_backend(num_ranges: int) -> TritonBackend:
+    """As on a GPU with so many ranges."""
+    backend = TritonBackend.__new__(TritonBackend)
+    backend.block_size, backend.num_ranges = BLOCK, num_ranges
+    return backend
+
+
 def batches(llm: LLM, lengths: list[int]):
     """A prefill batch, then a decode batch, of prompts of some lengths."""
     for length in lengths:
@@ -109,10 +117,10 @@ def batches(llm: LLM, lengths: list[int]):
 def test_plan_is_sent_in_place_of_block_tables(tiny: Path, max_num_seqs: int, for_graph: bool):
     lengths = [1, 30, BLOCK, 200, 17]
     with build(tiny, max_num_seqs=max_num_seqs) as llm:
-        buffers = InputBuffers(llm.config, num_ranges=6)
+        buffers = InputBuffers(llm.config, triton_backend(6))
         prefill, decode = batches(llm, lengths)
         shape = buffers.send(prefill, len(lengths), {}, for_graph=False)
-        assert not shape.has_plan
+        assert shape.width > 0
         tables = buffers.view(shape).block_tables.tolist()
         for table, seq in zip(tables, prefill.seqs, strict=True):
             used = -(-len(seq.token_ids) // BLOCK)
@@ -122,7 +130,7 @@ def test_plan_is_sent_in_place_of_block_tables(tiny: Path, max_num_seqs: int, fo
         for host in buffers.hosts:  # what a larger batch may have left
             host.fill_(3)
         shape = buffers.send(decode, padded_rows, {}, for_graph)
-        assert shape.has_plan
+        assert shape.width == 0
         if for_graph:
             assert shape == buffers.decode_shape(padded_rows)
         inputs = buffers.view(shape)
@@ -131,10 +139,11 @@ def test_plan_is_sent_in_place_of_block_tables(tiny: Path, max_num_seqs: int, fo
         for row, seq in enumerate(decode.seqs):
             tables[row, : len(seq.block_table)] = seq.block_table
         plan = plan_decode(np.array(lengths) + 1, tables, BLOCK, 6, padded_rows)
-        assert inputs.bounds.tolist() == plan.bounds.tolist()
-        assert inputs.tiles[: len(plan.tiles)].tolist() == plan.tiles.tolist()
+        sent = buffers.backend.decode_metadata(inputs.decode_metadata, padded_rows)
+        assert sent.bounds.tolist() == plan.bounds.tolist()
+        assert sent.tiles[: len(plan.tiles)].tolist() == plan.tiles.tolist()
         padding = padded_rows - len(lengths)
-        assert inputs.chunk_counts.tolist() == plan.chunk_counts.tolist() + [0] * padding
+        assert sent.chunk_counts.tolist() == plan.chunk_counts.tolist() + [0] * padding
         assert inputs.seeds[: len(lengths)].tolist() == [3] * len(lengths)
         assert inputs.temperatures.tolist() == [0.5] * len(lengths) + [0.0] * padding
         assert inputs.input_ids.tolist() == [7] * len(lengths) + [0] * padding
@@ -146,9 +155,10 @@ def test_buffers_hold_the_largest_steps(tiny: Path):
     with build(
         tiny, max_num_seqs=5, max_model_len=640, num_kvcache_blocks=220, max_num_batched_tokens=4000
     ) as llm:
-        buffers = InputBuffers(llm.config, num_ranges=33)
+        buffers = InputBuffers(llm.config, triton_backend(33))
         _, decode = batches(llm, [638] * 5)
         shape = buffers.send(decode, 5, {}, for_graph=True)
-        tiles = buffers.view(shape).tiles
+        metadata = buffers.view(shape).decode_metadata
+        tiles = buffers.backend.decode_metadata(metadata, 5).tiles
         assert len(tiles) >= 5 * 639 // BLOCK
         assert (tiles[: 5 * 639 // BLOCK, 1] >> 16).unique().tolist() == [0, 1, 2, 3, 4]

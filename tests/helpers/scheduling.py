@@ -22,7 +22,7 @@ def expected_output(seq: Sequence, prompt: list[int]) -> tuple[list[int], str]:
     """What a request must come to, run alone: its new tokens and its finish reason."""
     token_ids = list(prompt)
     while len(token_ids) < seq.max_len:
-        token_ids.append(next_token(seq.seed, token_ids))
+        token_ids.append(next_token(seq.sampling.seed, token_ids))
         if token_ids[-1] == EOS and not seq.sampling_params.ignore_eos:
             return token_ids[len(prompt) :], "stop"
     return token_ids[len(prompt) :], "length"
@@ -58,7 +58,7 @@ class FakeDevice:
                 held = self.slots.get(self.slot(seq, position))
                 assert held == tuple(known[: position + 1]), "a row reads what is not its own"
             assert batch.samples[row] == (end == len(known))
-            token_id = next_token(seq.seed, known[:end])
+            token_id = next_token(seq.sampling.seed, known[:end])
             tokens.append(token_id)
             if batch.samples[row]:
                 known.append(token_id)
@@ -76,7 +76,7 @@ class Driver:
 
     def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int) -> None:
         self.manager = BlockManager(num_blocks, block_size)
-        self.scheduler = Scheduler(self.manager, max_num_seqs, budget, {EOS})
+        self.scheduler = Scheduler(self.manager, max_num_seqs, budget)
         self.device = FakeDevice(self.manager)
         self.in_flight: deque[tuple[Batch, list[int]]] = deque()
         self.waits = False  # nothing can run before tokens are collected
@@ -90,7 +90,7 @@ class Driver:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
         prompt = prompt[: capacity - 1]
         max_len = min(len(prompt) + max_tokens, capacity)
-        seq = Sequence(len(self.sequences), prompt, params, max_len, seed)
+        seq = Sequence(len(self.sequences), prompt, params, max_len, seed, {EOS})
         self.scheduler.add(seq)
         self.sequences.append(seq)
         self.prompts.append(prompt)
@@ -140,14 +140,15 @@ class Driver:
                 # A second holder is one that found the block in this very step, full.
                 sharers = [s for s in batch.seqs if block.block_id in s.block_table]
                 assert block.ref_count == len(sharers)
-                assert block.ref_count == 1 or block.hash is not None
+                assert block.ref_count == 1 or block.is_registered
 
     def collect(self) -> list[Sequence]:
         batch, tokens = self.in_flight.popleft()
         self.waits = False
         was_finished = {seq.seq_id for seq in batch.seqs if seq.is_finished}
         lengths = {seq.seq_id: len(seq.token_ids) for seq in batch.seqs}
-        ended = self.scheduler.postprocess(batch, tokens)
+        rows = self.scheduler.postprocess(batch, tokens)
+        ended = [batch.seqs[row] for row in rows if batch.seqs[row].is_finished]
         for seq, samples in zip(batch.seqs, batch.samples):
             grown = len(seq.token_ids) - lengths[seq.seq_id]
             assert grown == (samples and seq.seq_id not in was_finished)

@@ -5,39 +5,42 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from nanovllm.kernels._triton import has_large_shared_memory, has_pdl
 
 import nanovllm
 from helpers.checkpoints import Reference
-from nanovllm.kernels import _triton
+from nanovllm.kernels.launch import Gpu, gpu_with, pdl
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.mark.parametrize(
-    ("capability", "kibibytes", "is_large"),
-    [((8, 0), 164, False), ((9, 0), 228, True), ((10, 0), 228, True), ((12, 0), 100, False)],
-)
+    ("capability", "kibibytes", "has_pdl", "is_hopper_class"),
+    [
+        ((8, 0), 164, False, False), ((9, 0), 228, True, True), ((10, 0), 228, True, True),
+        ((12, 0), 100, True, False),
+    ],
+)  # fmt: skip
 def test_tiles_for_hopper_go_to_no_smaller_gpu(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kibibytes: int, is_large: bool
+    capability: tuple[int, int], kibibytes: int, has_pdl: bool, is_hopper_class: bool
 ) -> None:
-    properties = SimpleNamespace(shared_memory_per_multiprocessor=kibibytes * 1024)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), get_device=lambda: 0)
-    has_pdl.cache_clear()
-    try:
-        assert has_large_shared_memory(tensor) == is_large
-        has_pdl.cache_clear()
-        monkeypatch.setattr(_triton, "HAS_TRITON", False)
-        assert not has_large_shared_memory(tensor)
-    finally:
-        has_pdl.cache_clear()
-    assert not has_large_shared_memory(torch.zeros(1))
+    gpu = Gpu(capability, (kibibytes - 1) * 1024, kibibytes * 1024, num_sms=100)
+    assert (gpu.has_pdl, gpu.is_hopper_class) == (has_pdl, is_hopper_class)
+
+
+def test_the_interpreter_has_no_gpu_and_no_dependent_launch() -> None:
+    assert gpu_with(torch.zeros(1)) is None
+    assert pdl(torch.zeros(1)) == {"PDL": False, "launch_pdl": False}
+
+
+@pytest.mark.gpu
+def test_what_a_gpu_says_of_itself_gpu() -> None:
+    gpu = gpu_with(torch.zeros(1, device="cuda"))
+    assert gpu.capability == torch.cuda.get_device_capability()
+    assert 48 * 1024 <= gpu.shared_memory < gpu.shared_memory_of_sm
+    assert gpu.num_sms > 0
 
 
 WITHOUT = """
@@ -47,7 +50,7 @@ from importlib.machinery import PathFinder
 class Blocker(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name.split(".")[0] not in {blocked!r}:
+        if not any(name == one or name.startswith(one + ".") for one in {blocked!r}):
             return super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Blocker
@@ -64,8 +67,10 @@ with LLM(sys.argv[1], device="cpu", num_kvcache_blocks=4) as llm:
 """
 
 
-@pytest.mark.parametrize("blocked", [("triton", "flash_attn"), ("flash_attn",)], ids=str)
-def test_generates_on_a_cpu_without_the_gpu_packages(
+@pytest.mark.parametrize(
+    "blocked", [("triton", "flash_attn"), ("flash_attn",), ("nanovllm.kernels",)], ids=str
+)
+def test_generates_on_a_cpu_without_the_packages_of_a_gpu(
     tiny: Path, tiny_reference: Reference, blocked: tuple[str, ...]
 ):
     root = str(Path(nanovllm.__file__).parents[1])

@@ -5,28 +5,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanovllm.kernels.paged_decode import plan_decode
 
 from helpers.engines import build
 from helpers.kernel_inputs import BF16, EPS, FP16, TOLERANCE, decode_batch, normal, relative_error
-from nanovllm.layers.attention import BACKENDS, select_backend
+from nanovllm.layers.attention import AttentionSpec
+from nanovllm.layers.attention_backends import make_backend
 from nanovllm.utils.context import Context
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_backends_agree_gpu(head_dim: int, dtype: torch.dtype) -> None:
+def test_backends_agree_gpu(head_dim: int, dtype: torch.dtype, qk_norm: bool) -> None:
     pytest.importorskip("flash_attn")
     device = torch.device("cuda")
-    assert select_backend("flash-attn", device, dtype, head_dim, 256) == "flash-attn"
     sizes = (256, 16, 8, head_dim)
     for is_prefill, query_lens in ((True, [300, 1, 70, 5, 129]), (False, [1, 1, 1, 1, 1])):
         outs = {}
-        for backend, attend in BACKENDS.items():
-            batch = decode_batch([300, 1, 326, 5005, 641], sizes, dtype, "cuda")
+        for name in ("torch", "triton", "flash-attn"):
+            backend = make_backend(name, device, dtype, 8, head_dim, 256)
+            assert backend.name == name
+            batch = decode_batch([300, 1, 326, 5005, 641], sizes, dtype, "cuda", qk_norm=qk_norm)
             # What lies in unwritten slots is for our own kernels to ignore: no NaN for flash-attn.
             caches = [c.nan_to_num_() for c in (batch.before.k_cache, batch.before.v_cache)]
             tokens = sum(query_lens)
@@ -37,25 +39,33 @@ def test_backends_agree_gpu(head_dim: int, dtype: torch.dtype) -> None:
                 for i in range(count)
             ]
             slots = [tables[row, p // 256].item() * 256 + p % 256 for row, p in rows]
-            plan = plan_decode(lens.cpu().numpy(), tables.cpu().numpy(), 256, 33, len(lens))
+            host = torch.zeros(backend.max_metadata_words(5, 5005), dtype=torch.int32)
+            metadata = None
+            if not is_prefill:
+                host_tables = tables.cpu().numpy()
+                backend.prepare_decode(host.numpy(), lens.cpu().numpy(), host_tables, 5)
+                metadata = backend.decode_metadata(host.to(device), 5)
             context = Context(
+                backend=backend,
+                kv_cache=[tuple(caches)],
                 cos_sin=batch.cos_sin,
                 is_prefill=is_prefill,
                 positions=torch.tensor([p for _, p in rows], device=device).int(),
                 slot_mapping=torch.tensor(slots, device=device).int(),
                 context_lens=lens,
                 block_tables=tables,
-                decode_plan=tuple(torch.from_numpy(piece).to(device) for piece in plan),
                 cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], device=device).int(),
-                logits_indices=None,
                 max_seqlen_q=max(query_lens),
                 max_context_len=5005,
+                decode_metadata=metadata,
             )
             qkv = normal(tokens, 32 * head_dim, dtype=dtype, device="cuda", seed=3)
-            norms = (batch.q_weight, batch.k_weight, EPS)
-            outs[backend] = attend(qkv, norms, *caches, context, batch.before.scale)
-        for backend in ("flash-attn", "triton"):
-            assert relative_error(outs[backend], outs["torch"]) < 2 * TOLERANCE[dtype], backend
+            spec = AttentionSpec(
+                16, 8, head_dim, batch.before.scale, batch.q_weight, batch.k_weight, EPS
+            )
+            outs[name] = backend.attend(qkv, spec, tuple(caches), context)
+        for name in ("flash-attn", "triton"):
+            assert relative_error(outs[name], outs["torch"]) < 2 * TOLERANCE[dtype], name
 
 
 @pytest.mark.parametrize("backend", ["triton", "flash-attn"])

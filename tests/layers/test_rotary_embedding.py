@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from nanovllm.utils.hf_config import Qwen3Config
 
 from helpers.checkpoints import (
     TRANSFORMERS_5,
@@ -20,6 +19,7 @@ from helpers.checkpoints import (
 from helpers.engines import build
 from nanovllm import LLM, SamplingParams
 from nanovllm.layers.rotary_embedding import rope_cos_sin
+from nanovllm.models.qwen3 import Qwen3Config
 
 MAX_TOKENS = 20
 MAX_MODEL_LEN = 640

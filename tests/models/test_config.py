@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import transformers
-from nanovllm.utils.hf_config import SIZES, Qwen3Config
 
 from helpers.checkpoints import edit_json
 from helpers.engines import build
 from helpers.paths import DEMO
+from nanovllm.models.config import SIZES
+from nanovllm.models.qwen3 import Qwen3Config
 
 SAME_AS_THEIRS = (
     *SIZES, "rms_norm_eps", "initializer_range", "attention_bias", "tie_word_embeddings",
@@ -85,7 +86,7 @@ def test_a_flag_may_be_written_as_a_number(value: object):
         ("rms_norm_eps", "small"), ("rms_norm_eps", -1e-6), ("rms_norm_eps", float("inf")),
         ("rms_norm_eps", float("nan")), ("initializer_range", None), ("initializer_range", True),
         ("attention_bias", "false"), ("tie_word_embeddings", "no"), ("tie_word_embeddings", 2),
-        ("use_sliding_window", True), ("hidden_act", "gelu"), ("hidden_act", None),
+        ("use_sliding_window", "yes"), ("hidden_act", "relu"), ("hidden_act", None),
         ("quantization_config", {"bits": 4}), ("partial_rotary_factor", 0.5),
         ("rope_theta", "10000"), ("rope_theta", -1.0), ("rope_theta", 10**400),
         ("rope_scaling", [1]), ("rope_scaling", "yarn"),
@@ -105,7 +106,8 @@ def test_a_rope_type_that_is_no_name_is_refused():
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}, "Phi3ForCausalLM"),
+        ({"model_type": "phi3", "architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM"),
         ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3Moe"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClassification"),
         ({"model_type": "gpt2", "architectures": None}, "gpt2"),
@@ -121,10 +123,10 @@ def test_other_architecture_is_refused_by_name(tiny_copy: Path, changes: dict, n
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("use_sliding_window", True), ("hidden_act", "gelu"),
+        ("hidden_act", "relu"),
         ("quantization_config", {"quant_method": "gptq", "bits": 4}),
         ("num_key_value_heads", 3), ("num_key_value_heads", 0), ("head_dim", 33),
-        ("head_dim", None), ("head_dim", 0),
+        ("head_dim", 0),
         ("vocab_size", "many"), ("num_hidden_layers", -1), ("max_position_embeddings", None),
     ],
 )  # fmt: skip
