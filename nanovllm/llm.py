@@ -57,7 +57,8 @@ class LLM(LLMEngine):
             RuntimeError: if the engine is closed, or still has requests from elsewhere.
         """
         self._check_idle("generate")
-        requests = self._requests_of(prompts, sampling_params)
+        many = prompt_list(prompts)
+        requests = self.input_processor.process(many, params_list(sampling_params, len(many)))
         outputs: dict[int, RequestOutput] = {}
         before = replace(self.stats)
         try:
@@ -91,13 +92,13 @@ class LLM(LLMEngine):
         Nothing runs before the first piece is asked for.
         """
         self._check_idle("stream")
-        requests = self._requests_of(prompts, sampling_params)
-        for request in requests:
-            if len(request.sequences) > 1:
-                raise ValueError("n must be 1 to stream: give the prompt n times")
-            if request.sequences[0].sampling_params.prompt_logprobs is not None:
-                raise ValueError("prompt_logprobs do not come in a stream: use generate")
-        return self._pieces(requests)
+        many = prompt_list(prompts)
+        params = params_list(sampling_params, len(many))
+        if any(one.n > 1 for one in params):
+            raise ValueError("n must be 1 to stream: give the prompt n times")
+        if any(one.prompt_logprobs is not None for one in params):
+            raise ValueError("prompt_logprobs do not come in a stream: use generate")
+        return self._pieces(self.input_processor.process(many, params))
 
     def chat(
         self,
@@ -184,10 +185,6 @@ class LLM(LLMEngine):
         return SamplingParams(
             **{ours: found[name] for name, ours in names.items() if found.get(name) is not None}
         )
-
-    def _requests_of(self, prompts: Prompts, params: Params) -> list[Request]:
-        many = prompt_list(prompts)
-        return self.input_processor.process(many, params_list(params, len(many)))
 
     def _pieces(self, requests: list[Request]) -> Generator[StreamOutput, None, None]:
         self._check_idle("stream")

@@ -16,7 +16,7 @@ from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, Fault, assert_empty, b
     [
         ("model_runner.launch", False), ("model_runner.launch", True),
         ("model_runner.collect", False), ("model_runner.collect", True),
-        ("model_runner.model.compute_logits", False), ("model_runner._sample", False),
+        ("model_runner.model.compute_logits", False), ("model_runner.sampler.sample", False),
         ("scheduler.schedule", False), ("scheduler.schedule", True),
         ("scheduler.postprocess", False), ("scheduler.postprocess", True),
         ("scheduler.add", True), ("output_processor.output", False), ("step", True),

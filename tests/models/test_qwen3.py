@@ -16,8 +16,8 @@ def check_first_logits(path: Path, reference: Reference, device: str, length: in
     with build(path, device=device, dtype="bfloat16") as llm:
         compute_logits = llm.model_runner.model.compute_logits
 
-        def spy(residual):
-            seen.append(compute_logits(residual))
+        def spy(stream, out=None):
+            seen.append(compute_logits(stream, out))
             return seen[-1]
 
         llm.model_runner.model.compute_logits = spy
