@@ -77,10 +77,10 @@ def test_failure_while_a_graph_is_captured(
     with build(tiny, device="cuda", attention_backend="triton", dtype="float32") as llm:
         compute_logits = llm.model_runner.model.compute_logits
 
-        def fail(residual):
+        def fail(stream, out=None):
             if torch.cuda.is_current_stream_capturing():
                 raise error
-            return compute_logits(residual)
+            return compute_logits(stream, out)
 
         monkeypatch.setattr(llm.model_runner.model, "compute_logits", fail)
         with pytest.raises(type(error)):

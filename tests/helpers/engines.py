@@ -27,6 +27,7 @@ def assert_empty(llm: LLM) -> None:
     assert llm.is_finished()
     assert not llm.scheduler.waiting and not llm.scheduler.running
     assert manager.num_free_blocks == len(manager.blocks)
+    assert not llm.output_processor._detokenizers
     assert_blocks_consistent(manager, [])
 
 
