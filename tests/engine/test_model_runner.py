@@ -1,6 +1,7 @@
 """The model runner: which slots a step writes, its graphs, the memory that it takes and leaves."""
 
 import gc
+import warnings
 import weakref
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from bench import dummy_llm
 from helpers.checkpoints import Reference, random_tokens
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, build, greedy
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import model_runner
 from nanovllm.engine.model_runner import load_libraries
 
 
@@ -204,3 +206,75 @@ def test_close_gives_the_kv_cache_back(tiny: Path):
 def test_libraries_load(dtype: torch.dtype):
     """Of an error in the thread that does it an engine says nothing."""
     load_libraries(torch.device("cuda"), dtype)
+
+
+# Of `tiny` in float32: kinds, layers, tokens of a block, KV heads, their size, bytes.
+BLOCK_BYTES = 2 * 2 * 16 * 2 * 32 * 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cache_has_keys_and_values_of_every_layer(tiny: Path, dtype: str):
+    with build(
+        tiny, kvcache_block_size=32, num_kvcache_blocks=7, max_model_len=64, dtype=dtype
+    ) as llm:
+        runner = llm.model_runner
+        # Of two kinds, two layers, seven blocks of 32 tokens, two KV heads of 32.
+        assert runner.kv_cache.shape == (2, 2, 7, 32, 2, 32)
+        assert runner.kv_cache.dtype == getattr(torch, dtype)
+        assert runner.num_kvcache_blocks == 7
+
+
+@pytest.mark.parametrize(("blocks_that_fit", "expected"), [(3, 3), (3.9, 3), (1e6, 4 * 40)])
+def test_the_cache_takes_a_quarter_of_the_hosts_memory_at_most(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, blocks_that_fit: float, expected: int
+):
+    available = int(4 * blocks_that_fit * BLOCK_BYTES)
+    monkeypatch.setattr(model_runner, "available_host_memory", lambda: available)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that max_model_len is lowered to such a cache
+        llm = build(tiny, num_kvcache_blocks=None, max_num_seqs=4)
+    with llm:
+        assert llm.model_runner.num_kvcache_blocks == expected
+
+
+def test_without_memory_for_a_block_there_is_no_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(model_runner, "available_host_memory", lambda: 4 * BLOCK_BYTES - 1)
+    with pytest.raises(RuntimeError, match=r"no memory left for the KV cache: .*num_kvcache_block"):
+        build(tiny, num_kvcache_blocks=None)
+
+
+def test_a_cache_that_does_not_fit_names_the_options_that_made_it_large(tiny: Path):
+    with pytest.raises(RuntimeError, match=r"no memory for a KV cache of 2147483647 blocks of 256"):
+        build(tiny, kvcache_block_size=256, num_kvcache_blocks=2**31 - 1)
+
+
+def test_inputs_that_do_not_fit_name_the_options_that_made_them_large(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model_runner, "InputBuffers", fail)
+    message = r"max_num_batched_tokens \(4321\) or max_num_seqs \(21\)"
+    with pytest.raises(RuntimeError, match=message):
+        build(tiny, max_num_batched_tokens=4321, max_num_seqs=21)
+
+
+# Steps by hand
+
+
+def test_a_token_that_the_host_has_not_read_is_taken_from_the_step_before(
+    llm: LLM, tiny_reference: Reference
+):
+    """Rows change their places: one prompt ends with its first token."""
+    runner, scheduler = llm.model_runner, llm.scheduler
+    lengths = (1, 12, 12, 12)
+    for prompt, max_tokens in zip(PROMPTS, lengths, strict=True):
+        llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=max_tokens))
+    first = runner.launch(scheduler.schedule())
+    second = runner.launch(batch := scheduler.schedule())
+    assert len(batch.seqs) == 3 and not batch.is_prefill
+    assert all(seq.num_pending_tokens == 2 for seq in batch.seqs)
+    expected = [tiny_reference.tokens(prompt, 2) for prompt in PROMPTS]
+    assert runner.collect(first) == [tokens[0] for tokens in expected]
+    assert runner.collect(second) == [tokens[1] for tokens in expected[1:]]
