@@ -1,4 +1,9 @@
-"""Shared by all tests: where Triton kernels run, and tiny checkpoints to run the engine on."""
+"""Shared by all tests: where Triton kernels run, and tiny checkpoints to run the engine on.
+
+Tests are where their module is: those of nanovllm/engine/scheduler.py in engine/test_scheduler.py,
+those of LLM in test_llm*.py. What must hold of the whole engine, whatever is asked of it, is in
+properties/.
+"""
 
 import gc
 import os

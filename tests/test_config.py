@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from helpers.checkpoints import edit_json
 from helpers.engines import GREEDY, PROMPTS, build
 from nanovllm import LLM
+from nanovllm.config import Config
 
 # Options
 
@@ -178,3 +180,61 @@ def test_unknown_dtype_of_a_checkpoint_is_refused(tiny_copy: Path):
     edit_json(tiny_copy / "config.json", remove=("dtype", "torch_dtype"), torch_dtype="int8")
     with pytest.raises(ValueError, match="int8"):
         build(tiny_copy)
+
+
+# What comes of them, without an engine
+
+
+def config(path: Path, **options: object) -> Config:
+    return Config.from_options(path, {"device": "cpu"} | options)
+
+
+def test_numpy_numbers_are_options(tiny: Path):
+    found = config(
+        tiny, max_num_seqs=np.int64(3), seed=np.uint8(7), gpu_memory_utilization=np.float32(0.5)
+    )
+    assert (found.max_num_seqs, found.seed, found.gpu_memory_utilization) == (3, 7, 0.5)
+    assert {type(found.max_num_seqs), type(found.seed)} == {int}
+
+
+def test_a_cpu_runs_one_step_after_another_unless_told_otherwise(tiny: Path):
+    assert config(tiny).async_scheduling is False
+    assert config(tiny, async_scheduling=True).async_scheduling is True
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [(2, 2), (639, 639), (640, 640), (641, 640), (4096, 640)]
+)
+def test_no_sequence_is_longer_than_the_models_positions(tiny: Path, asked: int, expected: int):
+    assert config(tiny, max_model_len=asked).max_model_len == expected
+
+
+def test_a_model_of_a_single_position_is_refused(tiny_copy: Path):
+    edit_json(tiny_copy / "config.json", max_position_embeddings=1)
+    with pytest.raises(ValueError, match="max_position_embeddings=1"):
+        config(tiny_copy)
+
+
+@pytest.mark.parametrize(
+    ("generation", "model", "expected"),
+    [
+        (5, 7, {5}), ([5, 6], 7, {5, 6}), (None, 7, {7}), (None, [7, 7, 8], {7, 8}),
+        ([], 7, set()), (None, None, set()), (0, 7, {0}),
+    ],
+)  # fmt: skip
+def test_end_of_sequence_tokens_are_those_of_generation_config_if_it_has_any_word_of_them(
+    tiny_copy: Path, generation: object, model: object, expected: set[int]
+):
+    edit_json(tiny_copy / "generation_config.json", eos_token_id=generation)
+    edit_json(tiny_copy / "config.json", eos_token_id=model)
+    assert config(tiny_copy).eos_token_ids == expected
+
+
+def test_the_home_directory_has_its_short_name(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tiny.parent))
+    assert config(f"~/{tiny.name}").model_dir == tiny
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_a_dtype_that_is_asked_for_is_taken(tiny: Path, name: str):
+    assert config(tiny, dtype=name).torch_dtype == getattr(torch, name)

@@ -198,6 +198,16 @@ def make_backend(
     head_dim: int,
     block_size: int,
 ) -> AttentionBackend:
+    """The backend that `select_backend` names."""
+    name = select_backend(name, device, dtype, head_dim, block_size)
+    if name == "triton":
+        return TritonBackend(block_size, num_kv_heads, device)
+    return FlashBackend(block_size) if name == "flash-attn" else TorchBackend(block_size)
+
+
+def select_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int
+) -> str:
     """The backend asked for, or the best that can run if that is "auto".
 
     Raises:
@@ -212,13 +222,11 @@ def make_backend(
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         order = ["flash-attn", "triton", "torch"]
     if name == "auto":
-        name = next(backend for backend in order if obstacle_of[backend]() is None)
-    elif (obstacle := obstacle_of[name]()) is not None:
+        return next(backend for backend in order if obstacle_of[backend]() is None)
+    if (obstacle := obstacle_of[name]()) is not None:
         others = [backend for backend in order if obstacle_of[backend]() is None]
         raise ValueError(f"attention_backend {name!r} cannot run: {obstacle}; could be: {others}")
-    if name == "triton":
-        return TritonBackend(block_size, num_kv_heads, device)
-    return FlashBackend(block_size) if name == "flash-attn" else TorchBackend(block_size)
+    return name
 
 
 def _triton_obstacle(device: torch.device) -> str | None:

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import dummy_llm
 from helpers.checkpoints import Reference, random_tokens
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, build, greedy
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.cuda_graphs import graph_rows
+from nanovllm.engine import model_runner
 from nanovllm.engine.model_runner import load_libraries
 
 
@@ -108,56 +107,7 @@ def test_steps_in_a_row_use_different_host_memory(llm: LLM):
     assert indices == [indices[0] ^ (i & 1) for i in range(len(indices))]
 
 
-# Graphs
-
-
-@pytest.mark.parametrize("max_num_seqs", [1, 3, 8, 9, 40])
-def test_every_batch_has_a_graph_size_that_holds_it(max_num_seqs: int):
-    sizes = [graph_rows(rows, max_num_seqs) for rows in range(1, max_num_seqs + 1)]
-    for rows, size in enumerate(sizes, start=1):
-        assert rows <= size <= max_num_seqs
-    assert sizes == sorted(sizes)
-    assert sizes[-1] == max_num_seqs
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("max_num_seqs", [7, 21, 40])
-def test_batch_sizes_between_graph_sizes_give_the_same_tokens(tiny: Path, max_num_seqs: int):
-    """The batch shrinks by one at a time, through every size, as the requests end."""
-    reference = Reference(tiny, "cuda")
-    prompts = [random_tokens(3 + i % 5, seed=i) for i in range(max_num_seqs)]
-    params = [SamplingParams(temperature=0, max_tokens=2 + i) for i in range(max_num_seqs)]
-    expected = [
-        reference.tokens(prompt, param.max_tokens) for prompt, param in zip(prompts, params)
-    ]
-    with build(
-        tiny, device="cuda", attention_backend="triton", max_num_seqs=max_num_seqs,
-        num_kvcache_blocks=200,
-    ) as llm:  # fmt: skip
-        assert greedy(llm, prompts, params) == expected  # captures
-        assert greedy(llm, prompts[::-1], params[::-1]) == expected[::-1]  # replays
-
-
-@pytest.mark.gpu
-def test_graphs_of_all_sizes_share_their_memory():
-    changes = {"num_hidden_layers": 2}
-    with dummy_llm("qwen3-0.6b", changes, num_kvcache_blocks=8, max_num_seqs=256) as llm:
-        runner = llm.model_runner
-        before = torch.cuda.memory_reserved()
-        with torch.inference_mode():
-            for rows in (1, 2, 4, 8, *range(16, 256, 16)):
-                shape = runner.inputs.decode_shape(rows)
-                runner.graphs.run(shape)
-        assert torch.cuda.memory_reserved() - before < 2**27
-
-
 # What it takes, and what it leaves
-
-
-def test_size_of_the_cache_is_computed_where_it_is_not_given(tiny: Path):
-    with LLM(tiny, device="cpu", max_num_seqs=4, max_model_len=300) as llm:
-        assert llm.model_runner.num_kvcache_blocks == 4 * 2  # all that four sequences could use
-        assert len(llm.generate([1, 2], GREEDY, use_tqdm=False)[0]["token_ids"]) == 12
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -210,3 +160,35 @@ def test_close_gives_the_kv_cache_back(tiny: Path):
 def test_libraries_load(dtype: torch.dtype):
     """Of an error in the thread that does it an engine says nothing."""
     load_libraries(torch.device("cuda"), dtype)
+
+
+def test_inputs_that_do_not_fit_name_the_options_that_made_them_large(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model_runner, "InputBuffers", fail)
+    message = r"max_num_batched_tokens \(4321\) or max_num_seqs \(21\)"
+    with pytest.raises(RuntimeError, match=message):
+        build(tiny, max_num_batched_tokens=4321, max_num_seqs=21)
+
+
+# Steps by hand
+
+
+def test_a_token_that_the_host_has_not_read_is_taken_from_the_step_before(
+    llm: LLM, tiny_reference: Reference
+):
+    """Rows change their places: one prompt ends with its first token."""
+    runner, scheduler = llm.model_runner, llm.scheduler
+    lengths = (1, 12, 12, 12)
+    for prompt, max_tokens in zip(PROMPTS, lengths, strict=True):
+        llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=max_tokens))
+    first = runner.launch(scheduler.schedule())
+    second = runner.launch(batch := scheduler.schedule())
+    assert len(batch.seqs) == 3 and not batch.is_prefill
+    assert all(seq.num_pending_tokens == 2 for seq in batch.seqs)
+    expected = [tiny_reference.tokens(prompt, 2) for prompt in PROMPTS]
+    assert runner.collect(first) == [tokens[0] for tokens in expected]
+    assert runner.collect(second) == [tokens[1] for tokens in expected[1:]]

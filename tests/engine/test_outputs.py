@@ -1,11 +1,19 @@
 """The form of what a request gives back."""
 
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+from nanovllm.engine.outputs import (
+    CompletionOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    StreamOutput,
+)
 
 from helpers.engines import GREEDY, build
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
 
 
 @pytest.fixture
@@ -26,3 +34,26 @@ def test_output_has_these_keys_and_types(llm: LLM):
     assert {type(token) for token in output["token_ids"]} == {int}
     assert output["num_prompt_tokens"] == 3
     assert output["finish_reason"] == "length"
+
+
+def test_outputs_are_what_their_types_say(llm: LLM):
+    for params in (GREEDY, SamplingParams(n=2, logprobs=1, prompt_logprobs=1)):
+        (output,) = llm.generate([1, 2, 3], params, use_tqdm=False)
+        assert output.keys() == get_type_hints(RequestOutput).keys()
+        assert output["metrics"].keys() == get_type_hints(RequestMetrics).keys()
+        for completion in output["outputs"]:
+            assert completion.keys() == get_type_hints(CompletionOutput).keys()
+    for piece in llm.stream([1, 2, 3], GREEDY):
+        assert piece.keys() == get_type_hints(StreamOutput).keys()
+
+
+def test_log_probabilities_have_this_form(llm: LLM):
+    params = SamplingParams(temperature=0, max_tokens=2, logprobs=2, prompt_logprobs=1)
+    (output,) = llm.generate([1, 2, 3], params, use_tqdm=False)
+    first, *rest = output["prompt_logprobs"]
+    assert first is None
+    for entry in (*rest, *output["logprobs"]):
+        for token_id, found in entry.items():
+            assert type(token_id) is int
+            assert found == Logprob(found.logprob, found.rank, f"t{token_id}")
+            assert (type(found.logprob), type(found.rank)) == (float, int)

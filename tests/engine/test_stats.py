@@ -1,12 +1,15 @@
 """Tokens and seconds of the steps."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, build
 from nanovllm import LLM
+from nanovllm.engine.scheduler import Batch
+from nanovllm.engine.stats import StepStats
 
 
 @pytest.fixture
@@ -44,3 +47,29 @@ def test_time_after_the_last_request_was_aborted_is_not_counted(tiny: Path, asyn
         time.sleep(0.3)
         llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
         assert llm.stats.prefill_seconds + llm.stats.decode_seconds < 0.3
+
+
+# The counter itself
+
+
+def batch(is_prefill: bool, *lengths: int) -> Batch:
+    return Batch(is_prefill, lengths=list(lengths))
+
+
+def test_steps_are_counted_by_their_kind():
+    stats = StepStats()
+    assert (stats.prefill_rate, stats.decode_rate) == (0, 0), "nothing has taken no time"
+    stats.add(batch(True, 5, 7), 2.0)
+    stats.add(batch(False, 1, 1, 1), 0.5)
+    stats.add(batch(True, 4), 2.0)
+    assert stats == StepStats(16, 4.0, 3, 0.5)
+    assert (stats.prefill_rate, stats.decode_rate) == (4, 6)
+
+
+def test_what_came_after_a_copy():
+    stats = StepStats(10, 1.0, 20, 2.0)
+    before = replace(stats)
+    stats.add(batch(False, 1, 1), 0.25)
+    stats.add(batch(True, 3), 0.5)
+    assert stats.since(before) == StepStats(3, 0.5, 2, 0.25)
+    assert before == StepStats(10, 1.0, 20, 2.0)

@@ -7,9 +7,19 @@ import pytest
 import torch
 
 from helpers.engines import build
-from helpers.kernel_inputs import BF16, EPS, FP16, TOLERANCE, decode_batch, normal, relative_error
+from helpers.kernel_inputs import (
+    BF16,
+    EPS,
+    FP16,
+    FP32,
+    TOLERANCE,
+    decode_batch,
+    normal,
+    relative_error,
+)
+from nanovllm.layers import attention_backends
 from nanovllm.layers.attention import AttentionSpec
-from nanovllm.layers.attention_backends import make_backend
+from nanovllm.layers.attention_backends import make_backend, select_backend
 from nanovllm.utils.context import Context
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -74,3 +84,59 @@ def test_backend_that_needs_a_gpu_says_so_on_a_cpu(tiny: Path, backend: str):
     with pytest.raises(ValueError, match=message) as raised:
         build(tiny, attention_backend=backend)
     assert "'torch'" in str(raised.value)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """Makes believe that there is a GPU of some generation, and which packages are there."""
+
+    def pretend(capability: tuple[int, int], has_triton: bool, has_flash: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(attention_backends, "kernels", object() if has_triton else None)
+        obstacle = None if has_flash else "flash-attn is not installed"
+        monkeypatch.setattr(attention_backends, "_flash_obstacle", lambda *_: obstacle)
+
+    return pretend
+
+
+CUDA = (torch.device("cuda"), BF16, 128, 256)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_triton", "has_flash", "expected"),
+    [
+        ((9, 0), True, True, "triton"), ((9, 0), True, False, "triton"),
+        ((9, 0), False, True, "flash-attn"), ((9, 0), False, False, "torch"),
+        ((8, 0), True, True, "flash-attn"), ((8, 0), True, False, "triton"),
+        ((10, 0), True, True, "triton"),
+    ],
+)  # fmt: skip
+def test_the_fastest_that_can_run_is_taken(
+    gpu, capability: tuple[int, int], has_triton: bool, has_flash: bool, expected: str
+):
+    gpu(capability, has_triton, has_flash)
+    assert select_backend("auto", *CUDA) == expected
+
+
+def test_the_one_asked_for_is_taken_or_refused_with_those_that_could_be(gpu):
+    gpu((9, 0), True, False)
+    assert select_backend("torch", *CUDA) == "torch"
+    assert select_backend("triton", *CUDA) == "triton"
+    with pytest.raises(ValueError, match=r"not installed; could be: \['triton', 'torch'\]"):
+        select_backend("flash-attn", *CUDA)
+    gpu((9, 0), False, False)
+    with pytest.raises(ValueError, match=r"triton is not installed, .*could be: \['torch'\]"):
+        select_backend("triton", *CUDA)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "block_size", "message"),
+    [(FP32, 256, "dtype is torch.float32"), (BF16, 128, "a multiple of 256, got 128")],
+)
+def test_flash_attn_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block_size: int, message: str
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention_backends, "flash_attn_with_kvcache", lambda *_, **__: None)
+    with pytest.raises(ValueError, match=message):
+        select_backend("flash-attn", torch.device("cuda"), dtype, 128, block_size)

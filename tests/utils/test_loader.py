@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from helpers.checkpoints import Reference, link_checkpoint, make_checkpoint, random_tokens
 from helpers.engines import PROMPTS, build
 from nanovllm import SamplingParams
+from nanovllm.utils.loader import checkpoint_dtype, fill_with_noise
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 GOOD = random_tokens(20, seed=1)
@@ -133,3 +135,42 @@ def test_dummy_weights_need_no_files_and_repeat(tiny: Path, tmp_path: Path):
             outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
             found.append([output["token_ids"] for output in outputs])
     assert found[0] == found[1] != found[2]
+
+
+# Dummy weights, and the dtype of real ones
+
+
+def test_noise_has_the_deviation_asked_for_and_norms_are_ones():
+    model = nn.ModuleDict({"norm": nn.LayerNorm(50, bias=False), "linear": nn.Linear(300, 200)})
+    model.requires_grad_(False)
+    fill_with_noise(model, std=0.3, seed=5)
+    first = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert torch.equal(first["norm.weight"], torch.ones(50))
+    assert torch.equal(first["linear.bias"], torch.zeros(200))
+    weight = first["linear.weight"]
+    assert weight.std().item() == pytest.approx(0.3, rel=0.02) and abs(weight.mean()) < 0.01
+    fill_with_noise(model, std=0.3, seed=5)
+    assert torch.equal(model["linear"].weight, weight)
+    fill_with_noise(model, std=0.3, seed=6)
+    assert not torch.isclose(model["linear"].weight, weight).all(dim=1).any()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ({"a": torch.float16}, torch.float16), ({"a": torch.float64}, torch.float32),
+        ({"a": torch.int64, "b": torch.bfloat16}, torch.bfloat16), ({"a": torch.int8}, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoints_dtype_is_that_of_its_first_floats(
+    tmp_path: Path, tensors: dict[str, torch.dtype], expected: torch.dtype | None
+):
+    assert checkpoint_dtype(tmp_path) is None, "without a file"
+    save(tmp_path, {name: torch.zeros(2, dtype=dtype) for name, dtype in tensors.items()})
+    assert checkpoint_dtype(tmp_path) == expected
+
+
+def test_a_checkpoint_that_cannot_be_read_has_no_dtype(tmp_path: Path):
+    (tmp_path / "model.safetensors").write_bytes(b"no safetensors")
+    assert checkpoint_dtype(tmp_path) is None
