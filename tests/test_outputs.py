@@ -4,16 +4,16 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-from nanovllm.engine.outputs import (
+
+from helpers.engines import GREEDY, build
+from nanovllm import LLM, SamplingParams
+from nanovllm.outputs import (
     CompletionOutput,
     Logprob,
     RequestMetrics,
     RequestOutput,
     StreamOutput,
 )
-
-from helpers.engines import GREEDY, build
-from nanovllm import LLM, SamplingParams
 
 
 @pytest.fixture
