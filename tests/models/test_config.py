@@ -1,45 +1,97 @@
 """config.json: read as transformers reads it, and refused where the engine does not compute it."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
-from helpers.checkpoints import edit_json
-from helpers.engines import build
+from helpers.checkpoints import (
+    TRANSFORMERS_5,
+    Reference,
+    edit_json,
+    make_checkpoint,
+    random_tokens,
+)
+from helpers.engines import build, greedy
 from helpers.paths import DEMO
-from nanovllm.models.config import SIZES
+from nanovllm import SamplingParams
+from nanovllm.config import Config
+from nanovllm.models import MODELS
+from nanovllm.models.config import SIZES, ModelConfig
 from nanovllm.models.qwen3 import Qwen3Config
 
-SAME_AS_THEIRS = (
-    *SIZES, "rms_norm_eps", "initializer_range", "attention_bias", "tie_word_embeddings",
-    "eos_token_id",
-)  # fmt: skip
+FAMILIES: dict[str, type[ModelConfig]] = {
+    model.config_class.model_type: model.config_class for model in MODELS.values()
+}
+# Contents of a config.json for every family, and for each besides.
+CONTENTS: list[dict[str, Any]] = [
+    {},
+    {"hidden_size": 320, "num_hidden_layers": 3, "vocab_size": 77, "eos_token_id": [1, 2]},
+    {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 40},
+    {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "hidden_act": "gelu"},
+    {"intermediate_size": 64, "max_position_embeddings": 40960, "initializer_range": 0.5},
+    {"quantization_config": None, "eos_token_id": None},
+]
+NULL_HEADS: list[dict[str, Any]] = [
+    {"num_key_value_heads": None},
+    {"num_attention_heads": 8, "num_key_value_heads": None, "head_dim": 40},
+]
+SWITCHED_WINDOWS: list[dict[str, Any]] = [
+    {"use_sliding_window": False, "sliding_window": 64},
+    {"use_sliding_window": True, "sliding_window": 64},
+    {"use_sliding_window": True},
+]
+OWN_CONTENTS: dict[str, list[dict[str, Any]]] = {
+    "qwen3": [
+        *NULL_HEADS, *SWITCHED_WINDOWS, {"attention_bias": True},
+        json.loads((DEMO / "config.json").read_text()),
+    ],
+    "qwen2": [*NULL_HEADS, *SWITCHED_WINDOWS],
+    "llama": [*NULL_HEADS, {"attention_bias": True}, {"mlp_bias": True}, {"head_dim": None}],
+    "mistral": [{"head_dim": None}, {"sliding_window": None}, {"sliding_window": 64}],
+}  # fmt: skip
+FAMILY_AND_CONTENT = [
+    (name, content) for name in FAMILIES for content in CONTENTS + OWN_CONTENTS.get(name, [])
+]
+COMPARED_ELSEWHERE = {"rope_parameters", "original_max_position_embeddings", "dtype"}
 
 
 def read(**content: Any) -> Qwen3Config:
     return Qwen3Config.from_json({"model_type": "qwen3", **content})
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        {},
-        {"hidden_size": 320, "num_hidden_layers": 3, "vocab_size": 77, "eos_token_id": [1, 2]},
-        {"num_attention_heads": 8, "num_key_value_heads": None, "head_dim": 40},
-        {"num_key_value_heads": None},
-        {"tie_word_embeddings": True, "attention_bias": True, "rms_norm_eps": 1e-5},
-        {"use_sliding_window": False, "sliding_window": 4096, "quantization_config": None},
-        {"intermediate_size": 64, "max_position_embeddings": 40960, "initializer_range": 0.5},
-        json.loads((DEMO / "config.json").read_text()),
-    ],
-)
-def test_values_and_defaults_are_those_of_transformers(content: dict[str, Any]):
-    ours, theirs = read(**content), transformers.Qwen3Config(**content)
-    for name in SAME_AS_THEIRS:
-        assert getattr(ours, name) == getattr(theirs, name), name
+def value_of(theirs: transformers.PretrainedConfig, name: str) -> Any:
+    """What transformers' model makes of its config."""
+    if name == "head_dim":  # not an option of every family
+        head_dim = getattr(theirs, "head_dim", None)
+        return head_dim or theirs.hidden_size // theirs.num_attention_heads
+    if name == "sliding_window":
+        switch = getattr(theirs, "use_sliding_window", True)
+        return getattr(theirs, "sliding_window", None) if switch else None
+    return getattr(theirs, name)
+
+
+@pytest.mark.parametrize(("family", "content"), FAMILY_AND_CONTENT)
+def test_values_and_defaults_are_those_of_transformers(family: str, content: dict[str, Any]):
+    ours = FAMILIES[family].from_json({"model_type": family, **content})
+    theirs = transformers.CONFIG_MAPPING[family](**content)
+    names = {f.name for f in fields(ours)}
+    assert names >= {name for name in vars(theirs) if name.endswith("bias")}
+    for name in names - COMPARED_ELSEWHERE:
+        assert getattr(ours, name) == value_of(theirs, name), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_default_rope_is_that_of_transformers(family: str):
+    ours = FAMILIES[family].from_json({"model_type": family}).rope_parameters
+    theirs = transformers.CONFIG_MAPPING[family]()
+    if TRANSFORMERS_5:
+        assert ours == theirs.rope_parameters
+    else:
+        assert (ours["rope_theta"], theirs.rope_scaling) == (theirs.rope_theta, None)
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
@@ -136,3 +188,44 @@ def test_option_of_qwen3_that_is_not_computed_is_refused_by_name(
     edit_json(tiny_copy / "config.json", **{name: value})
     with pytest.raises(ValueError, match=name):
         build(tiny_copy)
+
+
+# The sliding window
+
+
+@pytest.mark.parametrize(
+    ("content", "window"),
+    [
+        ({"model_type": "mistral"}, 4096),
+        ({"model_type": "mistral", "sliding_window": 64}, 64),
+        ({"model_type": "qwen2", "use_sliding_window": True}, 4096),
+        ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 64}, 64),
+    ],
+)
+def test_sequences_may_be_as_long_as_the_window(tmp_path: Path, content: dict, window: int):
+    edit_json(tmp_path / "config.json", max_position_embeddings=8192, **content)
+    config = Config(str(tmp_path), max_model_len=window)
+    assert config.max_model_len == config.hf_config.sliding_window == window
+    refused = rf"sliding window of {window} tokens.*give max_model_len={window} or less"
+    with pytest.raises(ValueError, match=refused):
+        Config(str(tmp_path), max_model_len=window + 1)
+
+
+def test_a_window_that_is_null_is_none(tmp_path: Path):
+    edit_json(tmp_path / "config.json", model_type="mistral", sliding_window=None)
+    assert Config(str(tmp_path), max_model_len=100_000).max_model_len == 100_000
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8", True, [4]])
+def test_a_window_of_no_use_is_refused_by_name(tmp_path: Path, value: object):
+    edit_json(tmp_path / "config.json", model_type="mistral", sliding_window=value)
+    with pytest.raises(ValueError, match="sliding_window"):
+        Config(str(tmp_path))
+
+
+def test_sequences_that_fill_the_window_give_transformers_tokens(tmp_path: Path):
+    path = make_checkpoint(tmp_path / "model", family="mistral", sliding_window=64)
+    prompt, params = random_tokens(50), SamplingParams(temperature=0, max_tokens=14)
+    with build(path, max_model_len=64) as llm:
+        (tokens,) = greedy(llm, [prompt], params)
+    assert tokens == Reference(path).tokens(prompt, 14)

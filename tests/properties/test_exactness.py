@@ -50,6 +50,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-biases-dim64": {
         "family": "llama", "attention_bias": True, "mlp_bias": True, "head_dim": 64,
     },
+    "mistral-gqa2": {"family": "mistral"},
+    "mistral-tied-gqa8-dim64-sharded": {
+        "family": "mistral", "tie_word_embeddings": True, "head_dim": 64,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "max_shard_size": "100KB",
+    },
 }  # fmt: skip
 
 
