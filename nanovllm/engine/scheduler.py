@@ -78,24 +78,25 @@ class Scheduler:
         Returns the rows whose token counts: a chunk of a prompt yields none, and a sequence may
         have ended while its row was already under way.
         """
-        rows = []
-        for row, (seq, samples) in enumerate(zip(batch.seqs, batch.samples, strict=True)):
+        rows, block_size = [], self.block_manager.block_size
+        columns = zip(batch.seqs, batch.samples, token_ids, strict=True)
+        for row, (seq, samples, token_id) in enumerate(columns):
             if not samples:
                 continue
             seq.num_pending_tokens -= 1
-            if seq.is_finished:
+            if seq.status is SequenceStatus.FINISHED:
                 continue
-            token_id = token_ids[row]
-            if len(seq.token_ids) == seq.num_prompt_tokens:
+            rows.append(row)
+            num_written = len(seq.token_ids)  # all before the new one
+            if num_written == seq.num_prompt_tokens:
                 seq.first_token_time = time.time()
             seq.token_ids.append(token_id)
-            rows.append(row)
-            self._register_generated(seq)
-            if token_id in seq.eos_token_ids:
-                self._finish(seq, "stop")
-            elif token_id in seq.stop_token_ids:
-                self._finish(seq, "stop", token_id)
-            elif len(seq.token_ids) >= seq.max_len:
+            if num_written % block_size == 0 and seq.block_table:  # they have filled a block
+                self.block_manager.register(seq, num_written)
+            if token_id in seq.ending_token_ids:
+                is_eos = token_id in seq.eos_token_ids
+                self._finish(seq, "stop", None if is_eos else token_id)
+            elif num_written + 1 >= seq.max_len:
                 self._finish(seq, "length")
         return rows
 
@@ -170,12 +171,6 @@ class Scheduler:
         if batch.is_prefill:  # all these tokens are known, and so are the blocks they fill
             self.block_manager.register(seq, seq.num_computed_tokens)
         return length
-
-    def _register_generated(self, seq: Sequence) -> None:
-        """Register the block that the token before the newest one has filled, if it has."""
-        num_written = len(seq.token_ids) - 1
-        if num_written % self.block_manager.block_size == 0 and seq.block_table:
-            self.block_manager.register(seq, num_written)
 
     def _preempt(self, seq: Sequence) -> None:
         """Send a sequence back to the head of the queue, to be computed again from its tokens."""

@@ -56,7 +56,8 @@ class Sequence:
     Attributes:
         token_ids: prompt and generated tokens known so far.
         sampling: what a step has to do for its row.
-        eos_token_ids, stop_token_ids: the tokens that end it: silently, or as its `stop_reason`.
+        ending_token_ids: the tokens that end it: those of `eos_token_ids` silently, the others as
+            its `stop_reason`.
         num_pending_tokens: sampled by a launched step, not yet collected.
         num_computed_tokens: leading tokens whose keys and values a launched step has written or
             the prefix cache held.
@@ -84,9 +85,9 @@ class Sequence:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.sampling_params = params
         self.max_len = max_len
-        self.stop_token_ids = frozenset(params.stop_token_ids or ())
         self.eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
-        withheld = self.stop_token_ids.union(eos_token_ids)  # EOS also where it would be ignored
+        self.ending_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
+        withheld = self.ending_token_ids.union(eos_token_ids)  # EOS also where it would be ignored
         self.sampling = RowSampling(
             seed, params.usable_temperature, min(params.top_k, 2**31 - 1), params.top_p,
             params.min_p, params.truncates, LogitEdits.of(params, withheld, prompt_token_ids),

@@ -16,11 +16,6 @@ SIZES = (
 )  # fmt: skip
 
 
-def default_rope() -> dict[str, Any]:
-    """`ModelConfig.rope_parameters` where config.json has none."""
-    return {"rope_type": "default", "rope_theta": 10000.0}
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a network. A family adds what it alone has, and the defaults of its own class in
@@ -28,6 +23,7 @@ class ModelConfig:
 
     Attributes:
         model_type: the family's name in config.json.
+        default_rope_theta: of transformers' class.
         rope_parameters: "rope_type", "rope_theta", and what a scaled type wants besides.
         original_max_position_embeddings: if given beside `rope_parameters`, not inside.
         sliding_window: how many tokens attention looks back, the newest included; None: all. The
@@ -37,6 +33,7 @@ class ModelConfig:
     """
 
     model_type: ClassVar[str]
+    default_rope_theta: ClassVar[float] = 10000.0
 
     vocab_size: int
     hidden_size: int
@@ -50,7 +47,9 @@ class ModelConfig:
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     hidden_act: str = "silu"
-    rope_parameters: dict[str, Any] = field(default_factory=default_rope)
+    rope_parameters: dict[str, Any] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
     original_max_position_embeddings: int | None = None
     sliding_window: int | None = None
     dtype: Any = None
@@ -67,7 +66,7 @@ class ModelConfig:
         defaults = {f.name: f.default for f in fields(cls) if f.name != "rope_parameters"}
         values = {name: content.get(name, default) for name, default in defaults.items()}
         values["dtype"] = content.get("dtype") or content.get("torch_dtype")  # transformers 5, 4
-        values["rope_parameters"] = _rope_parameters(content)
+        values["rope_parameters"] = _rope_parameters(content, cls.default_rope_theta)
         values["sliding_window"] = cls.window(content)
         _derive_sizes(values, content)
         config = cls(**values)
@@ -135,14 +134,14 @@ def _check_options(content: dict[str, Any]) -> None:
             raise refusal(name, content[name])
 
 
-def _rope_parameters(content: dict[str, Any]) -> dict[str, Any]:
+def _rope_parameters(content: dict[str, Any], default_theta: float) -> dict[str, Any]:
     """transformers 5 keeps type, theta and scaling in `rope_parameters`, 4 apart."""
     given = content.get("rope_scaling") or content.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise refusal("rope_scaling", given)
     if any(isinstance(value, dict) for value in given.values()):
         raise ValueError(f"config.json has rope parameters for kinds of layers: {given}")
-    theta = given.get("rope_theta") or content.get("rope_theta", default_rope()["rope_theta"])
+    theta = given.get("rope_theta") or content.get("rope_theta", default_theta)
     if not _is_number(theta) or theta == 0:
         raise refusal("rope_theta", theta)
     rope_type = given.get("rope_type", given.get("type", "default"))

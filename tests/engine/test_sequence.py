@@ -60,7 +60,7 @@ def test_the_tokens_that_end_it_and_those_withheld_before_min_tokens(ignore_eos:
     params = SamplingParams(stop_token_ids=[4], ignore_eos=ignore_eos, min_tokens=1)
     seq = Sequence(3, PROMPT, params, MAX_LEN, seed=0, eos_token_ids={8, 9})
     assert seq.eos_token_ids == (set() if ignore_eos else {8, 9})
-    assert seq.stop_token_ids == {4}
+    assert seq.ending_token_ids == ({4} if ignore_eos else {4, 8, 9})
     assert seq.sampling.edits.withheld == {4, 8, 9}, "EOS, too, where it would be ignored"
 
 

@@ -1,6 +1,7 @@
 """Engines for the tests of what is built on the library."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,9 @@ from nanovllm.entrypoints import common
 
 if TYPE_CHECKING:
     from nanovllm.lm_eval import NanoVLLM
+
+if find_spec("lm_eval") is None:
+    collect_ignore_glob = ["test_lm_eval_*.py"]
 
 
 @pytest.fixture
