@@ -1,0 +1,130 @@
+"""Which kernel serves a product: a table over rows, shapes, uses, dtypes and GPUs."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from nanovllm.kernels.launch import Gpu
+from nanovllm.kernels.linear import Kernel, Product, Use, choose_kernel
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+GEMV, SPLIT_K, LIBRARY = Kernel.GEMV, Kernel.SPLIT_K, Kernel.LIBRARY
+KIB = 1024
+GPUS = {
+    "A100": Gpu((8, 0), 163 * KIB, 164 * KIB, 108),
+    "RTX 3090": Gpu((8, 6), 99 * KIB, 100 * KIB, 82),
+    "L4": Gpu((8, 9), 99 * KIB, 100 * KIB, 58),
+    "H100": Gpu((9, 0), 227 * KIB, 228 * KIB, 132),
+    "B200": Gpu((10, 0), 227 * KIB, 228 * KIB, 148),
+    "RTX 5090": Gpu((12, 0), 99 * KIB, 100 * KIB, 170),
+}
+HOPPER_CLASS = ("H100", "B200")
+
+
+class Shape(NamedTuple):
+    """A published model: hidden, intermediate, q/k/v outputs, attention's width, vocabulary."""
+
+    hidden: int
+    inner: int
+    qkv: int
+    attended: int
+    vocab: int
+
+    def products(self) -> dict[str, tuple[int, int, Use, bool]]:
+        """In and out features, what becomes of it, and whether a norm comes before."""
+        return {
+            "qkv": (self.hidden, self.qkv, Use.VALUES, True),
+            "output": (self.attended, self.hidden, Use.ADDED, False),
+            "gate_up": (self.hidden, 2 * self.inner, Use.GATED, True),
+            "down": (self.inner, self.hidden, Use.ADDED, False),
+            "head": (self.hidden, self.vocab, Use.VALUES, True),
+        }
+
+
+MODELS = {
+    "Qwen3-0.6B": Shape(1024, 3072, 4096, 2048, 151936),
+    "Qwen3-4B": Shape(2560, 9728, 6144, 4096, 151936),
+    "Qwen3-8B": Shape(4096, 12288, 6144, 4096, 151936),
+    "Qwen3-32B": Shape(5120, 25600, 10240, 8192, 151936),
+    "Qwen2.5-0.5B": Shape(896, 4864, 1152, 896, 151936),
+    "Qwen2.5-7B": Shape(3584, 18944, 4608, 3584, 152064),
+    "Llama-3.2-1B": Shape(2048, 8192, 3072, 2048, 128256),
+    "Llama-3.1-8B": Shape(4096, 14336, 6144, 4096, 128256),
+    "Mistral-7B": Shape(4096, 14336, 6144, 4096, 32768),
+}
+NAMES = ("qkv", "output", "gate_up", "down", "head")
+
+# On Hopper in bf16: rows, then the kernels of the five products in the order of NAMES, by their
+# first letters (g: GEMV, s: split K, l: library).
+ON_HOPPER = [
+    ("Qwen3-0.6B", {1: "ggggg", 2: "ggggg", 3: "sssss", 64: "sssss", 65: "ssssl", 128: "ssssl"}),
+    ("Qwen3-4B", {1: "ggggg", 2: "sssss", 3: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
+    ("Qwen3-8B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
+    ("Qwen3-32B", {1: "sgsss", 2: "sssss", 64: "sssss", 65: "lslsl", 128: "lslsl"}),
+    ("Qwen2.5-0.5B", {1: "ggggg", 2: "ggggg", 3: "sssss", 64: "sssss", 65: "ssssl"}),
+    ("Qwen2.5-7B", {1: "gggsg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
+    ("Llama-3.2-1B", {1: "ggggg", 2: "gggsg", 3: "sssss", 64: "sssss", 65: "ssssl"}),
+    ("Llama-3.1-8B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
+    ("Mistral-7B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
+]
+
+
+def chosen(model: str, gpu: str, rows: int, **options: Any) -> str:
+    options = {"dtype": BF16} | options
+    products = MODELS[model].products()
+    kernels = []
+    for name in NAMES:
+        k, n, use, has_norm = products[name]
+        product = Product(rows, k, n, use=use, has_norm=has_norm, **options)
+        kernels.append(choose_kernel(product, GPUS[gpu]).value[0])
+    return "".join(kernels)
+
+
+@pytest.mark.parametrize(("model", "table"), ON_HOPPER)
+@pytest.mark.parametrize("gpu", HOPPER_CLASS)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_products_of_published_models_on_hopper(
+    model: str, table: dict[int, str], gpu: str, dtype: torch.dtype
+):
+    assert {rows: chosen(model, gpu, rows, dtype=dtype) for rows in table} == table
+    assert chosen(model, gpu, 129, dtype=dtype) == "lllll"
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("gpu", sorted(GPUS.keys() - set(HOPPER_CLASS)))
+def test_other_gpus_have_gemv_and_the_library(model: str, gpu: str):
+    """Split K is made for Hopper's shared memory."""
+    on_hopper = dict(ON_HOPPER)[model]
+    for rows in (1, 2):
+        assert chosen(model, gpu, rows) == on_hopper[rows].replace("s", "l")
+    for rows in (3, 64, 128):
+        assert chosen(model, gpu, rows) == "lllll"
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("gpu", GPUS)
+def test_float32_has_gemv_and_the_library(model: str, gpu: str):
+    on_hopper = dict(ON_HOPPER)[model]
+    for rows in (1, 2):
+        assert chosen(model, gpu, rows, dtype=FP32) == on_hopper[rows].replace("s", "l")
+    for rows in (3, 64):
+        assert chosen(model, gpu, rows, dtype=FP32) == "lllll"
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_norm_with_partial_sums_before_it_is_not_for_gemv(gpu: str):
+    """It knows none: they would be lost."""
+    few = SPLIT_K if gpu in HOPPER_CLASS else LIBRARY
+    for use in (Use.VALUES, Use.GATED):
+        product = Product(1, 1024, 4096, BF16, use, has_norm=True)
+        assert choose_kernel(product, GPUS[gpu]) is GEMV
+        assert choose_kernel(product._replace(has_partials=True), GPUS[gpu]) is few
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_gemv_serves_what_it_takes_a_norm_or_an_addition_from(gpu: str):
+    few = SPLIT_K if gpu in HOPPER_CLASS else LIBRARY
+    for use in (Use.VALUES, Use.GATED):
+        assert choose_kernel(Product(1, 1024, 4096, BF16, use), GPUS[gpu]) is few
+    assert choose_kernel(Product(1, 1024, 4096, BF16, Use.ADDED), GPUS[gpu]) is GEMV
