@@ -111,7 +111,7 @@ class SamplingParams:
             self._set("logit_bias", self._bias())
 
     @property
-    def usable_temperature(self) -> float:
+    def effective_temperature(self) -> float:
         """The temperature, such that float32 logits can be divided by it; 0 for greedy."""
         too_small = self.temperature < MIN_TEMPERATURE
         return 0.0 if too_small else min(self.temperature, MAX_TEMPERATURE)
@@ -120,7 +120,7 @@ class SamplingParams:
     def truncates(self) -> bool:
         """Whether `top_k`, `top_p` or `min_p` may cut tokens off."""
         is_on = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-        return is_on and self.usable_temperature > 0
+        return is_on and self.effective_temperature > 0
 
     @property
     def penalizes(self) -> bool:

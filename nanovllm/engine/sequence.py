@@ -89,7 +89,7 @@ class Sequence:
         self.ending_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
         withheld = self.ending_token_ids.union(eos_token_ids)  # EOS also where it would be ignored
         self.sampling = RowSampling(
-            seed, params.usable_temperature, min(params.top_k, 2**31 - 1), params.top_p,
+            seed, params.effective_temperature, min(params.top_k, 2**31 - 1), params.top_p,
             params.min_p, params.truncates, LogitEdits.of(params, withheld, prompt_token_ids),
             params.logprobs,
         )  # fmt: skip

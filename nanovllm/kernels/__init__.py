@@ -17,12 +17,13 @@ from nanovllm.kernels.embedding import embed
 from nanovllm.kernels.gumbel import gumbel_sample
 from nanovllm.kernels.layernorm import rms_norm
 from nanovllm.kernels.linear import add_matmul, gated_matmul, matmul
+from nanovllm.kernels.paged_cache import MAX_HEAD_DIM, tile_tokens
 from nanovllm.kernels.prefill_attention import paged_prefill
 from nanovllm.kernels.rope_store import qk_norm_rope_store
 from nanovllm.kernels.truncate import truncation_thresholds
 
 __all__ = [
-    "DecodePlan", "add_matmul", "embed", "gated_matmul", "gumbel_sample", "matmul",
+    "MAX_HEAD_DIM", "DecodePlan", "add_matmul", "embed", "gated_matmul", "gumbel_sample", "matmul",
     "max_plan_words", "num_decode_ranges", "paged_decode", "paged_prefill", "plan_decode",
-    "qk_norm_rope_store", "rms_norm", "silu_and_mul", "truncation_thresholds",
+    "qk_norm_rope_store", "rms_norm", "silu_and_mul", "tile_tokens", "truncation_thresholds",
 ]  # fmt: skip

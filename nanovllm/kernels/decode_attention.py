@@ -90,7 +90,7 @@ def paged_decode(
         bounds, tiles, out, partial, stats[0], stats[1], scale * LOG2_E,
         num_kv_heads, head_dim,
         GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
-        BLOCK_N=tile_tokens(block_size), MAX_CHUNKS=MAX_CHUNKS,
+        BLOCK_N=tile_tokens(block_size, head_dim), MAX_CHUNKS=MAX_CHUNKS,
         FUSED=fused, HAS_NORM=q_weight is not None, FIRST=FIRST, LAST=LAST, NEWEST=NEWEST,
         PRECISION="tf32" if wide else "ieee", num_warps=4 if wide else 8,
         num_stages=stages if wide else 1, **pdl(qkv),

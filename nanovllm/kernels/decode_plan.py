@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanovllm.kernels.paged_cache import tile_tokens
-
 MAX_CHUNKS = 32
 FUSED_ROWS = 4  # up to so many rows, the kernel stores the newest token itself
 MANY_ROWS = 64
@@ -50,9 +48,9 @@ def _aligned(size: int) -> int:
     return -(-size // 4) * 4
 
 
-def max_plan_words(rows: int, max_context_len: int, block_size: int, num_ranges: int) -> int:
+def max_plan_words(rows: int, max_context_len: int, tile: int, num_ranges: int) -> int:
     """int32 words of the largest plan of a step of so many rows."""
-    tiles = rows * -(-max_context_len // tile_tokens(block_size))
+    tiles = rows * -(-max_context_len // tile)
     return _aligned(num_ranges + 1) + _aligned(rows) + 2 * tiles
 
 
@@ -60,6 +58,7 @@ def plan_decode(
     context_lens: np.ndarray,
     block_tables: np.ndarray,
     block_size: int,
+    tile: int,
     num_ranges: int,
     padded_rows: int,
 ) -> DecodePlan:
@@ -68,10 +67,10 @@ def plan_decode(
     Args:
         context_lens: [rows], the newest token included.
         block_tables: [rows, width].
+        tile: tokens of a tile, from `tile_tokens`.
         num_ranges: from `num_decode_ranges`.
         padded_rows: the rows that the kernel will get.
     """
-    tile = tile_tokens(block_size)
     fused = padded_rows <= FUSED_ROWS
     cached = context_lens - 1 if fused else context_lens
     counts = np.maximum(1, -(-cached // tile))  # tiles of a row

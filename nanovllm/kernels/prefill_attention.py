@@ -52,7 +52,7 @@ def paged_prefill(
         scale * LOG2_E, block_tables.stride(0), block_size,
         num_heads, num_kv_heads, head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=block_m,
-        BLOCK_N=tile_tokens(block_size, 64 if wide else 16),
+        BLOCK_N=tile_tokens(block_size, head_dim, 64 if wide else 16),
         PRECISION="tf32" if wide else "ieee",
         num_warps=4 if wide or block_m == 16 else 8, num_stages=3 if wide else 1,
         **pdl(q),

@@ -112,8 +112,11 @@ class TritonBackend(AttentionBackend):
     name = "triton"
     reads_tables_in_decode = False
 
-    def __init__(self, block_size: int, num_kv_heads: int, device: torch.device) -> None:
+    def __init__(
+        self, block_size: int, num_kv_heads: int, head_dim: int, device: torch.device
+    ) -> None:
         super().__init__(block_size)
+        self.tile: int = kernels.tile_tokens(block_size, head_dim)
         self.num_ranges: int = kernels.num_decode_ranges(device, num_kv_heads)
 
     def attend(
@@ -131,7 +134,7 @@ class TritonBackend(AttentionBackend):
         return out.flatten(1)
 
     def max_metadata_words(self, rows: int, max_context_len: int) -> int:
-        return kernels.max_plan_words(rows, max_context_len, self.block_size, self.num_ranges)
+        return kernels.max_plan_words(rows, max_context_len, self.tile, self.num_ranges)
 
     def prepare_decode(
         self,
@@ -141,7 +144,7 @@ class TritonBackend(AttentionBackend):
         padded_rows: int,
     ) -> int:
         plan = kernels.plan_decode(
-            context_lens, block_tables, self.block_size, self.num_ranges, padded_rows
+            context_lens, block_tables, self.block_size, self.tile, self.num_ranges, padded_rows
         )
         views = kernels.DecodePlan.views(buffer, padded_rows, self.num_ranges)
         rows = len(context_lens)
@@ -201,7 +204,7 @@ def make_backend(
     """The backend that `select_backend` names."""
     name = select_backend(name, device, dtype, head_dim, block_size)
     if name == "triton":
-        return TritonBackend(block_size, num_kv_heads, device)
+        return TritonBackend(block_size, num_kv_heads, head_dim, device)
     return FlashBackend(block_size) if name == "flash-attn" else TorchBackend(block_size)
 
 
@@ -214,7 +217,7 @@ def select_backend(
         ValueError: if the one asked for cannot run, saying why.
     """
     obstacle_of = {
-        "triton": lambda: _triton_obstacle(device),
+        "triton": lambda: _triton_obstacle(device, head_dim),
         "flash-attn": lambda: _flash_obstacle(device, dtype, head_dim, block_size),
         "torch": lambda: None,
     }
@@ -229,10 +232,14 @@ def select_backend(
     return name
 
 
-def _triton_obstacle(device: torch.device) -> str | None:
+def _triton_obstacle(device: torch.device, head_dim: int) -> str | None:
     if device.type != "cuda":
         return f"it needs a GPU, and device is {str(device)!r}"
-    return None if kernels is not None else "triton is not installed, or older than 3.5"
+    if kernels is None:
+        return "triton is not installed, or older than 3.5"
+    if head_dim > kernels.MAX_HEAD_DIM:
+        return f"it has room for a head_dim of {kernels.MAX_HEAD_DIM} at most, got {head_dim}"
+    return None
 
 
 def _flash_obstacle(

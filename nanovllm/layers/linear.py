@@ -66,7 +66,7 @@ class Linear(nn.Module):
         stands beside the weight, as one row is faster with half the bytes (a decode step of
         Qwen3-0.6B on two cores: 92 against 114 ms); one in bf16 replaces it.
         """
-        if not can_pack(self.weight):
+        if not has_onednn_bf16(self.weight):
             return
         self._packed_weight = pack_weight(self.weight)
         self._packs_every_row = self._packed_weight.dtype == self.weight.dtype
@@ -101,7 +101,7 @@ class PackedLinear(Linear):
         return views
 
 
-def can_pack(weight: torch.Tensor) -> bool:
+def has_onednn_bf16(weight: torch.Tensor) -> bool:
     """Whether oneDNN's packed matrices serve this weight: bf16, on a CPU."""
     return (
         weight.device.type == "cpu"

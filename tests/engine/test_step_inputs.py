@@ -99,7 +99,7 @@ def test_padding_rows_point_at_no_slot_and_no_context(tiny: Path):
 def triton_backend(num_ranges: int) -> TritonBackend:
     """As on a GPU with so many ranges."""
     backend = TritonBackend.__new__(TritonBackend)
-    backend.block_size, backend.num_ranges = BLOCK, num_ranges
+    backend.block_size, backend.tile, backend.num_ranges = BLOCK, BLOCK, num_ranges
     return backend
 
 
@@ -138,7 +138,7 @@ def test_plan_is_sent_in_place_of_block_tables(tiny: Path, max_num_seqs: int, fo
         tables = np.zeros((len(lengths), width), dtype=np.int32)
         for row, seq in enumerate(decode.seqs):
             tables[row, : len(seq.block_table)] = seq.block_table
-        plan = plan_decode(np.array(lengths) + 1, tables, BLOCK, 6, padded_rows)
+        plan = plan_decode(np.array(lengths) + 1, tables, BLOCK, BLOCK, 6, padded_rows)
         sent = buffers.backend.decode_metadata(inputs.decode_metadata, padded_rows)
         assert sent.bounds.tolist() == plan.bounds.tolist()
         assert sent.tiles[: len(plan.tiles)].tolist() == plan.tiles.tolist()

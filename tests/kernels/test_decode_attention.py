@@ -22,6 +22,7 @@ from helpers.kernel_inputs import (
 from nanovllm.kernels import decode_attention as decode_attention_module
 from nanovllm.kernels.decode_attention import paged_decode
 from nanovllm.kernels.decode_plan import FUSED_ROWS, MANY_ROWS, DecodePlan, plan_decode
+from nanovllm.kernels.paged_cache import tile_tokens
 from nanovllm.kernels.prefill_attention import paged_prefill
 from nanovllm.layers.paged_attention import decode_attention, norm_rope_store
 
@@ -40,9 +41,9 @@ def decode(function, batch: DecodeBatch, num_ranges: int = 7) -> torch.Tensor:
     context_lens, block_tables = (
         tensor[real].cpu().numpy() for tensor in (before.context_lens, before.block_tables)
     )
-    plan = plan_decode(
-        context_lens, block_tables, before.k_cache.shape[1], num_ranges, len(batch.qkv)
-    )
+    block_size, _, head_dim = before.k_cache.shape[1:]
+    tile = tile_tokens(block_size, head_dim)
+    plan = plan_decode(context_lens, block_tables, block_size, tile, num_ranges, len(batch.qkv))
     bounds, chunk_counts, tiles = (torch.from_numpy(piece).to(batch.qkv.device) for piece in plan)
     padding = torch.zeros_like(before.context_lens[~real])
     plan = DecodePlan(bounds, torch.cat((chunk_counts, padding)), tiles)
@@ -81,6 +82,7 @@ DECODES = [
     ([1, 63, 64, 65, 66, 700], (64, 4, 1, 96)),
     ([255, 256, 257, 512, 0], (256, 8, 1, 128)),
     ([600, 0], (16, 17, 1, 32)),
+    ([70, 33, 32, 0], (64, 2, 1, 256)),
     ([1, 600, 64, 65], (16, 4, 2, 64)),
     ([513, 1, 2, 0, 0, 0], (64, 8, 8, 32)),
     ([4200, 1, 9, 2, 3], (64, 2, 1, 32)),  # 17 chunks, and single ones
@@ -98,7 +100,7 @@ def test_paged_decode(function, context_lens, sizes: Sizes, dtype: torch.dtype) 
 
 @interpreted
 @pytest.mark.parametrize("function", [paged_decode, decode_attention])
-@pytest.mark.parametrize(("context_lens", "sizes"), DECODES[4:7])  # with 2, 4 and 6 rows
+@pytest.mark.parametrize(("context_lens", "sizes"), DECODES[4:8])  # with 2 to 6 rows
 def test_paged_decode_without_qk_norm(function, context_lens, sizes: Sizes) -> None:
     check_decode(function, context_lens, sizes, FP32, qk_norm=False)
 

@@ -16,10 +16,12 @@ from nanovllm.kernels.paged_cache import tile_tokens
 
 @pytest.mark.parametrize("padded_rows", [FUSED_ROWS, 40, MANY_ROWS + 1, 2 * MANY_ROWS + 1])
 @pytest.mark.parametrize("num_ranges", [1, 7, 66])
-@pytest.mark.parametrize("block_size", [16, 48, 64, 256])
+@pytest.mark.parametrize(
+    ("block_size", "head_dim"), [(16, 128), (48, 64), (64, 128), (64, 256), (256, 128)]
+)
 @pytest.mark.parametrize("seed", range(4))
 def test_plan_holds_every_token_once(
-    seed: int, block_size: int, num_ranges: int, padded_rows: int
+    seed: int, block_size: int, head_dim: int, num_ranges: int, padded_rows: int
 ) -> None:
     random = np.random.default_rng(seed)
     edges = [1, 2, 17, 64, 65, 66, 512, 513, 514, 4096, 4097, 4098, 32768, 40960]
@@ -28,7 +30,8 @@ def test_plan_holds_every_token_once(
     tables = random.permutation(len(context_lens) * width).reshape(-1, width).astype(np.int32)
     # A fused kernel has the newest token in registers.
     lengths = context_lens - (padded_rows <= FUSED_ROWS)
-    plan = plan_decode(context_lens, tables, block_size, num_ranges, padded_rows)
+    tile = tile_tokens(block_size, head_dim)
+    plan = plan_decode(context_lens, tables, block_size, tile, num_ranges, padded_rows)
 
     # Chunks lie in any order, each in one piece.
     chunk_of_tile = plan.tiles[:, 1] >> 10
@@ -43,9 +46,9 @@ def test_plan_holds_every_token_once(
         for row, length in enumerate(lengths)
         for i in range(length)
     ]
-    tiles_of_row = np.maximum(1, -(-lengths // tile_tokens(block_size)))
+    tiles_of_row = np.maximum(1, -(-lengths // tile))
     assert np.bincount(rows).tolist() == tiles_of_row.tolist()
-    size = (len(context_lens), max(context_lens), block_size, num_ranges)
+    size = (len(context_lens), max(context_lens), tile, num_ranges)
     assert len(plan.bounds) + len(plan.chunk_counts) + plan.tiles.size <= max_plan_words(*size)
     counts = np.array([len(set(chunks[rows == row])) for row in range(len(lengths))])
     assert plan.chunk_counts.tolist() == counts.tolist()
@@ -62,7 +65,9 @@ def test_plan_holds_every_token_once(
     loads = np.diff(plan.bounds) + np.diff(np.searchsorted(borders, plan.bounds))
     assert loads.max() - loads.min() <= np.diff(borders).max() + 1
 
-    alone = plan_decode(context_lens[5:6], tables[5:6], block_size, num_ranges, padded_rows).tiles
+    alone = plan_decode(
+        context_lens[5:6], tables[5:6], block_size, tile, num_ranges, padded_rows
+    ).tiles
     alone = alone[np.argsort(alone[:, 1] >> 10, kind="stable")]
     assert (alone + np.array([0, 5 << 16])).tolist() == in_order[rows == 5].tolist()
 
@@ -77,7 +82,7 @@ def test_plan_holds_every_token_once(
 def test_chunks_depend_on_the_context_and_the_class_of_the_batch(rows: int, counts: list[int]):
     context_lens = np.array([64, 128, 512, 600, 1200, 40000]) + (rows <= FUSED_ROWS)
     tables = np.arange(6 * 157, dtype=np.int32).reshape(6, 157)
-    plan = plan_decode(context_lens, tables, 256, 33, rows)
+    plan = plan_decode(context_lens, tables, 256, 64, 33, rows)
     assert plan.chunk_counts.tolist() == counts
 
 

@@ -2,6 +2,7 @@
 
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,7 +93,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 
     def pretend(capability: tuple[int, int], has_triton: bool, has_flash: bool) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(attention_backends, "kernels", object() if has_triton else None)
+        kernels = SimpleNamespace(MAX_HEAD_DIM=256) if has_triton else None
+        monkeypatch.setattr(attention_backends, "kernels", kernels)
         obstacle = None if has_flash else "flash-attn is not installed"
         monkeypatch.setattr(attention_backends, "_flash_obstacle", lambda *_: obstacle)
 
@@ -127,6 +129,14 @@ def test_the_one_asked_for_is_taken_or_refused_with_those_that_could_be(gpu):
     gpu((9, 0), False, False)
     with pytest.raises(ValueError, match=r"triton is not installed, .*could be: \['torch'\]"):
         select_backend("triton", *CUDA)
+
+
+def test_heads_that_no_tile_has_room_for_are_refused_or_go_elsewhere(gpu):
+    gpu((9, 0), True, False)
+    with pytest.raises(ValueError, match="a head_dim of 256 at most, got 512"):
+        select_backend("triton", torch.device("cuda"), BF16, 512, 256)
+    assert select_backend("auto", torch.device("cuda"), BF16, 512, 256) == "torch"
+    assert select_backend("auto", torch.device("cuda"), BF16, 256, 256) == "triton"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nanovllm.layers.deferred import Stream
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import Linear, PackedLinear, can_pack
+from nanovllm.layers.linear import Linear, PackedLinear, has_onednn_bf16
 
 
 def filled(module: torch.nn.Module) -> torch.nn.Module:
@@ -20,7 +20,7 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
 def test_packed_weights_give_the_plain_product(rows: int, bias: bool):
     torch.manual_seed(0)
     linear = filled(Linear(96, 40, bias).to(torch.bfloat16))
-    if not can_pack(linear.weight):
+    if not has_onednn_bf16(linear.weight):
         pytest.skip("oneDNN has no packed matrices here")
     x, norm = torch.randn(rows, 96).bfloat16(), RMSNorm(96, 1e-6).to(torch.bfloat16)
     norm.weight.data.fill_(1.0)
