@@ -141,7 +141,7 @@ def floor_seconds(
 
     The first `prefix_len` tokens, the same in every prompt, are computed once.
     """
-    config, itemsize = engine_config.hf_config, engine_config.torch_dtype.itemsize
+    config, itemsize = engine_config.model_config, engine_config.torch_dtype.itemsize
     q_size = config.num_attention_heads * config.head_dim
     kv_size = config.num_key_value_heads * config.head_dim
     layer = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
@@ -259,7 +259,7 @@ def main() -> None:
     backend = llm.model_runner.attention_backend
     device = llm.config.torch_device
     on_gpu = device.type == "cuda"
-    vocab_size = llm.config.hf_config.vocab_size
+    vocab_size = llm.config.model_config.vocab_size
     workload = Workload.draw(
         args.num_requests or (256 if on_gpu else 8),
         tuple(args.input_len or ((100, 1024) if on_gpu else (20, 200))),

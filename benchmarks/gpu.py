@@ -182,7 +182,7 @@ class Bench:
         """Run a case on nanovllm, and add its row."""
         seconds = []
         for _ in range(self.args.runs + 1):
-            workload = self.renewed(case, llm.config.hf_config.vocab_size)
+            workload = self.renewed(case, llm.config.model_config.vocab_size)
             result = run(llm, workload, TEMPERATURE, use_tqdm=False)
             if result["cached_tokens"]:
                 raise RuntimeError(f"{case.name}: the prefix cache helped; the figure is worthless")
@@ -241,7 +241,7 @@ class Bench:
     def host(self, llm: LLM) -> None:
         for batch in self.sizes.host_batches:
             case = Case.decode("host", batch, self.sizes.scaling_len[0], 1, "")
-            prompts = self.renewed(case, llm.config.hf_config.vocab_size).prompts
+            prompts = self.renewed(case, llm.config.model_config.vocab_size).prompts
             detail = host_seconds(llm, prompts, self.sizes.host_steps)
             parts = " + ".join(f"{name} {1e6 * seconds:.0f}" for name, seconds in detail.items())
             name, runs = f"host, batch {batch} ({parts})", [sum(detail.values())]
@@ -264,7 +264,7 @@ class Bench:
             output_lens = case.workload.output_lens
             of_a_run = [output_lens, [1] * len(output_lens)] if case.per_step else [output_lens]
             for lens in of_a_run * runs:
-                prompts = self.renewed(case, config.hf_config.vocab_size).prompts
+                prompts = self.renewed(case, config.model_config.vocab_size).prompts
                 calls.append({"prompts": prompts, "output_lens": lens})
         self.progress(f"starting {engine}")
         engine_path = self.args.engine_path if engine == "nano-vllm" else None

@@ -75,7 +75,7 @@ def work(group: str, llm: LLM, step: Step) -> tuple[float, float]:
 
     Bytes: each input and output once. Operations only where prefill is bound by them.
     """
-    config, itemsize = llm.config.hf_config, llm.config.torch_dtype.itemsize
+    config, itemsize = llm.config.model_config, llm.config.torch_dtype.itemsize
     hidden, inner = config.hidden_size, config.intermediate_size
     layers = config.num_hidden_layers
     q_size = config.num_attention_heads * config.head_dim
@@ -203,7 +203,7 @@ def prefill(llm: LLM, requests: int, length: int) -> tuple[Step, list[Kernel], f
 
 
 def _prompt(llm: LLM, length: int) -> list[int]:
-    return random.choices(range(llm.config.hf_config.vocab_size), k=length)
+    return random.choices(range(llm.config.model_config.vocab_size), k=length)
 
 
 def _running_tokens(llm: LLM) -> int:

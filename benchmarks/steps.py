@@ -160,7 +160,7 @@ def recorded(llm: LLM, letters: dict[int, str]) -> Iterator[list[Step]]:
             return None
         rows = [
             Row(letters[seq.seq_id], *numbers, seq not in was_running, list(seq.block_table))
-            for seq, *numbers in zip(batch.seqs, batch.starts, batch.lengths, batch.samples)
+            for seq, *numbers in zip(batch.seqs, batch.starts, batch.lengths, batch.yields_token)
         ]
         preempted = [seq for seq in was_running if seq.status is SequenceStatus.WAITING]
         idle = [seq for seq in scheduler.running if seq not in batch.seqs]

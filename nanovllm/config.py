@@ -1,4 +1,4 @@
-"""Every knob of the engine, checked once, here."""
+"""Every option of the engine, checked here."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.models import CausalLM, model_class
+from nanovllm.models import CausalLM, find_model_class
 from nanovllm.models.config import ModelConfig
 from nanovllm.utils.loader import checkpoint_dtype
 from nanovllm.utils.validation import as_integer, as_number
@@ -28,7 +28,7 @@ class Config:
         max_num_batched_tokens: the most tokens of one prefill step; longer prompts run in chunks.
         max_num_seqs: the most sequences that run at once.
         max_model_len: the most tokens of a sequence, prompt and output together; capped by the
-            model, and by the KV cache if that is smaller.
+            model here, and by the engine if its KV cache is smaller.
         gpu_memory_utilization: the share of the GPU's memory that this engine may take.
         enforce_eager: never use CUDA Graphs.
         kvcache_block_size: tokens per KV block, a multiple of 16 (of 256 with flash-attn).
@@ -39,7 +39,7 @@ class Config:
         load_format: "auto" (safetensors), or "dummy": random weights in the shape of config.json.
         seed: what the random choices of requests without a seed of their own are drawn from.
         async_scheduling: plan and launch a step before the last one's tokens are read, so that the
-            device never waits. None: on a GPU only, since a CPU computes in the same thread.
+            device need not wait. None: on a GPU only, since a CPU computes in the same thread.
 
     Raises:
         TypeError, ValueError: for an option that cannot work; the message names it and says what
@@ -63,7 +63,7 @@ class Config:
 
     model_dir: Path = field(init=False)
     model_class: type[CausalLM] = field(init=False)
-    hf_config: ModelConfig = field(init=False)
+    model_config: ModelConfig = field(init=False)
     torch_device: torch.device = field(init=False)
     torch_dtype: torch.dtype = field(init=False)
     generation_config: dict[str, Any] = field(init=False)
@@ -85,27 +85,27 @@ class Config:
         self.torch_device = _resolve_device(self.device)
         self.model_dir = _resolve_model(self.model)
         content = _load_config_json(self.model_dir)
-        self.model_class = model_class(content)
-        self.hf_config = self.model_class.config_class.from_json(content)
-        self.torch_dtype = _resolve_dtype(self.dtype, self.hf_config, self.model_dir)
-        self.max_model_len = min(self.max_model_len, self.hf_config.max_position_embeddings)
+        self.model_class = find_model_class(content)
+        self.model_config = self.model_class.config_class.from_json(content)
+        self.torch_dtype = _resolve_dtype(self.dtype, self.model_config, self.model_dir)
+        self.max_model_len = min(self.max_model_len, self.model_config.max_position_embeddings)
         if self.max_model_len < 2:
             raise ValueError("config.json has max_position_embeddings=1, and 2 is the least of use")
-        window = self.hf_config.sliding_window
+        window = self.model_config.sliding_window
         if window is not None and window < self.max_model_len:
             raise ValueError(
                 f"config.json has a sliding window of {window} tokens, which is not supported in "
                 f"sequences of {self.max_model_len}: give max_model_len={window} or less"
             )
         self.generation_config = _load_generation_config(self.model_dir)
-        self.eos_token_ids = _eos_token_ids(self.generation_config, self.hf_config)
+        self.eos_token_ids = _eos_token_ids(self.generation_config, self.model_config)
         if self.async_scheduling is None:
             self.async_scheduling = self.torch_device.type == "cuda"
 
     def _check_options(self) -> None:
         for name in ("max_num_batched_tokens", "kvcache_block_size"):
             self._check_integer(name, at_least=1)
-        self._check_integer("max_num_seqs", at_least=1, below=2**15)
+        self._check_integer("max_num_seqs", at_least=1, below=2**15)  # a row's number has 15 bits
         self._check_integer("max_model_len", at_least=2)
         self._check_integer("seed", at_least=0)
         if self.num_kvcache_blocks is not None:
@@ -191,11 +191,11 @@ def _load_config_json(model_dir: Path) -> dict[str, Any]:
     return _read_json_object(path)
 
 
-def _resolve_dtype(name: str, hf_config: ModelConfig, model_dir: Path) -> torch.dtype:
+def _resolve_dtype(name: str, model_config: ModelConfig, model_dir: Path) -> torch.dtype:
     """The dtype asked for; for "auto" that of config.json, or of the weights if it has none."""
     if name != "auto":
         return DTYPES[name]
-    dtype = hf_config.dtype or checkpoint_dtype(model_dir) or torch.float32
+    dtype = model_config.dtype or checkpoint_dtype(model_dir) or torch.float32
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
     if dtype not in DTYPES.values():
@@ -222,14 +222,14 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _eos_token_ids(generation_config: dict[str, Any], hf_config: ModelConfig) -> set[int]:
+def _eos_token_ids(generation_config: dict[str, Any], model_config: ModelConfig) -> set[int]:
     """The end-of-sequence ids of generation_config.json, or of config.json if it has none.
 
     The tokenizer's own is added by the engine, which has the tokenizer.
     """
     eos = generation_config.get("eos_token_id")
     if eos is None:
-        eos = hf_config.eos_token_id
+        eos = model_config.eos_token_id
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for token_id in ids:
         if not isinstance(token_id, int) or isinstance(token_id, bool):

@@ -187,10 +187,10 @@ class LLM(LLMEngine):
         )
 
     def _pieces(self, requests: list[Request]) -> Generator[StreamOutput, None, None]:
-        self._check_idle("stream")
-        self._is_streaming = True
-        live = []
+        self._check_idle("stream")  # again, as it begins when the first piece is asked for
+        self._is_streaming = is_mine = True
         try:
+            live = []
             for index, request in enumerate(requests):
                 self._queue(request)
                 live.append(self.output_processor.stream(index, request.sequences[0]))
@@ -198,14 +198,14 @@ class LLM(LLMEngine):
                 self.step()
                 pieces = [piece for stream in live if (piece := stream.next_piece()) is not None]
                 live = [stream for stream in live if not stream.seq.is_finished]
-                self._is_streaming = bool(live)
+                self._is_streaming = is_mine = bool(live)  # with the last piece, others may begin
                 yield from pieces
         finally:
-            if live:
+            if is_mine:  # it was closed early, or has failed
                 self._is_streaming = False
                 if not self.is_closed:
-                    for stream in live:
-                        self.abort(stream.seq.seq_id)
+                    for request in requests:
+                        self.abort(request.request_id)
 
     def _check_idle(self, method: str) -> None:
         self._check_open()

@@ -19,13 +19,12 @@ class Logprob:
     decoded_token: str | None = None
 
 
-# At one position: the token that is there, then the most likely ones. None where nothing comes
-# before.
+# At one position: the token that is there, then the most likely ones.
 PositionLogprobs = dict[int, Logprob]
 
 
 class RequestMetrics(TypedDict):
-    """Points in time, by `time.time`, and spans of it, in seconds.
+    """All in seconds: points in time by `time.time`, then two durations.
 
     `time_per_output_token` is the mean over the tokens after the first; None if there are none.
     """
@@ -78,7 +77,8 @@ class StreamOutput(TypedDict):
     """What is new of one prompt of `LLM.stream`: whole characters, and tokens.
 
     `index` is the prompt's place in the list. `logprobs` has a dict a token, if asked for.
-    `finish_reason` and `stop_reason` are None until the last piece.
+    `finish_reason` and `stop_reason` are None until the last piece; a request that was aborted ends
+    with "abort".
     """
 
     index: int

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from nanovllm.utils.validation import as_integer, as_number
 
 # Dividing by a smaller temperature could overflow. Above the largest, all tokens are equally likely
@@ -17,9 +19,9 @@ MAX_N = 16384
 class SamplingParams:
     """How the tokens of one request are chosen, when it ends, and what comes back.
 
-    Names, defaults and meanings are vLLM's, except that `max_tokens` is 64. The order of things:
-    `allowed_token_ids`, `min_tokens` and `logit_bias`, then the penalties, `temperature`, `min_p`,
-    `top_k`, `top_p`.
+    Names, defaults and meanings are vLLM's, except that `max_tokens` is 64. Applied in
+    this order: `allowed_token_ids`, `min_tokens` and `logit_bias`, then the penalties,
+    `temperature`, `min_p`, `top_k`, `top_p`.
 
     Attributes:
         temperature: logits are divided by it before sampling; 0 picks the most likely token
@@ -34,7 +36,8 @@ class SamplingParams:
         include_stop_str_in_output: leave it in the text.
         stop_token_ids: tokens that end the request.
         seed: makes the request's random choices repeatable, whatever else runs beside it; any
-            integer of 64 bits. None, or -1, draws one from the engine's own seed.
+            integer of 64 bits. None, or -1, draws one from the engine's own seed. Completion i of
+            `n` has the seed plus i.
         logprobs: return the log probability of each token and of so many most likely ones.
         prompt_logprobs: the same for the tokens of the prompt.
         n: how many completions of the prompt to sample.
@@ -124,12 +127,13 @@ class SamplingParams:
 
     @property
     def penalizes(self) -> bool:
-        """Whether the tokens so far change the logits of the next."""
+        """Whether the tokens so far change the logits of the next: the engine has to know them
+        before it can launch the next step."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
         return penalties != (0, 0, 1)
 
-    def needs_more_tokens(self, num_generated: int) -> bool:
-        """Whether after so many tokens nothing may end the request yet (`min_tokens`)."""
+    def is_below_min_tokens(self, num_generated: int) -> bool:
+        """Whether after so many generated tokens nothing may end the request yet."""
         return num_generated < self.min_tokens
 
     def _set(self, name: str, value: Any) -> None:
@@ -178,3 +182,36 @@ class SamplingParams:
                 raise ValueError(f"logit_bias of token {token_id} must be finite, got {number}")
             biases[as_integer("logit_bias, key", token_id)] = max(-100.0, min(100.0, number))
         return biases
+
+
+@dataclass(frozen=True)
+class LogitEdits:
+    """What a request changes in its logits before each sampling: resolved once, when it is queued.
+
+    Attributes:
+        params: the request's; `allowed_token_ids`, `logit_bias` and the penalties are read.
+        changes_all: whether every token is sampled from changed logits; if not, those that come
+            before `min_tokens` are.
+        withheld: tokens that would end the request: not sampled before `min_tokens`.
+        prompt: the prompt's distinct tokens, sorted, [any number] int64; empty without penalties.
+    """
+
+    params: SamplingParams
+    changes_all: bool
+    withheld: frozenset[int]
+    prompt: np.ndarray
+
+    @classmethod
+    def of(
+        cls, params: SamplingParams, withheld: frozenset[int], prompt: list[int]
+    ) -> "LogitEdits | None":
+        """Those of a request; None if it wants nothing changed."""
+        changes_all = params.penalizes or bool(params.logit_bias or params.allowed_token_ids)
+        if not changes_all and not params.min_tokens:
+            return None
+        distinct = np.unique(prompt) if params.penalizes else np.empty(0, dtype=np.int64)
+        return cls(params, changes_all, withheld, distinct)
+
+    def apply_to(self, num_generated: int) -> bool:
+        """Whether the token after so many generated ones is sampled from changed logits."""
+        return self.changes_all or self.params.is_below_min_tokens(num_generated)

@@ -48,7 +48,7 @@ def test_unknown_option_is_refused_and_the_known_ones_listed(tiny: Path):
         build(tiny, max_seqs=3)
 
 
-@pytest.mark.parametrize("name", ["model_dir", "hf_config", "eos_token_ids", "torch_device"])
+@pytest.mark.parametrize("name", ["model_dir", "model_config", "eos_token_ids", "torch_device"])
 def test_what_the_config_computes_is_not_an_option(tiny: Path, name: str):
     with pytest.raises(TypeError, match=f"unknown engine option '{name}'"):
         build(tiny, **{name: 1})

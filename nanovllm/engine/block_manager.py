@@ -4,7 +4,8 @@ The KV cache is a pool of blocks of `block_size` tokens each. A full block is re
 hash of its tokens chained with the hash of the blocks before it, so that a later sequence with the
 same prefix points at the same block instead of computing it again (the "automatic prefix caching"
 of vLLM, over the paged memory of Kwon et al. 2023, arXiv:2309.06180). A freed block keeps its
-contents, and can be found again, until it is needed for something else: least recently used first.
+contents, and can be found again, until it is needed for something else: least recently freed
+first.
 """
 
 from array import array
@@ -15,7 +16,7 @@ import xxhash
 
 from nanovllm.engine.sequence import Sequence
 
-EMPTY_PREFIX = 0  # its content id, and its hash
+EMPTY_PREFIX = 0  # the hash and the content id of no tokens; blocks that hold none have them, too
 
 
 class Block:
@@ -75,10 +76,11 @@ class BlockManager:
         are not enough free blocks.
         """
         assert not seq.block_table and not seq.num_pending_tokens
-        if headroom >= self.num_free_blocks:
+        if headroom >= self.num_free_blocks:  # at least one block is a new one: spare the hashing
             return False
         cached = self._cached_prefix(seq.token_ids) if use_cache else []
         num_blocks = -(-len(seq.token_ids) // self.block_size)
+        # A cached block that nobody holds leaves the free blocks, too.
         num_taken = num_blocks - sum(block.ref_count > 0 for block in cached)
         if num_taken + headroom > self.num_free_blocks:
             return False
@@ -93,7 +95,8 @@ class BlockManager:
         return True
 
     def append(self, seq: Sequence) -> bool:
-        """Make room for the keys and values of the sequence's next token to run.
+        """Make room for the keys and values of the sequence's next token to run, by a block if it
+        takes one.
 
         Returns False, and changes nothing, if that takes a block and none is free.
         """
@@ -107,12 +110,13 @@ class BlockManager:
     def register(self, seq: Sequence, num_tokens: int) -> None:
         """Let others find the sequence's full blocks among its first `num_tokens` tokens.
 
-        A prompt's are registered as soon as the step that fills them is planned: whoever reads a
-        block is launched in or after that step, and a layer writes all keys and values before it
-        reads any. Generated ones are when their tokens are known.
+        A prompt's are registered as soon as the step that fills them is planned. That is safe:
+        whoever reads a block is launched in that step or later, and in a step every layer writes
+        all keys and values before it reads any (`AttentionBackend.attend`). Blocks of generated
+        tokens are registered when their tokens are known.
         """
         blocks = [self.blocks[i] for i in seq.block_table[: num_tokens // self.block_size]]
-        first_new = len(blocks)
+        first_new = len(blocks)  # those before it are registered already
         while first_new > 0 and not blocks[first_new - 1].is_registered:
             first_new -= 1
         for index in range(first_new, len(blocks)):
@@ -131,12 +135,13 @@ class BlockManager:
 
     def free(self, seq: Sequence) -> None:
         """Take a sequence's blocks back. Their contents stay findable until they are reused."""
-        for block_id in reversed(seq.block_table):  # so that a prefix outlives its continuation
+        # The last block first, since the first freed is the first reused: a prefix stays longer.
+        for block_id in reversed(seq.block_table):
             block = self.blocks[block_id]
             block.ref_count -= 1
             if block.ref_count == 0:
                 self.free_blocks[block_id] = block
-                if self.block_of_hash.get(block.hash) is not block:
+                if not self._is_findable(block):
                     self.free_blocks.move_to_end(block_id, last=False)  # nothing worth keeping
         seq.block_table.clear()
         seq.num_computed_tokens = 0
@@ -155,6 +160,7 @@ class BlockManager:
         """The longest run of known full blocks that `token_ids` starts with, last token apart."""
         found: list[Block] = []
         prefix_hash, parent_id = EMPTY_PREFIX, EMPTY_PREFIX
+        # Full blocks that end before the last token.
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
             tokens = token_ids[start : start + self.block_size]
             prefix_hash = hash_block(prefix_hash, tokens)
@@ -165,9 +171,12 @@ class BlockManager:
             parent_id = block.content_id
         return found
 
+    def _is_findable(self, block: Block) -> bool:
+        return self.block_of_hash.get(block.hash) is block
+
     def _append_new_block(self, seq: Sequence) -> None:
         block_id, block = self.free_blocks.popitem(last=False)
-        if self.block_of_hash.get(block.hash) is block:
+        if self._is_findable(block):
             del self.block_of_hash[block.hash]
         block.forget()
         block.ref_count = 1

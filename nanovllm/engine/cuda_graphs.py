@@ -8,13 +8,14 @@ from nanovllm.engine.step_inputs import StepShape
 
 
 def graph_rows(rows: int, max_rows: int) -> int:
-    """The batch size whose graph runs `rows` rows: 1, 2, 4, 8, or a multiple of 16."""
+    """The batch size whose graph runs `rows` rows: 1, 2, 4, 8 or a multiple of 16, at the most
+    `max_rows`."""
     size = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 16) * 16
     return min(size, max_rows)
 
 
 class CudaGraphs:
-    """Runs decode steps, each shape from its second time on as a graph.
+    """Runs decode steps, each shape from its second time on as a graph, or once it was captured.
 
     All graphs share one pool of memory.
 
@@ -32,7 +33,7 @@ class CudaGraphs:
         self.device = device
         self.run_step = run_step
         self.graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        # One of each: every new stream would bring a cuBLAS workspace.
+        # One pool, one stream: every new stream would bring a cuBLAS workspace.
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 

@@ -35,10 +35,11 @@ class Detokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._stop = stop
         self._include_stop = include_stop
-        # The text of a token may depend on the token before it. So the newest tokens are decoded
-        # together with those before them, whose text is in `text` already.
+        # The text of a token may depend on the token before it: new tokens are decoded together
+        # with some before them, whose text is in `text` already. Where a character takes two
+        # tokens, the first is new until the second has come; then both are the next one's context.
         self._context: list[int] = []
-        self._new: list[int] = []  # the tokens after them, whose text may still change
+        self._new: list[int] = []
         self._num_shown = 0  # characters of the new tokens' text that are in `text`
 
     def append(self, token_id: int, may_stop: bool = True) -> None:
@@ -49,7 +50,7 @@ class Detokenizer:
         self._show(complete[self._num_shown :], may_stop)
         self._num_shown = max(self._num_shown, len(complete))
         if complete == new:
-            if new:  # a token without text is no context
+            if new:  # what has no text, such as a special token, changes no text after it
                 self._context = self._new
             self._new, self._num_shown = [], 0
 
@@ -64,7 +65,7 @@ class Detokenizer:
         """How much of `text` no stop string can take back: it does not end inside of one."""
         if self.stopped_by is not None:
             return len(self.text)
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
         for length in range(min(longest, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-length:]) for stop in self._stop):
                 return len(self.text) - length

@@ -1,9 +1,9 @@
 """From what a person asks for to sequences that the scheduler can queue, checked."""
 
+import collections.abc
 import random
 import reprlib
 import time
-from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, TypeAlias
@@ -15,9 +15,10 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.validation import as_integer
 
 # Text, or token ids, or a dict that has one of them as its only entry.
-Prompt: TypeAlias = str | List[int] | dict[str, str | List[int]]
-Prompts: TypeAlias = Prompt | List[Prompt]
-Params: TypeAlias = SamplingParams | List[SamplingParams | None] | None
+TokenIds: TypeAlias = collections.abc.Sequence[int]
+Prompt: TypeAlias = str | TokenIds | dict[str, str | TokenIds]
+Prompts: TypeAlias = Prompt | collections.abc.Sequence[Prompt]
+Params: TypeAlias = SamplingParams | collections.abc.Sequence[SamplingParams | None] | None
 
 
 @dataclass
@@ -113,7 +114,7 @@ class InputProcessor:
         return [Request(text, self._sequences(ids, param), now) for text, ids, param in checked]
 
     def _sequences(self, token_ids: list[int], params: SamplingParams) -> list[Sequence]:
-        drawn = self._seeds.getrandbits(63)
+        drawn = self._seeds.getrandbits(63)  # in any case: seeds of later requests stay the same
         seed = drawn if params.seed is None else params.seed
         max_len = self.config.max_model_len
         if params.max_tokens is not None:
@@ -130,7 +131,7 @@ class InputProcessor:
 
     def _check_params(self, params: SamplingParams) -> None:
         """What cannot be known without the model."""
-        vocab_size = self.config.hf_config.vocab_size
+        vocab_size = self.config.model_config.vocab_size
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token_id in getattr(params, name) or ():
                 if not 0 <= token_id < vocab_size:
@@ -155,7 +156,7 @@ class InputProcessor:
                     "vocabulary, end the request"
                 )
 
-    def _token_ids(self, prompt: str | List[int], name: str) -> list[int]:
+    def _token_ids(self, prompt: str | TokenIds, name: str) -> list[int]:
         """The tokens of a prompt, checked against the model."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -169,7 +170,9 @@ class InputProcessor:
                 raise ValueError(f"{name} is not valid Unicode text: {error}") from error
         elif isinstance(prompt, (list, tuple)):
             token_ids = list(prompt)
-            if set(map(type, token_ids)) != {int}:  # one by one takes 0.5 us a token
+            if set(map(type, token_ids)) != {
+                int
+            }:  # the fast check; one by one takes 0.5 us a token
                 token_ids = [as_integer(f"{name}, token {i}", t) for i, t in enumerate(prompt)]
         else:
             raise TypeError(
@@ -177,7 +180,7 @@ class InputProcessor:
             )
         if not token_ids:
             raise ValueError(f"{name} is empty: it needs at least one token")
-        vocab_size = self.config.hf_config.vocab_size
+        vocab_size = self.config.model_config.vocab_size
         for token_id in (min(token_ids), max(token_ids)):
             if not 0 <= token_id < vocab_size:
                 raise ValueError(
@@ -193,7 +196,7 @@ class InputProcessor:
         return token_ids
 
 
-def _unwrapped(prompt: Prompt, name: str) -> str | List[int]:
+def _unwrapped(prompt: Prompt, name: str) -> str | TokenIds:
     """What a dict stands for, by its key."""
     if not isinstance(prompt, dict):
         return prompt

@@ -34,7 +34,8 @@ def allocate_kv_cache(
         ) from error
     if on_cpu:
         cache = cache.transpose(3, 4)
-    return [*zip(*cache, strict=True)]
+    keys, values = cache
+    return [*zip(keys, values, strict=True)]
 
 
 def num_fitting_blocks(

@@ -42,8 +42,9 @@ class LLMEngine:
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         self.config = Config.from_options(model, options)
-        with ThreadPoolExecutor(1) as pool:  # the GPU gets ready while this thread imports
-            if self.config.torch_device.type == "cuda":  # what fails there fails again below
+        with ThreadPoolExecutor(1) as pool:
+            # A GPU gets ready while this thread imports. An error there ModelRunner meets again.
+            if self.config.torch_device.type == "cuda":
                 pool.submit(load_libraries, self.config.torch_device, self.config.torch_dtype)
             self.tokenizer = load_tokenizer(self.config.model_dir)
         self.model_runner = ModelRunner(self.config)
@@ -58,7 +59,7 @@ class LLMEngine:
         self.input_processor = InputProcessor(self.config, self.tokenizer, eos_token_ids)
         self.output_processor = OutputProcessor(self.tokenizer)
         self.stats = StepStats()
-        self._requests: dict[int, Request] = {}  # unfinished ones, by the ids of their sequences
+        self._request_of_seq: dict[int, Request] = {}  # by seq_id, of unfinished sequences
         self._in_flight: deque[tuple[Batch, PendingStep]] = deque()
         self._last_collect = 0.0
         self._num_finished = self._num_aborted = self._num_generated = 0
@@ -99,15 +100,16 @@ class LLMEngine:
         self._check_open()
         try:
             outputs = []
-            if self._in_flight and self._needs_tokens():
+            if self._in_flight and self._launch_needs_tokens():
                 outputs += self._collect()
             if not self._in_flight:
                 self._last_collect = time.perf_counter()
             batch = self.scheduler.schedule()
             if batch is not None:
                 self._in_flight.append((batch, self.model_runner.launch(batch)))
-            may_stay = 1 if batch is not None and self.config.async_scheduling else 0
-            if len(self._in_flight) > may_stay:
+            # The step just launched may stay in flight; with nothing to launch, none does.
+            max_in_flight = 1 if batch is not None and self.config.async_scheduling else 0
+            if len(self._in_flight) > max_in_flight:
                 outputs += self._collect()
             self._collect_leftovers()
             return outputs
@@ -123,12 +125,12 @@ class LLMEngine:
     def abort(self, request_id: int) -> None:
         """Drop one request, wherever it is; no output comes of it. Unknown ids are ignored."""
         self._check_open()
-        requests = self._requests.values()
-        found = next((found for found in requests if found.request_id == request_id), None)
-        if found is not None:
+        requests = self._request_of_seq.values()
+        request = next((one for one in requests if one.request_id == request_id), None)
+        if request is not None:
             self._num_aborted += 1
-            for seq in found.sequences:
-                self._requests.pop(seq.seq_id, None)
+            for seq in request.sequences:
+                self._request_of_seq.pop(seq.seq_id, None)
                 self.output_processor.drop(seq)
                 self.scheduler.abort(seq)
         self._collect_leftovers()
@@ -136,8 +138,8 @@ class LLMEngine:
     def abort_all(self) -> None:
         """Drop every request; all KV blocks are free afterwards."""
         self._check_open()
-        self._num_aborted += len({id(request) for request in self._requests.values()})
-        self._requests.clear()
+        self._num_aborted += len({id(request) for request in self._request_of_seq.values()})
+        self._request_of_seq.clear()
         self._in_flight.clear()
         self.output_processor.clear()
         self.scheduler.abort_all()
@@ -146,11 +148,11 @@ class LLMEngine:
     def metrics(self) -> dict[str, int | float]:
         """What the engine is doing, and has done since it began.
 
-        Requests: `requests_running` and `requests_waiting` (counted by completion), and
-        `requests_finished` and `requests_aborted`. `prompt_tokens` counts those of admitted
-        requests, `cached_prompt_tokens` those of them that the prefix cache held, of which
-        `prefix_cache_hit_rate` is the share. `generated_tokens` are those of finished requests.
-        `kv_blocks_peak` is the most blocks ever in use. Rates are tokens per second of such steps.
+        By request: `requests_finished` and `requests_aborted`, and `generated_tokens`, those of
+        finished requests. By completion, of which a request with `n` has n: `requests_running`,
+        `requests_waiting`, `prompt_tokens` of those that were admitted, `cached_prompt_tokens` of
+        them that the prefix cache held, and their share, `prefix_cache_hit_rate`. `kv_blocks_peak`
+        is the most blocks ever in use. The two rates are tokens run per second of such steps.
         """
         self._check_open()
         scheduler, blocks = self.scheduler, self.scheduler.block_manager
@@ -176,26 +178,29 @@ class LLMEngine:
     def _queue(self, request: Request) -> None:
         self.output_processor.add(request)
         for seq in request.sequences:
-            self._requests[seq.seq_id] = request
+            self._request_of_seq[seq.seq_id] = request
             self.scheduler.add(seq)
 
     def _collect_leftovers(self) -> None:
-        """When all requests have ended, wait for the step that is still under way."""
+        """When all requests have ended, wait for the step that is still in flight, of which nothing
+        counts."""
         while self._in_flight and not self.scheduler.num_unfinished:
             self._collect()
 
-    def _needs_tokens(self) -> bool:
-        """Whether the next step cannot be launched before the last one's tokens are known."""
+    def _launch_needs_tokens(self) -> bool:
+        """Whether the next step cannot be launched before the last one's tokens are known. Of a
+        waiting sequence they are: it has none in flight, or is discarded."""
         return any(seq.sampling_params.penalizes for seq in self.scheduler.running)
 
     def _collect(self) -> list[RequestOutput]:
-        """Wait for the oldest step under way, and take its tokens in."""
+        """Wait for the oldest step in flight, and take its tokens in."""
         batch, step = self._in_flight.popleft()
         token_ids = self.model_runner.collect(step)
         now = time.perf_counter()
         self.stats.add(batch, now - self._last_collect)
         self._last_collect = now
         rows = self.scheduler.postprocess(batch, token_ids)
+        # Text needs the tokens, and may end a sequence: only then it is known which have ended.
         for seq, stop_string in self.output_processor.process(batch, rows, step):
             self.scheduler.stop(seq, stop_string)
         ended = [batch.seqs[row] for row in rows if batch.seqs[row].is_finished]
@@ -204,8 +209,8 @@ class LLMEngine:
     def _end(self, seq: Sequence) -> RequestOutput | None:
         """Of a sequence that has ended, its request's output if it was the last."""
         seq.finished_time = time.time()
-        request = self._requests.pop(seq.seq_id)
-        if any(other.seq_id in self._requests for other in request.sequences):
+        request = self._request_of_seq.pop(seq.seq_id)
+        if any(other.seq_id in self._request_of_seq for other in request.sequences):
             return None
         self._num_finished += 1
         output = self.output_processor.output(request)
@@ -228,7 +233,7 @@ class LLMEngine:
         eos = set(self.config.eos_token_ids)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             eos.add(self.tokenizer.eos_token_id)
-        vocab_size = self.config.hf_config.vocab_size
+        vocab_size = self.config.model_config.vocab_size
         return {token_id for token_id in eos if 0 <= token_id < vocab_size}
 
     def _check_open(self) -> None:

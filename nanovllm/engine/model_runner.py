@@ -3,6 +3,7 @@
 import gc
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -24,16 +25,38 @@ from nanovllm.utils.memory import gpu_memory_in_use, to_device
 
 @dataclass
 class PendingStep:
-    """A step under way: its tokens, and the event after which the host may read them.
+    """A step that was launched. On a GPU, what it yields may be read after `done`.
 
-    Log probabilities, too, may be read after that event: of some rows' new tokens, and of tokens of
-    one row's prompt, the first of which is at the position given.
+    Attributes:
+        token_ids: [rows] int64, on the host.
+        done: None on a CPU, where the step has been computed.
+        logprobs: (rows, log probabilities of the tokens just sampled there).
+        prompt_logprobs: (row, position of the first token, log probabilities of tokens of the
+            row's prompt).
     """
 
-    token_ids: torch.Tensor  # [rows] int64, on the host
-    done: torch.cuda.Event | None
+    token_ids: torch.Tensor
+    done: torch.cuda.Event | None = None
     logprobs: list[tuple[list[int], Logprobs]] = field(default_factory=list)
     prompt_logprobs: list[tuple[int, int, Logprobs]] = field(default_factory=list)
+
+
+class PromptSpan(NamedTuple):
+    """Tokens of a row's prompt whose log probabilities a prefill step finds.
+
+    Attributes:
+        row: of the batch.
+        num_top: how many of the most likely tokens are reported with each.
+        first_kept: where their logits begin, among the tokens of the step that are kept.
+        position: of the first token whose probability is found: one after the first input token.
+        num_tokens: how many.
+    """
+
+    row: int
+    num_top: int
+    first_kept: int
+    position: int
+    num_tokens: int
 
 
 @torch.inference_mode()
@@ -74,11 +97,11 @@ class ModelRunner:
             self._build()
 
     def _build(self) -> None:
-        config, hf_config = self.config, self.config.hf_config
+        config, model_config = self.config, self.config.model_config
         in_use_before = gpu_memory_in_use(self.device) if self.on_gpu else 0
         self.backend = make_backend(
             config.attention_backend, self.device, config.torch_dtype,
-            hf_config.num_key_value_heads, hf_config.head_dim, config.kvcache_block_size,
+            model_config.num_key_value_heads, model_config.head_dim, config.kvcache_block_size,
         )  # fmt: skip
         self.attention_backend = self.backend.name
         use_graphs = self.on_gpu and not config.enforce_eager and self.backend.can_capture
@@ -92,13 +115,13 @@ class ModelRunner:
                 f"({config.max_num_batched_tokens}) or max_num_seqs ({config.max_num_seqs})"
             ) from error
         self.sampler = Sampler(config.max_num_seqs, self.device)
-        # Where graphs leave their logits: all in one place, not each in its own.
+        # One buffer for the logits of all graphs, as wide as the largest step.
         self.logits: torch.Tensor | None = None
         if use_graphs:
-            shape = (config.max_num_seqs, hf_config.vocab_size)
+            shape = (config.max_num_seqs, model_config.vocab_size)
             self.logits = torch.empty(shape, dtype=config.torch_dtype, device=self.device)
         specs = self.model.cache_specs()
-        self.kv_cache = allocate_kv_cache(config, specs, num_blocks=1)
+        self.kv_cache = allocate_kv_cache(config, specs, num_blocks=1)  # for the warm-up
         step_bytes = self._warm_up(use_graphs) if self.on_gpu else 0
         self.num_kvcache_blocks = config.num_kvcache_blocks or num_fitting_blocks(
             config, specs, step_bytes, in_use_before
@@ -123,14 +146,15 @@ class ModelRunner:
         padded_rows = rows if graphs is None else graph_rows(rows, self.config.max_num_seqs)
         with self.on_device():
             shape = self.inputs.send(
-                batch, padded_rows, self._launched_rows, for_graph=graphs is not None
+                batch, padded_rows, self._launched_rows, fixed_shape=graphs is not None
             )
-            step = PendingStep(self.sampler.host_tokens[self.inputs.buffer_index, :rows], None)
+            # Its tokens will be written there.
+            step = PendingStep(self.sampler.host_tokens[self.inputs.buffer_index, :rows])
             if batch.is_prefill and any(seq.needs_prompt_logprobs for seq in batch.seqs):
                 logits = self._run_with_prompt_logprobs(shape, batch, step)
             else:
                 logits = self._run(shape) if graphs is None else graphs.run(shape)
-            self._serve_rows(logits[:rows], shape, batch, step)
+            self._serve_wishes(logits[:rows], shape, batch, step)
             self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
             if self.on_gpu:
                 step.done = torch.cuda.Event()
@@ -170,56 +194,66 @@ class ModelRunner:
         self.sampler.sample(logits, inputs.sampling(shape.truncates))
         return logits
 
-    def _serve_rows(
+    def _serve_wishes(
         self, logits: torch.Tensor, shape: StepShape, batch: Batch, step: PendingStep
     ) -> None:
         """What some rows of a step want besides a token sampled from their logits as they are."""
         edits: dict[int, RowEdits] = {}
-        reported: dict[int, int] = {}  # row -> how many of the most likely tokens
+        num_top: dict[int, int] = {}  # row -> how many of the most likely tokens to report
         for row, seq in enumerate(batch.seqs):
             sampling = seq.sampling
-            if not batch.samples[row] or (sampling.edits is None and sampling.logprobs is None):
+            if not batch.yields_token[row] or (
+                sampling.edits is None and sampling.logprobs is None
+            ):
                 continue
             num_generated = batch.starts[row] + batch.lengths[row] - seq.num_prompt_tokens
             if sampling.edits is not None and sampling.edits.apply_to(num_generated):
+                # Only with penalties the engine has waited until all of them are known.
                 generated = seq.output_token_ids if seq.sampling_params.penalizes else []
                 edits[row] = RowEdits(sampling.edits, num_generated, generated)
             if sampling.logprobs is not None:
-                reported[row] = sampling.logprobs
+                num_top[row] = sampling.logprobs
         if edits:
             inputs = self.inputs.view(shape).sampling(shape.truncates)
             self.sampler.resample(logits, inputs, edits, self.inputs.buffer_index)
-        if reported:
-            step.logprobs = self.sampler.logprobs(logits, [*reported], max(reported.values()))
+        if num_top:
+            step.logprobs = self.sampler.logprobs(logits, [*num_top], max(num_top.values()))
 
     def _run_with_prompt_logprobs(
         self, shape: StepShape, batch: Batch, step: PendingStep
     ) -> torch.Tensor:
-        """A prefill step in which some rows may want to know of all their tokens."""
-        keep: list[int] = []  # of the step's tokens, those whose logits are needed
-        last: list[int] = []  # where each row's last token is among them
-        spans = []
-        first = 0  # of a row among the step's tokens
+        """A prefill step in which some rows want log probabilities of their prompt: of these rows
+        the logits of all tokens are kept, of the others those of the last one.
+
+        With a row of 3 such tokens and one of 2 that wants none, tokens 0, 1, 2 and 4 are kept, and
+        2 and 3 of these are the rows' last ones.
+        """
+        kept: list[int] = []  # of the step's tokens
+        last: list[int] = []  # of each row, where its last token is among those kept
+        spans: list[PromptSpan] = []
+        first = 0  # token of the row, among the step's
         for row, seq in enumerate(batch.seqs):
             start, length = batch.starts[row], batch.lengths[row]
-            wanted = min(length, seq.num_prompt_tokens - 1 - start)
-            k = seq.sampling_params.prompt_logprobs
-            if seq.needs_prompt_logprobs and k is not None and wanted > 0:
-                spans.append((row, k, len(keep), start + 1, wanted))
-                keep.extend(range(first, first + wanted))
+            num_tokens = min(length, seq.num_prompt_tokens - 1 - start)
+            num_top = seq.sampling_params.prompt_logprobs
+            if seq.needs_prompt_logprobs and num_top is not None and num_tokens > 0:
+                spans.append(PromptSpan(row, num_top, len(kept), start + 1, num_tokens))
+                kept.extend(range(first, first + num_tokens))
             first += length
-            keep.append(first - 1)
-            last.append(len(keep) - 1)
+            kept.append(first - 1)
+            last.append(len(kept) - 1)
         inputs, context = self.inputs.view(shape), self._context(shape)
-        context.logits_indices = to_device(keep, self.device)
+        context.logits_indices = to_device(kept, self.device)
         stream = self.model(inputs.input_ids, self.sampler.tokens, context)
-        for row, k, at, position, wanted in spans:
-            token_ids = batch.seqs[row].token_ids
-            for start in range(0, wanted, LOGPROB_ROWS):
-                end, place = min(start + LOGPROB_ROWS, wanted), position + start
-                logits = self.model.compute_logits(stream[at + start : at + end])
-                own = to_device(token_ids[place : position + end], self.device)
-                step.prompt_logprobs.append((row, place, compute_logprobs(logits, own, k)))
+        for span in spans:
+            token_ids = batch.seqs[span.row].token_ids
+            for start in range(0, span.num_tokens, LOGPROB_ROWS):
+                end = min(start + LOGPROB_ROWS, span.num_tokens)
+                of_piece = slice(span.first_kept + start, span.first_kept + end)
+                logits = self.model.compute_logits(stream[of_piece])
+                own = token_ids[span.position + start : span.position + end]
+                found = compute_logprobs(logits, to_device(own, self.device), span.num_top)
+                step.prompt_logprobs.append((span.row, span.position + start, found))
         logits = self.model.compute_logits(stream[to_device(last, self.device)])
         self.sampler.sample(logits, inputs.sampling(shape.truncates))
         return logits
@@ -227,7 +261,7 @@ class ModelRunner:
     def _context(self, shape: StepShape) -> Context:
         inputs, metadata = self.inputs.view(shape), None
         if not shape.is_prefill:
-            metadata = self.backend.decode_metadata(inputs.decode_metadata, shape.rows)
+            metadata = self.backend.decode_metadata(inputs.rest, shape.rows)
         return Context(
             backend=self.backend, kv_cache=self.kv_cache, cos_sin=self.cos_sin,
             is_prefill=shape.is_prefill, positions=inputs.positions,
@@ -283,7 +317,7 @@ def load_model(config: Config) -> CausalLM:
         ValueError, FileNotFoundError: for a checkpoint that cannot be loaded.
     """
     with torch.device("meta"):
-        model = config.model_class(config.hf_config)
+        model = config.model_class(config.model_config)
     # As `to_empty` would do, which imports sympy. A tied head has memory, too, for a moment: what
     # comes after lies where a step of one row takes 1% less (see docs/performance.md).
     memory = {
@@ -293,7 +327,7 @@ def load_model(config: Config) -> CausalLM:
     model.load_state_dict(memory, assign=True)
     model.requires_grad_(False).tie_weights()
     if config.load_format == "dummy":
-        fill_with_noise(model, config.hf_config.initializer_range, config.seed)
+        fill_with_noise(model, config.model_config.initializer_range, config.seed)
     else:
         load_weights(config.model_dir, model.checkpoint_views(), model.ignored_tensors())
     for module in model.modules():

@@ -36,7 +36,7 @@ class OutputProcessor:
         """Begin with a request that is being queued."""
         for seq in request.sequences:
             if seq.sampling_params.stop:
-                self._detokenize(seq)
+                self._detokenizer_of(seq)
 
     def drop(self, seq: Sequence) -> None:
         """Forget a sequence that has ended."""
@@ -48,7 +48,7 @@ class OutputProcessor:
 
     def stream(self, index: int, seq: Sequence) -> "OutputStream":
         """The output of a queued sequence as it grows. `index`: see `StreamOutput`."""
-        return OutputStream(index, seq, self._detokenize(seq))
+        return OutputStream(index, seq, self._detokenizer_of(seq))
 
     def process(
         self, batch: Batch, rows: list[int], step: PendingStep
@@ -90,7 +90,7 @@ class OutputProcessor:
             metrics=_metrics(request),
         )
 
-    def _detokenize(self, seq: Sequence) -> Detokenizer | None:
+    def _detokenizer_of(self, seq: Sequence) -> Detokenizer | None:
         """The one that follows the sequence's text, from now on; None without a tokenizer."""
         if self.tokenizer is not None and seq.seq_id not in self._detokenizers:
             params = seq.sampling_params
@@ -105,7 +105,8 @@ class OutputProcessor:
         params = seq.sampling_params
         if seq.ended_by_token and not params.include_stop_str_in_output:
             return None  # the text leaves that token out
-        may_stop = not seq.ended_by_token and not params.needs_more_tokens(seq.num_generated)
+        # A text that a token has ended, or that is too short, no stop string ends.
+        may_stop = not seq.ended_by_token and not params.is_below_min_tokens(seq.num_generated)
         detokenizer.append(seq.token_ids[-1], may_stop)
         return detokenizer.stopped_by
 
@@ -115,8 +116,9 @@ class OutputProcessor:
             token_ids = seq.token_ids[position : position + len(logprobs.ranks)]
             ks = [seq.sampling_params.prompt_logprobs or 0] * len(token_ids)
             entries = self._entries(token_ids, ks, logprobs)
-            # Some may be known already, if the sequence was preempted.
-            seq.prompt_logprobs += entries[len(seq.prompt_logprobs) - position :]
+            # The first of them may be known already, if the sequence was preempted.
+            num_known = len(seq.prompt_logprobs) - position
+            seq.prompt_logprobs += entries[num_known:]
 
     def _take_logprobs(self, batch: Batch, rows: set[int], step: PendingStep) -> None:
         token_ids = step.token_ids.tolist()

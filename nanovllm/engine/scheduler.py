@@ -1,8 +1,10 @@
-"""Which sequences run in the next step: prefill first, then decode.
+"""Which sequences run in the next step: prompts (prefill), or if there are none to run, one token
+of each running sequence (decode).
 
 The scheduler plans from lengths and free blocks alone, never from sampled token values, so the
 engine may plan and launch step N+1 before it has read the tokens of step N. What that costs is one
-discarded row when a sequence turns out to have ended by EOS; one that ends by length costs none.
+discarded row when a sequence turns out to have ended by EOS, and where its block was full the block
+that this row takes; one that ends by length costs none.
 """
 
 import time
@@ -18,14 +20,14 @@ class Batch:
     """One step's work: row `i` runs tokens `starts[i] : starts[i] + lengths[i]` of `seqs[i]`.
 
     In a decode batch every length is 1. A row that reaches the end of its sequence yields a token
-    (`samples[i]`); a chunk of a longer prompt does not.
+    (`yields_token[i]`); a chunk of a longer prompt does not.
     """
 
     is_prefill: bool
     seqs: list[Sequence] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    samples: list[bool] = field(default_factory=list)
+    yields_token: list[bool] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -66,7 +68,8 @@ class Scheduler:
         self.waiting.append(seq)
 
     def schedule(self) -> Batch | None:
-        """The next step's batch; None if nothing can run before pending tokens are collected."""
+        """The next step's batch; None if nothing is queued, or if nothing can run before pending
+        tokens are collected."""
         batch = self._schedule_prefill()
         if not batch.seqs:
             batch = self._schedule_decode()
@@ -79,9 +82,9 @@ class Scheduler:
         have ended while its row was already under way.
         """
         rows, block_size = [], self.block_manager.block_size
-        columns = zip(batch.seqs, batch.samples, token_ids, strict=True)
-        for row, (seq, samples, token_id) in enumerate(columns):
-            if not samples:
+        columns = zip(batch.seqs, batch.yields_token, token_ids, strict=True)
+        for row, (seq, yields_token, token_id) in enumerate(columns):
+            if not yields_token:
                 continue
             seq.num_pending_tokens -= 1
             if seq.status is SequenceStatus.FINISHED:
@@ -101,8 +104,9 @@ class Scheduler:
         return rows
 
     def stop(self, seq: Sequence, stop_string: str) -> None:
-        """End a sequence in whose text a stop string has come with its newest token."""
-        if seq.is_finished:  # by its length, with the same token
+        """End a sequence in whose text a stop string has come with its newest token. Where that is
+        also the last token that fits, the stop string is the reason, as it says more."""
+        if seq.is_finished:
             seq.finish_reason, seq.stop_reason = "stop", stop_string
         else:
             self._finish(seq, "stop", stop_string)
@@ -124,11 +128,12 @@ class Scheduler:
     def _schedule_prefill(self) -> Batch:
         batch, budget = Batch(is_prefill=True), self.max_num_batched_tokens
         # Only the newest can be a prompt cut short by an earlier step's budget: it goes on first.
-        if self.running and self._num_to_run(self.running[-1]) > 1:
+        if self.running and self._is_cut_prompt(self.running[-1]):
             budget -= self._add_row(batch, self.running[-1], budget)
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
-            # Each running sequence may soon want a block: admit none that would be preempted next.
+            # Each running sequence may soon want a block: without it, the newcomer would be
+            # preempted.
             headroom = len(self.running)
             use_cache = not seq.needs_prompt_logprobs
             if not self.block_manager.allocate(seq, headroom, use_cache):
@@ -147,7 +152,8 @@ class Scheduler:
         batch = Batch(is_prefill=False)
         for seq in list(self.running):
             if seq.num_tokens >= seq.max_len:
-                continue  # its last token is on the way
+                continue  # its last token is on the way: ends by length cost no row
+            # The newest sequence is preempted until there is a block; it may be this one.
             while seq.status is SequenceStatus.RUNNING and not self.block_manager.append(seq):
                 self._preempt(self.running[-1])
             if seq.status is SequenceStatus.RUNNING:
@@ -158,16 +164,23 @@ class Scheduler:
     def _num_to_run(seq: Sequence) -> int:
         return seq.num_tokens - seq.num_computed_tokens
 
+    @classmethod
+    def _is_cut_prompt(cls, seq: Sequence) -> bool:
+        """Whether some of its prompt is still to be run, if only one token; or, of a sequence that
+        was preempted, more than its newest token."""
+        return seq.num_computed_tokens < seq.num_prompt_tokens or cls._num_to_run(seq) > 1
+
     def _add_row(self, batch: Batch, seq: Sequence, budget: int) -> int:
-        """Plan the next tokens of `seq`, at most `budget`; returns how many."""
+        """Plan the next tokens of `seq`, at most `budget`, and count them as computed; returns how
+        many."""
         start, length = seq.num_computed_tokens, min(self._num_to_run(seq), budget)
-        samples = start + length == seq.num_tokens
+        yields_token = start + length == seq.num_tokens
         batch.seqs.append(seq)
         batch.starts.append(start)
         batch.lengths.append(length)
-        batch.samples.append(samples)
+        batch.yields_token.append(yields_token)
         seq.num_computed_tokens += length
-        seq.num_pending_tokens += samples
+        seq.num_pending_tokens += int(yields_token)
         if batch.is_prefill:  # all these tokens are known, and so are the blocks they fill
             self.block_manager.register(seq, seq.num_computed_tokens)
         return length

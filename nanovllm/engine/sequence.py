@@ -4,13 +4,13 @@ from collections.abc import Collection
 from enum import Enum, auto
 from typing import NamedTuple
 
-from nanovllm.layers.logits import LogitEdits
 from nanovllm.outputs import PositionLogprobs
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import LogitEdits, SamplingParams
 
 
 class SequenceStatus(Enum):
-    """WAITING -> RUNNING -> FINISHED; preemption takes a sequence back from RUNNING to WAITING."""
+    """WAITING -> RUNNING -> FINISHED. Preemption takes a sequence back from RUNNING to WAITING, and
+    an abort, or a last token that was in flight, finishes it from there, too."""
 
     WAITING = auto()
     RUNNING = auto()
@@ -58,10 +58,11 @@ class Sequence:
         sampling: what a step has to do for its row.
         ending_token_ids: the tokens that end it: those of `eos_token_ids` silently, the others as
             its `stop_reason`.
-        num_pending_tokens: sampled by a launched step, not yet collected.
-        num_computed_tokens: leading tokens whose keys and values a launched step has written or
-            the prefix cache held.
-        num_cached_tokens: how many prompt tokens the prefix cache held at first admission.
+        num_pending_tokens: that a planned step will sample, or has, and that are not collected.
+        num_computed_tokens: leading tokens whose keys and values a planned step writes, or the
+            prefix cache held.
+        num_cached_tokens: how many prompt tokens the prefix cache held at first admission; None
+            before it.
         block_table: KV blocks in token order.
         finish_reason, stop_reason: see `outputs.CompletionOutput`.
         logprobs: of the tokens generated so far, if asked for.
@@ -87,7 +88,8 @@ class Sequence:
         self.max_len = max_len
         self.eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
         self.ending_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
-        withheld = self.ending_token_ids.union(eos_token_ids)  # EOS also where it would be ignored
+        # Not sampled before min_tokens: EOS neither, even if it is ignored, as in vLLM.
+        withheld = self.ending_token_ids.union(eos_token_ids)
         self.sampling = RowSampling(
             seed, params.effective_temperature, min(params.top_k, 2**31 - 1), params.top_p,
             params.min_p, params.truncates, LogitEdits.of(params, withheld, prompt_token_ids),
@@ -100,8 +102,9 @@ class Sequence:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.logprobs: list[PositionLogprobs] = []
-        wants_prompt = params.prompt_logprobs is not None
-        self.prompt_logprobs: list[PositionLogprobs | None] = [None] if wants_prompt else []
+        wants_prompt_logprobs = params.prompt_logprobs is not None
+        # The first token has none: nothing comes before it.
+        self.prompt_logprobs: list[PositionLogprobs | None] = [None] * wants_prompt_logprobs
         self.first_token_time = self.finished_time = 0.0
 
     @property

@@ -33,5 +33,5 @@ class StepStats:
 
     @property
     def decode_rate(self) -> float:
-        """Generated tokens per second of decode."""
+        """Tokens per second of decode steps, discarded ones included."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0

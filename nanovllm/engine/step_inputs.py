@@ -39,7 +39,7 @@ class StepInputs(NamedTuple):
     positions: Any  # [tokens]
     slot_mapping: Any  # [tokens]
     block_tables: Any  # [rows, width]
-    decode_metadata: Any  # the attention backend's: what is left of the buffer
+    rest: Any  # of the buffer; in decode steps it begins with the attention backend's metadata
 
     @staticmethod
     def words(shape: StepShape) -> list[int]:
@@ -70,8 +70,10 @@ class StepInputs(NamedTuple):
 
     def sampling(self, truncates: bool) -> SamplingInputs:
         return SamplingInputs(
-            self.temperatures, self.seeds, self.context_lens, self.top_k, self.top_p, self.min_p,
-            truncates, self.buffer_index,
+            temperatures=self.temperatures, seeds=self.seeds,
+            positions=self.context_lens,  # the token that is sampled stands where the context ends
+            top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, truncates=truncates,
+            buffer_index=self.buffer_index,
         )  # fmt: skip
 
 
@@ -109,6 +111,7 @@ class InputBuffers:
         self.device = torch.zeros(size, dtype=torch.int32, device=config.torch_device)
         self.hosts = [torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
         self.buffer_index = 0
+        # Of the newest batch; past the end of a row's table lie entries of older ones.
         self._tables = np.zeros((rows, self.max_width), dtype=np.int32)
 
     def decode_shape(self, rows: int, truncates: bool = False) -> StepShape:
@@ -121,19 +124,20 @@ class InputBuffers:
         batch: Batch,
         padded_rows: int,
         launched_rows: dict[int, int],
-        for_graph: bool,
+        fixed_shape: bool,
     ) -> StepShape:
         """Fill the host buffer whose turn it is with a batch, and copy it to the device.
 
         Args:
             padded_rows: rows to run; those past the batch write nowhere and attend to nothing.
             launched_rows: where each sequence was in the step before, whose tokens are not known.
-            for_graph: the shape is to depend on `padded_rows` and on `truncates` alone.
+            fixed_shape: the shape is to depend on `padded_rows` and on `truncates` alone, as a CUDA
+                Graph's must.
         """
         self.buffer_index = 1 - self.buffer_index
         starts, lengths = np.array(batch.starts), np.array(batch.lengths)
         ends = starts + lengths
-        if for_graph:
+        if fixed_shape:
             shape = self.decode_shape(padded_rows, batch.truncates)
         else:
             reads_tables = batch.is_prefill or self.backend.reads_tables_in_decode
@@ -149,10 +153,10 @@ class InputBuffers:
         self._fill_sampling(host, batch, shape.truncates)
         self._fill_rows(host, batch, starts, lengths, shape)
         self._fill_tokens(host, batch, launched_rows)
-        used = len(buffer) - len(host.decode_metadata)
+        used = len(buffer) - len(host.rest)
         if not batch.is_prefill:
             tables = self._tables[: len(batch.seqs)]
-            used += self.backend.prepare_decode(host.decode_metadata, ends, tables, padded_rows)
+            used += self.backend.prepare_decode(host.rest, ends, tables, padded_rows)
         self.device[:used].copy_(self.hosts[self.buffer_index][:used], non_blocking=True)
         return shape
 
@@ -165,7 +169,7 @@ class InputBuffers:
         rows, sampling = len(batch.seqs), [seq.sampling for seq in batch.seqs]
         host.seeds[:rows] = [row.seed for row in sampling]
         host.temperatures[:rows] = [row.temperature for row in sampling]
-        host.temperatures[rows:] = 0
+        host.temperatures[rows:] = 0  # padding is greedy, and so reads no seed
         if truncates:
             host.top_k[:rows] = [row.top_k for row in sampling]
             host.top_p[:rows] = [row.top_p for row in sampling]

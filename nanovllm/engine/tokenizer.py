@@ -23,7 +23,7 @@ _CLASSES = {
 def decode(tokenizer: Tokenizer, token_ids: list[int], skip_special_tokens: bool) -> str:
     """The text of some tokens."""
     text = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-    assert isinstance(text, str)  # a list for a list of lists
+    assert isinstance(text, str)  # transformers gives a list where a list of lists is decoded
     return text
 
 

@@ -345,7 +345,7 @@ class NanoVLLM(TemplateLM):
                 "the tokenizer has neither a beginning- nor an end-of-sequence token, which would "
                 "stand before a text without context: give prefix_token_id"
             )
-        vocab_size = self.llm.config.hf_config.vocab_size
+        vocab_size = self.llm.config.model_config.vocab_size
         if not 0 <= as_integer("prefix_token_id", token_id) < vocab_size:
             raise ValueError(
                 f"prefix_token_id is {token_id}, outside the vocabulary of {vocab_size}"

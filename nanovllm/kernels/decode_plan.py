@@ -14,7 +14,8 @@ import numpy as np
 MAX_CHUNKS = 32
 FUSED_ROWS = 4  # up to so many rows, the kernel stores the newest token itself
 MANY_ROWS = 64
-FIRST, LAST, NEWEST = 128, 256, 512  # flags of a tile
+# A tile's second word: 15 bits for the row, 1 spare, 6 for the chunk, 3 flags, 7 for the tokens.
+FIRST, LAST, NEWEST = 128, 256, 512
 
 
 class DecodePlan(NamedTuple):

@@ -43,7 +43,7 @@ class Use(Enum):
     ADDED = "added"
 
 
-class Product(NamedTuple):
+class ProductShape(NamedTuple):
     """A product x W^T + b, as far as the choice of its kernel goes.
 
     Attributes:
@@ -64,15 +64,14 @@ class Product(NamedTuple):
     has_partials: bool = False
 
 
-def choose_kernel(product: Product, gpu: Gpu) -> Kernel:
+def choose_kernel(product: ProductShape, gpu: Gpu) -> Kernel:
     """The kernel that makes a product on a GPU, biased or not."""
     rows, k, n = product.rows, product.in_features, product.out_features
-    if (
-        k <= (_MAX_NORMED if product.has_norm else _MAX_PLAIN)
-        and (rows == 1 or (rows == gemv_kernel.MAX_ROWS and (k <= _SHORT_ROW or k * n <= _SMALL)))
-        and (product.has_norm or product.use is Use.ADDED)  # else cuBLAS's own is as good
-        and not product.has_partials
-    ):
+    # GEMV pays by the norm or the addition that it takes along. It knows no partial sums.
+    pays = product.has_norm or product.use is Use.ADDED
+    fits = k <= (_MAX_NORMED if product.has_norm else _MAX_PLAIN) and not product.has_partials
+    is_small = k <= _SHORT_ROW or k * n <= _SMALL
+    if pays and fits and (rows == 1 or (rows == gemv_kernel.MAX_ROWS and is_small)):
         return Kernel.GEMV
     is_large = k * n > _LARGE and product.use is not Use.ADDED
     max_rows = _MAX_ROWS_OF_LARGE if is_large else split_k_kernel.MAX_ROWS
@@ -81,7 +80,7 @@ def choose_kernel(product: Product, gpu: Gpu) -> Kernel:
     return Kernel.LIBRARY
 
 
-class Normed(Protocol):
+class NormedInput(Protocol):
     """An input that has still to be normalised: RMSNorm(x + sum of partials) * weight."""
 
     @property
@@ -100,7 +99,7 @@ class Normed(Protocol):
 
 
 def matmul(
-    x: torch.Tensor | Normed,
+    x: torch.Tensor | NormedInput,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -114,7 +113,7 @@ def matmul(
         out: [rows, out], the memory of the result if it is to be a given one.
     """
     kernel = _choose(x, weight, Use.VALUES)
-    if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):
+    if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):  # it is chosen for no other x
         return gemv(x.x, weight, bias, x.weight, x.eps, out=out)
     x = _values(x)
     if kernel is Kernel.SPLIT_K:
@@ -126,7 +125,7 @@ def matmul(
 
 
 def gated_matmul(
-    x: torch.Tensor | Normed, weight: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor | NormedInput, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """silu(gate) * up, [rows, out], gate and up being the halves of x W^T + b.
 
@@ -169,10 +168,10 @@ def add_matmul(
     return None
 
 
-def _choose(x: torch.Tensor | Normed, weight: torch.Tensor, use: Use) -> Kernel:
+def _choose(x: torch.Tensor | NormedInput, weight: torch.Tensor, use: Use) -> Kernel:
     normed = None if isinstance(x, torch.Tensor) else x
     rows = (x if isinstance(x, torch.Tensor) else x.x).shape[0]
-    product = Product(
+    product = ProductShape(
         rows, weight.shape[1], weight.shape[0], weight.dtype, use,
         normed is not None, normed is not None and normed.partials is not None,
     )  # fmt: skip
@@ -181,5 +180,5 @@ def _choose(x: torch.Tensor | Normed, weight: torch.Tensor, use: Use) -> Kernel:
     return choose_kernel(product, gpu)
 
 
-def _values(x: torch.Tensor | Normed) -> torch.Tensor:
+def _values(x: torch.Tensor | NormedInput) -> torch.Tensor:
     return x if isinstance(x, torch.Tensor) else x.values()

@@ -1,13 +1,13 @@
 """Matrix times a few dozen vectors: partial products over slices of K.
 
-With up to 64 rows, and mostly up to 128 (see `can_split_k`), a product is still the reading of its
-weights, and a library's kernels are made for more. Here each program streams 64 rows of the weight
-by a slice of K through a deep pipeline, and has the first of them fetched into the second-level
-cache while the kernel before it still runs. The gate of the MLP is applied on the way out. What
-goes back into the residual stream is cut into as many slices as give every multiprocessor a
-program. The partial sums stay float32 and are added up, in a fixed order, by the kernel that comes
-next (the residual add of `rms_norm`): results are deterministic, and no kernel is launched for the
-sum.
+With up to 64 rows, and mostly up to 128 (`kernels.linear` has the rule), a product is still the
+reading of its weights, and a library's kernels are made for more. Here each program streams 64 rows
+of the weight by a slice of K through a deep pipeline, and has the first of them fetched into the
+second-level cache while the kernel before it still runs. The gate of the MLP is applied on the way
+out. What goes back into the residual stream is cut into as many slices as give every multiprocessor
+a program. The partial sums stay float32 and are added up, in a fixed order, by the kernel that
+comes next (the residual add of `rms_norm`): results are deterministic, and no kernel is launched
+for the sum. A bias is added by the first slice.
 
 Grid: (tile of outputs, slice of K). Bytes moved: the weights once. Bound by memory.
 """

@@ -7,7 +7,7 @@ from torch import nn
 
 from nanovllm.layers.deferred import Normed, Product
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import Linear, PackedLinear
+from nanovllm.layers.linear import Linear, MergedLinear
 from nanovllm.utils.context import Context
 
 
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv_proj = PackedLinear(hidden_size, parts, qkv_bias)
+        self.qkv_proj = MergedLinear(hidden_size, parts, qkv_bias)
         self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.o_proj = Linear(q_size, hidden_size, output_bias)
@@ -67,13 +67,13 @@ class Attention(nn.Module):
         """What is to be added to the stream of `x`; see `Context` for what is read and written."""
         qkv = self.qkv_proj(x).values()
         cache = context.kv_cache[self.layer_index]
-        attended = context.backend.attend(qkv, self.spec, cache, context)
+        attended = context.backend.attend(qkv, self.spec(), cache, context)
         if context.output_indices is not None:
             attended = attended[context.output_indices]
         return self.o_proj(attended, tokens=context.output_indices)
 
-    @property
     def spec(self) -> AttentionSpec:
+        """What the backend needs to know."""
         q_norm, k_norm = self.q_norm, self.k_norm
         return AttentionSpec(
             self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim**-0.5,

@@ -151,7 +151,8 @@ class TritonBackend(AttentionBackend):
         views.bounds[:] = plan.bounds
         views.chunk_counts[:rows], views.chunk_counts[rows:] = plan.chunk_counts, 0
         views.tiles[: len(plan.tiles)] = plan.tiles
-        return len(buffer) - views.tiles.size + plan.tiles.size
+        start_of_tiles = len(buffer) - views.tiles.size
+        return start_of_tiles + plan.tiles.size
 
     def decode_metadata(self, buffer: torch.Tensor, padded_rows: int) -> Any:
         return kernels.DecodePlan.views(buffer, padded_rows, self.num_ranges)

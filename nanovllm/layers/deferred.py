@@ -5,10 +5,11 @@ A decoder layer reads as its equation,
     x = x + self_attn(input_layernorm(x))
     x = x + mlp(post_attention_layernorm(x))
 
-and at one row still runs as six kernels. For that a norm returns a `Normed`, a projection returns a
-`Product`, and nothing is computed until a product is added to the residual stream, gated, or asked
-for its values. Then one kernel makes it together with the norm before or the addition after, where
-there is such a kernel (`kernels.linear` chooses), and plain torch does elsewhere.
+and with one row still runs as six kernels on a GPU. For that a norm returns a `Normed`, a
+projection returns a `Product`, and nothing is computed until a product is added to the residual
+stream, gated, or asked for its values. Then one kernel makes it together with the norm before or
+the addition after, where there is such a kernel (`kernels.linear` chooses), and plain torch does
+elsewhere.
 """
 
 from typing import Protocol, Union
@@ -42,7 +43,8 @@ class Multiplier(Protocol):
 class Stream:
     """The residual stream of some tokens, to which each sub-layer adds its output.
 
-    An addition is made in place: `x + product` uses up `x`, which must not be used afterwards.
+    An addition is made in place: `x + product` uses up `x`, which must not be used afterwards. A
+    product of some of the tokens leaves a stream of these alone.
 
     Args:
         x: [tokens, hidden].
@@ -112,7 +114,7 @@ class Normed:
         return self.stream.partials
 
     def values(self) -> torch.Tensor:
-        """[tokens, hidden]."""
+        """[tokens, hidden]. The stream's partial sums are added to it on the way."""
         if self._values is None:
             partials, self.stream.partials = self.stream.partials, None
             self._values = self.norm.normalize(self.stream.x, partials)

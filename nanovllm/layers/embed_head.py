@@ -28,7 +28,8 @@ class Embedding(nn.Module):
 
 
 class LMHead(Linear):
-    """The last product, whose values are the logits. Its weight may be the embedding's."""
+    """The last product, whose values are the logits: a `Linear` by a name of its own. Its weight
+    may be the embedding's."""
 
 
 def embed(token_ids: torch.Tensor, sampled: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -62,9 +62,11 @@ class Linear(nn.Module):
         after loading.
 
         The plain call reads the weight row by row, at half the bandwidth (measured on a 2-core AMD
-        EPYC, one row: 15 against 23 GB/s; eight rows: 10 against 20). A packed form in float32
-        stands beside the weight, as one row is faster with half the bytes (a decode step of
-        Qwen3-0.6B on two cores: 92 against 114 ms); one in bf16 replaces it.
+        EPYC, one row: 15 against 23 GB/s; eight rows: 10 against 20). The packed form is
+
+        - bf16 where the CPU has instructions for it: it replaces the weight;
+        - else float32, and stands beside the weight, with which a single row is faster, as it has
+          half the bytes (a decode step of Qwen3-0.6B on two cores: 92 against 114 ms).
         """
         if not has_onednn_bf16(self.weight):
             return
@@ -80,7 +82,7 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class PackedLinear(Linear):
+class MergedLinear(Linear):
     """Several projections of the same input, in one matrix: q/k/v, or gate/up.
 
     Args:

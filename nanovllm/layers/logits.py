@@ -1,53 +1,19 @@
 """What a request may want of the logits besides a token: changes before, likelihoods after."""
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import LogitEdits
 from nanovllm.utils.memory import to_device
-
-
-@dataclass(frozen=True)
-class LogitEdits:
-    """What a request changes in its logits before each sampling: resolved once, when it is queued.
-
-    Attributes:
-        params: the request's; `allowed_token_ids`, `logit_bias` and the penalties are read.
-        changes_all: whether every token is sampled from changed logits; if not, those that come
-            before `min_tokens` are.
-        withheld: tokens that would end the request: not sampled before `min_tokens`.
-        prompt: the prompt's distinct tokens, sorted, [any number] int64; empty without penalties.
-    """
-
-    params: SamplingParams
-    changes_all: bool
-    withheld: frozenset[int]
-    prompt: np.ndarray
-
-    @classmethod
-    def of(
-        cls, params: SamplingParams, withheld: frozenset[int], prompt: list[int]
-    ) -> "LogitEdits | None":
-        """Those of a request; None if it wants nothing changed."""
-        changes_all = params.penalizes or bool(params.logit_bias or params.allowed_token_ids)
-        if not changes_all and not params.min_tokens:
-            return None
-        distinct = np.unique(prompt) if params.penalizes else np.empty(0, dtype=np.int64)
-        return cls(params, changes_all, withheld, distinct)
-
-    def apply_to(self, num_generated: int) -> bool:
-        """Whether the token after so many generated ones is sampled from changed logits."""
-        return self.changes_all or self.params.needs_more_tokens(num_generated)
 
 
 class RowEdits(NamedTuple):
     """The edits of one row in one step.
 
-    `generated` are the tokens that its request has generated, which penalties read; without
-    penalties the newest of the `num_generated` may be missing.
+    `generated` are the `num_generated` tokens that its request has generated; without penalties,
+    which alone read them, it may be empty.
     """
 
     edits: LogitEdits
@@ -64,7 +30,8 @@ def edit_logits_(logits: torch.Tensor, edits: list[RowEdits]) -> None:
     Args:
         edits: one for each row.
     """
-    restricted: list[int] = []  # rows; the places that follow are those in the flattened logits
+    restricted: list[int] = []  # rows
+    # Places in the flattened logits, row * vocab + token id, and what is done there.
     allowed: list[int] = []
     banned: list[int] = []
     biases: dict[int, float] = {}
@@ -77,7 +44,7 @@ def edit_logits_(logits: torch.Tensor, edits: list[RowEdits]) -> None:
         if params.allowed_token_ids is not None:
             restricted.append(row)
             allowed += [first + token_id for token_id in params.allowed_token_ids]
-        if params.needs_more_tokens(num_generated):
+        if params.is_below_min_tokens(num_generated):
             banned += [first + token_id for token_id in edit.withheld]
         for token_id, bias in (params.logit_bias or {}).items():
             biases[first + token_id] = bias

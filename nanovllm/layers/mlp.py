@@ -4,7 +4,7 @@ from torch import nn
 
 from nanovllm.layers.activation import ActivationAndMul
 from nanovllm.layers.deferred import Input, Product
-from nanovllm.layers.linear import Linear, PackedLinear
+from nanovllm.layers.linear import Linear, MergedLinear
 
 
 class GatedMLP(nn.Module):
@@ -26,7 +26,7 @@ class GatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
-        self.gate_up_proj = PackedLinear(hidden_size, parts, bias)
+        self.gate_up_proj = MergedLinear(hidden_size, parts, bias)
         self.act_and_mul = ActivationAndMul(activation)
         self.down_proj = Linear(intermediate_size, hidden_size, bias)
 

@@ -56,11 +56,11 @@ def prefill_attention(
         start, end = starts[row], starts[row + 1]
         k, v = (_gather(cache, tables[row], context_len) for cache in (k_cache, v_cache))
         query = q[start:end].transpose(0, 1)
-        cached = context_len - (end - start)
+        num_before = context_len - (end - start)
         mask = None
-        if cached:
+        if num_before:
             mask = torch.ones(end - start, context_len, dtype=torch.bool, device=q.device)
-            mask = mask.tril(diagonal=cached)
+            mask = mask.tril(diagonal=num_before)
         attended = F.scaled_dot_product_attention(
             query[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale,
             enable_gqa=True,

@@ -16,8 +16,10 @@ from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.memory import to_device
 
 LOGPROB_ROWS = 128  # rows whose log probabilities are computed at a time: float32 takes much room
-MAX_NOISE = 23.0
-_TILE = 4096  # token i draws number (i % _TILE) // (_TILE / 4) of Philox's four at one counter
+MAX_NOISE = 23.0  # of the largest number u that 32 bits give, 1 - 2^-33: -log(-log(u)) is 22.9
+# Philox makes four numbers at a counter: token i of a tile has number i // (_TILE / 4) of counter
+# i % (_TILE / 4). Token 5000, say, is token 904 of the second tile, and has number 0.
+_TILE = 4096
 _MASK32 = 0xFFFFFFFF
 
 
@@ -96,7 +98,7 @@ class Sampler:
         Args:
             logits: [rows, vocab] of the whole step, which stay as they are.
             edits: by row.
-            buffer_index: the value of `inputs.buffer_index`.
+            buffer_index: the value of `inputs.buffer_index`, known to the host.
         """
         rows = to_device([*edits], logits.device)
         edited = logits[rows].float()
@@ -108,6 +110,7 @@ class Sampler:
         args = (edited, own.temperatures, own.seeds, own.positions, out)
         sample(*args, thresholds=thresholds)
         self.tokens[rows] = out
+        # All rows, as one copy is all it takes.
         host, num_rows = self.host_tokens[buffer_index], len(logits)
         host[:num_rows].copy_(self.tokens[:num_rows], non_blocking=True)
 
@@ -184,8 +187,11 @@ def gumbel_sample(
 
 
 def _winner(scores: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """The token with the highest of `scores` [vocab] and noise, which is drawn for those alone that
-    may yet exceed the most likely token's."""
+    """The token with the highest sum of `scores` [vocab] and noise.
+
+    No noise exceeds MAX_NOISE. So once the token with the highest score has its noise, a token more
+    than MAX_NOISE below that sum cannot win, and needs none drawn.
+    """
     tiles = F.pad(scores, (0, -len(scores) % _TILE), value=float("-inf")).view(-1, 4, _TILE // 4)
     by_counter = tiles.transpose(0, 1).flatten(1)
     best = by_counter.amax(dim=0)

@@ -19,7 +19,7 @@ MODELS: dict[str, type[CausalLM]] = {
 }
 
 
-def model_class(content: dict[str, Any]) -> type[CausalLM]:
+def find_model_class(content: dict[str, Any]) -> type[CausalLM]:
     """The class for the content of a config.json: by its architecture and model_type. It may
     name no architecture, or the one without a head, as embedding models do.
 
@@ -28,8 +28,8 @@ def model_class(content: dict[str, Any]) -> type[CausalLM]:
     """
     architectures, model_type = content.get("architectures") or [], content.get("model_type")
     for name, model in MODELS.items():
-        headless = name.replace("ForCausalLM", "Model")
-        is_named = architectures in ([], [name], [headless])
+        without_head = name.replace("ForCausalLM", "Model")
+        is_named = architectures in ([], [name], [without_head])
         if is_named and model.config_class.model_type == model_type:
             return model
     asked = architectures or model_type

@@ -13,7 +13,7 @@ from torch import nn
 from nanovllm.layers.deferred import Stream
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import PackedLinear
+from nanovllm.layers.linear import MergedLinear
 from nanovllm.layers.rotary_embedding import rope_cos_sin
 from nanovllm.models.config import ModelConfig
 from nanovllm.utils.context import Context
@@ -42,17 +42,21 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to the residual stream after the last layer; the head applies the final norm."""
+    """Token ids to the residual stream after the last layer.
+
+    `norm`, which `CausalLM.compute_logits` applies, is here for its name in the checkpoint.
+    """
 
     def __init__(self, config: ModelConfig, layer_class: type[nn.Module]) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        layers: Any = layer_class  # of a config and the index of a layer
-        self.layers = nn.ModuleList(layers(config, i) for i in range(config.num_hidden_layers))
+        make_layer: Any = layer_class
+        self.layers = nn.ModuleList(make_layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: torch.Tensor, sampled: torch.Tensor, context: Context) -> Stream:
         x = Stream(self.embed_tokens(input_ids, sampled))
+        # After the last layer's attention, only tokens go on whose logits are wanted.
         *layers, last_layer = self.layers
         for layer in layers:
             x = layer(x, context)
@@ -111,7 +115,7 @@ class CausalLM(nn.Module):
         """Every tensor that a checkpoint must hold, by name, and the memory that it goes to."""
         views: dict[str, torch.Tensor] = {}
         for path, module in self.named_modules():
-            if isinstance(module, PackedLinear):
+            if isinstance(module, MergedLinear):
                 views |= module.checkpoint_views(path)
             elif module is not self.lm_head or not self.is_tied:
                 own = module.named_parameters(recurse=False)

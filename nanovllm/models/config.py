@@ -67,15 +67,15 @@ class ModelConfig:
         values = {name: content.get(name, default) for name, default in defaults.items()}
         values["dtype"] = content.get("dtype") or content.get("torch_dtype")  # transformers 5, 4
         values["rope_parameters"] = _rope_parameters(content, cls.default_rope_theta)
-        values["sliding_window"] = cls.window(content)
-        _derive_sizes(values, content)
+        values["sliding_window"] = cls.window_of(content)
+        _check_and_derive_sizes(values, content)
         config = cls(**values)
         config._check_values()
         _check_options(content)
         return config
 
     @classmethod
-    def window(cls, content: dict[str, Any]) -> int | None:
+    def window_of(cls, content: dict[str, Any]) -> int | None:
         """The sliding window that a config.json asks for; None if it has none."""
         return None
 
@@ -105,7 +105,7 @@ def refusal(name: str, value: Any) -> ValueError:
     return ValueError(f"config.json has {name}={value!r}, which is not supported")
 
 
-def _derive_sizes(values: dict[str, Any], content: dict[str, Any]) -> None:
+def _check_and_derive_sizes(values: dict[str, Any], content: dict[str, Any]) -> None:
     """Check the sizes in `values`, and fill in the two that may follow from the others."""
     derived = [
         name

@@ -28,7 +28,7 @@ class MistralConfig(ModelConfig):
     eos_token_id: int | list[int] | None = 2
 
     @classmethod
-    def window(cls, content: dict[str, Any]) -> int | None:
+    def window_of(cls, content: dict[str, Any]) -> int | None:
         return content.get("sliding_window", cls.sliding_window)
 
 

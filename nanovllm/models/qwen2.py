@@ -25,7 +25,7 @@ class Qwen2Config(ModelConfig):
     max_position_embeddings: int = 32768
 
     @classmethod
-    def window(cls, content: dict[str, Any]) -> int | None:
+    def window_of(cls, content: dict[str, Any]) -> int | None:
         return switched_window(content)
 
 

@@ -26,7 +26,7 @@ class Qwen3Config(ModelConfig):
     attention_bias: bool = False
 
     @classmethod
-    def window(cls, content: dict[str, Any]) -> int | None:
+    def window_of(cls, content: dict[str, Any]) -> int | None:
         return switched_window(content)
 
 

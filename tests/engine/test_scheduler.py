@@ -81,7 +81,7 @@ def test_prompt_is_cut_exactly_at_the_budget(depth: int):
     while driver.scheduler.num_unfinished:
         batch = driver.schedule()
         if batch is not None:
-            plans.append((batch.starts, batch.lengths, batch.samples))
+            plans.append((batch.starts, batch.lengths, batch.yields_token))
         driver.collect()
     assert plans == [([0, 0], [3, 2], [True, False]), ([2], [5], [False]), ([7], [2], [True])]
     driver.check_end()

@@ -57,10 +57,10 @@ class FakeDevice:
             for position in range(end):
                 held = self.slots.get(self.slot(seq, position))
                 assert held == tuple(known[: position + 1]), "a row reads what is not its own"
-            assert batch.samples[row] == (end == len(known))
+            assert batch.yields_token[row] == (end == len(known))
             token_id = next_token(seq.sampling.seed, known[:end])
             tokens.append(token_id)
-            if batch.samples[row]:
+            if batch.yields_token[row]:
                 known.append(token_id)
                 self.num_sampled[seq.seq_id] = self.num_sampled.get(seq.seq_id, 0) + 1
                 assert len(known) <= seq.max_len, "a row too many for a sequence at its length"
@@ -128,11 +128,11 @@ class Driver:
         assert len(scheduler.running) <= scheduler.max_num_seqs
         assert min(batch.lengths) >= 1
         if not batch.is_prefill:
-            assert set(batch.lengths) == {1} and all(batch.samples)
+            assert set(batch.lengths) == {1} and all(batch.yields_token)
             return
         assert batch.num_tokens <= scheduler.max_num_batched_tokens
-        assert all(batch.samples[:-1]), "only the last prompt of a step may be cut"
-        if not batch.samples[-1]:
+        assert all(batch.yields_token[:-1]), "only the last prompt of a step may be cut"
+        if not batch.yields_token[-1]:
             assert batch.num_tokens == scheduler.max_num_batched_tokens, "cut, with budget left"
         for seq, start, length in zip(batch.seqs, batch.starts, batch.lengths):
             for position in range(start, start + length):
@@ -149,7 +149,7 @@ class Driver:
         lengths = {seq.seq_id: len(seq.token_ids) for seq in batch.seqs}
         rows = self.scheduler.postprocess(batch, tokens)
         ended = [batch.seqs[row] for row in rows if batch.seqs[row].is_finished]
-        for seq, samples in zip(batch.seqs, batch.samples):
+        for seq, samples in zip(batch.seqs, batch.yields_token):
             grown = len(seq.token_ids) - lengths[seq.seq_id]
             assert grown == (samples and seq.seq_id not in was_finished)
         for seq in ended:
@@ -171,7 +171,7 @@ class Driver:
             on_the_way = [
                 samples
                 for batch, _ in self.in_flight
-                for other, samples in zip(batch.seqs, batch.samples)
+                for other, samples in zip(batch.seqs, batch.yields_token)
                 if other is seq
             ]
             assert seq.num_pending_tokens == sum(on_the_way), "pending tokens are miscounted"

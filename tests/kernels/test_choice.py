@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanovllm.kernels.launch import Gpu
-from nanovllm.kernels.linear import Kernel, Product, Use, choose_kernel
+from nanovllm.kernels.linear import Kernel, ProductShape, Use, choose_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GEMV, SPLIT_K, LIBRARY = Kernel.GEMV, Kernel.SPLIT_K, Kernel.LIBRARY
@@ -76,7 +76,7 @@ def chosen(model: str, gpu: str, rows: int, **options: Any) -> str:
     kernels = []
     for name in NAMES:
         k, n, use, has_norm = products[name]
-        product = Product(rows, k, n, use=use, has_norm=has_norm, **options)
+        product = ProductShape(rows, k, n, use=use, has_norm=has_norm, **options)
         kernels.append(choose_kernel(product, GPUS[gpu]).value[0])
     return "".join(kernels)
 
@@ -117,7 +117,7 @@ def test_a_norm_with_partial_sums_before_it_is_not_for_gemv(gpu: str):
     """It knows none: they would be lost."""
     few = SPLIT_K if gpu in HOPPER_CLASS else LIBRARY
     for use in (Use.VALUES, Use.GATED):
-        product = Product(1, 1024, 4096, BF16, use, has_norm=True)
+        product = ProductShape(1, 1024, 4096, BF16, use, has_norm=True)
         assert choose_kernel(product, GPUS[gpu]) is GEMV
         assert choose_kernel(product._replace(has_partials=True), GPUS[gpu]) is few
 
@@ -126,5 +126,5 @@ def test_a_norm_with_partial_sums_before_it_is_not_for_gemv(gpu: str):
 def test_gemv_serves_what_it_takes_a_norm_or_an_addition_from(gpu: str):
     few = SPLIT_K if gpu in HOPPER_CLASS else LIBRARY
     for use in (Use.VALUES, Use.GATED):
-        assert choose_kernel(Product(1, 1024, 4096, BF16, use), GPUS[gpu]) is few
-    assert choose_kernel(Product(1, 1024, 4096, BF16, Use.ADDED), GPUS[gpu]) is GEMV
+        assert choose_kernel(ProductShape(1, 1024, 4096, BF16, use), GPUS[gpu]) is few
+    assert choose_kernel(ProductShape(1, 1024, 4096, BF16, Use.ADDED), GPUS[gpu]) is GEMV

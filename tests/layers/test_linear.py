@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nanovllm.layers.deferred import Stream
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import Linear, PackedLinear, has_onednn_bf16
+from nanovllm.layers.linear import Linear, MergedLinear, has_onednn_bf16
 
 
 def filled(module: torch.nn.Module) -> torch.nn.Module:
@@ -47,7 +47,7 @@ def test_packing_a_head_leaves_the_embedding_that_it_shares_as_it_is():
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
 def test_a_gated_product_is_activation_of_gate_times_up(activation: str, bias: bool):
     torch.manual_seed(0)
-    linear = filled(PackedLinear(32, {"gate_proj": 24, "up_proj": 24}, bias))
+    linear = filled(MergedLinear(32, {"gate_proj": 24, "up_proj": 24}, bias))
     x = torch.randn(3, 32)
     gate, up = F.linear(x, linear.weight, linear.bias).chunk(2, dim=1)
     expected = {
@@ -66,7 +66,7 @@ def test_a_product_goes_to_the_memory_that_is_given():
 
 
 def test_parts_of_a_packed_projection_have_the_names_of_the_checkpoint():
-    linear = PackedLinear(8, {"q_proj": 4, "k_proj": 2}, bias=True)
+    linear = MergedLinear(8, {"q_proj": 4, "k_proj": 2}, bias=True)
     views = linear.checkpoint_views("model.layers.3.self_attn.qkv_proj")
     names = [f"{part}_proj.{kind}" for kind in ("weight", "bias") for part in "qk"]
     assert sorted(views) == sorted(f"model.layers.3.self_attn.{name}" for name in names)

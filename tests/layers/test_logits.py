@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanovllm import SamplingParams
-from nanovllm.layers.logits import LogitEdits, RowEdits, compute_logprobs, edit_logits_
+from nanovllm.layers.logits import RowEdits, compute_logprobs, edit_logits_
+from nanovllm.sampling_params import LogitEdits
 
 VOCAB = 10
 ENDING = frozenset([8, 9])

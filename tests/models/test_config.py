@@ -205,7 +205,7 @@ def test_option_of_qwen3_that_is_not_computed_is_refused_by_name(
 def test_sequences_may_be_as_long_as_the_window(tmp_path: Path, content: dict, window: int):
     edit_json(tmp_path / "config.json", max_position_embeddings=8192, **content)
     config = Config(str(tmp_path), max_model_len=window)
-    assert config.max_model_len == config.hf_config.sliding_window == window
+    assert config.max_model_len == config.model_config.sliding_window == window
     refused = rf"sliding window of {window} tokens.*give max_model_len={window} or less"
     with pytest.raises(ValueError, match=refused):
         Config(str(tmp_path), max_model_len=window + 1)
