@@ -46,6 +46,7 @@ def paged_prefill(
     block_size, num_kv_heads = k_cache.shape[1:3]
     wide = q.element_size() == 2
     block_m = 64 if max_seqlen_q > 16 else 16
+    stages = 3 if head_dim <= 128 else 2
     grid = (triton.cdiv(max_seqlen_q, block_m), num_heads, context_lens.shape[0])
     _prefill_kernel[grid](
         q, k_cache, v_cache, out, cu_seqlens_q, context_lens, block_tables,
@@ -54,8 +55,7 @@ def paged_prefill(
         BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=block_m,
         BLOCK_N=tile_tokens(block_size, head_dim, 64 if wide else 16),
         PRECISION="tf32" if wide else "ieee",
-        num_warps=4 if wide or block_m == 16 else 8, num_stages=3 if wide else 1,
-        **pdl(q),
+        num_warps=4 if wide or block_m == 16 else 8, num_stages=stages if wide else 1, **pdl(q),
     )  # fmt: skip
     return out
 

@@ -8,15 +8,15 @@ import pytest
 pytest.importorskip("triton")
 
 from helpers.compile_launches import H100, run_compiler, simulated
-from kernel_inputs import interpreted
+from helpers.kernel_inputs import interpreted
 
 FACTS_OF_LAUNCHES = """
 import json
 
 import torch
 from helpers.compile_launches import A100, H100, RTX_4090, launches
-from nanovllm.kernels.rms_norm import rms_norm_triton
-from nanovllm.kernels.split_k import split_k_triton
+from nanovllm.kernels.layernorm import rms_norm
+from nanovllm.kernels.split_k import split_k
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -36,14 +36,14 @@ def facts(launch):
 before = vars(driver).copy(), JITFunction.run, torch.cuda.get_device_capability
 found = {}
 for card in (A100, H100):
-    [launch] = launches(rms_norm_triton, empty(8, 1024), empty(1024), 1e-6, card=card)
+    [launch] = launches(rms_norm, empty(8, 1024), empty(1024), 1e-6, card=card)
     found[card.name] = facts(launch)
 uneven = empty(1025)[1:]  # 2 bytes past an aligned address
-[launch] = launches(rms_norm_triton, empty(8, 1024), uneven, eps=1e-6)
+[launch] = launches(rms_norm, empty(8, 1024), uneven, eps=1e-6)
 found["uneven"] = facts(launch)
 x, weight = empty(40, 1024), empty(2048, 1024)
 for card in (H100, RTX_4090):
-    [launch] = launches(split_k_triton, x, weight, card=card)
+    [launch] = launches(split_k, x, weight, card=card)
     found["product, " + card.name] = facts(launch)
 assert before == (vars(driver), JITFunction.run, torch.cuda.get_device_capability)
 print(json.dumps(found))

@@ -1,0 +1,157 @@
+"""Compile all that a step of a model launches, for GPUs that need not be there.
+
+    PYTHONPATH=.:tests python -m helpers.compile_models        # a sample: one or two minutes
+    PYTHONPATH=.:tests python -m helpers.compile_models --all  # every family on every GPU
+
+A step is run by the model itself on stand-ins for tensors (see `compile_launches`), so that what is
+compiled is what would be launched: which kernels were chosen, with which constants. Each program
+must fit into the GPU's shared memory.
+"""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from helpers.compile_launches import (
+    A100,
+    CARDS,
+    H100,
+    RTX_3090,
+    RTX_4090,
+    RTX_5090,
+    Card,
+    CompiledLaunch,
+    simulated,
+)
+from nanovllm.engine.step_inputs import StepInputs, StepShape
+from nanovllm.layers.attention_backends import TritonBackend
+from nanovllm.layers.sampler import Sampler
+from nanovllm.models import find_model_class
+from nanovllm.utils.context import Context
+
+MODELS: dict[str, dict[str, Any]] = {
+    "Qwen3-0.6B": {
+        "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+    },
+    "Qwen3-8B": {
+        "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    },
+    "Qwen2.5-0.5B": {
+        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
+        "num_attention_heads": 14, "num_key_value_heads": 2,
+    },
+    "Llama-3.2-1B": {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+    },
+    "Mistral-7B": {
+        "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+    # No published model of these families: the widest heads, and every bias.
+    "head_dim 256": {
+        "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2048,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256,
+        "attention_bias": True, "mlp_bias": True,
+    },
+}  # fmt: skip
+VOCAB_SIZE, MAX_MODEL_LEN, NUM_BLOCKS, BLOCK_SIZE = 151936, 4096, 1000, 256
+PREFILL = (4, 100)  # sequences, tokens of each
+
+
+class Step(NamedTuple):
+    """A step to compile: rows of decode, or the PREFILL if that is 0."""
+
+    card: Card
+    model: str
+    rows: int
+    dtype: torch.dtype = torch.bfloat16
+
+
+SAMPLE = [
+    *(Step(H100, "Qwen3-0.6B", rows) for rows in (0, 1, 8)),
+    *(Step(A100, "Qwen2.5-0.5B", rows) for rows in (0, 1)),
+    *(Step(RTX_3090, "head_dim 256", rows) for rows in (0, 1, 8)),
+    Step(H100, "head_dim 256", 8),
+    Step(RTX_4090, "Llama-3.2-1B", 1),
+    Step(RTX_5090, "Qwen3-0.6B", 1),
+    Step(RTX_5090, "Llama-3.2-1B", 0, torch.float32),
+]
+
+
+def launches_of(step: Step) -> list[CompiledLaunch]:
+    """All that two layers, the head and sampling with truncation launch."""
+    content = {"num_hidden_layers": 2, "vocab_size": VOCAB_SIZE, "sliding_window": None}
+    content |= MODELS[step.model]
+    model_class = find_model_class(content)
+    with torch.inference_mode(), simulated(step.card) as launched:
+        config = model_class.config_class.from_json(content)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(step.dtype)
+        try:
+            with torch.device("cuda"):
+                model = model_class(config).requires_grad_(False)
+        finally:
+            torch.set_default_dtype(before)
+        is_prefill, (rows, length) = step.rows == 0, PREFILL if step.rows == 0 else (step.rows, 1)
+        heads, head_dim = config.num_key_value_heads, config.head_dim
+        backend = TritonBackend(BLOCK_SIZE, heads, head_dim, step.card.device)
+        shape = StepShape(
+            is_prefill, rows, rows * length, 16 if is_prefill else 0, length, MAX_MODEL_LEN, True
+        )
+        device = torch.device("cuda")
+        inputs = StepInputs.views(torch.empty(10**6, dtype=torch.int32, device=device), shape)
+        cache = torch.empty(
+            NUM_BLOCKS, BLOCK_SIZE, heads, head_dim, dtype=step.dtype, device=device
+        )
+        sampler = Sampler.__new__(Sampler)
+        sampler.tokens = torch.empty(512, dtype=torch.int64, device=device)
+        sampler.host_tokens = torch.empty(2, 512, dtype=torch.int64, device=device)
+        context = Context(
+            backend=backend, kv_cache=[(cache, cache)] * 2,
+            cos_sin=torch.empty(MAX_MODEL_LEN, head_dim, dtype=torch.float32, device=device),
+            is_prefill=is_prefill, positions=inputs.positions, slot_mapping=inputs.slot_mapping,
+            context_lens=inputs.context_lens, block_tables=inputs.block_tables,
+            cu_seqlens_q=inputs.cu_seqlens_q, max_seqlen_q=length, max_context_len=MAX_MODEL_LEN,
+            decode_metadata=None if is_prefill else backend.decode_metadata(inputs.rest, rows),
+            logits_indices=inputs.cu_seqlens_q[1:] - 1 if is_prefill else None,
+        )  # fmt: skip
+        stream = model(inputs.input_ids, sampler.tokens, context)
+        out = torch.empty(rows, VOCAB_SIZE, dtype=step.dtype, device=device)
+        sampler.sample(model.compute_logits(stream, out), inputs.sampling(truncates=True))
+    return launched
+
+
+def all_steps() -> Iterator[Step]:
+    for card in CARDS:
+        for model in MODELS:
+            for rows in (0, 1, 2, 4, 8, 32, 64, 128):
+                for dtype in (torch.bfloat16, torch.float32):
+                    yield Step(card, model, rows, dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile what steps of models launch.")
+    parser.add_argument("--all", action="store_true", help="every family on every GPU")
+    steps = all_steps() if parser.parse_args().all else SAMPLE
+    for step in steps:
+        launched = launches_of(step)
+        largest = max(launched, key=lambda launch: launch.shared)
+        too_large = [launch.name for launch in launched if not launch.fits]
+        name = f"{step.card.name}, {step.model}, {step.rows or 'prefill'}, {step.dtype}"
+        print(f"{name}: {len(launched)} launches, at most {largest.shared} bytes", flush=True)
+        assert not too_large, f"{name}: {too_large} take more than {step.card.shared_per_program}"
+        if step.card is H100:
+            for launch in launched:
+                if "split_k" in launch.name:
+                    both = 2 * launch.shared
+                    assert both > step.card.shared_per_program, "two share a multiprocessor"
+    print("all compiled")
+
+
+if __name__ == "__main__":
+    main()
