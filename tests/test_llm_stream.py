@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from helpers.checkpoints import Reference, random_tokens
-from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, assert_empty, build
+from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, Fault, assert_empty, build
 from helpers.paths import DEMO
 from helpers.streams import QUESTIONS, assert_idle, assert_works, gather, parts, question
 from nanovllm import LLM, SamplingParams
@@ -312,6 +312,20 @@ def test_an_ended_or_closed_stream_has_no_more_pieces(llm: LLM):
         with pytest.raises(StopIteration):
             next(stream)
     assert_empty(llm)
+
+
+@pytest.mark.parametrize("at_call", [1, 3])
+def test_a_stream_that_fails_while_its_prompts_are_queued_leaves_nothing(
+    llm: LLM, tiny_reference: Reference, at_call: int
+):
+    fault = Fault(llm.scheduler, "add", at_call, KeyboardInterrupt(), after=True)
+    with pytest.raises(KeyboardInterrupt):
+        next(llm.stream(PROMPTS, GREEDY))
+    fault.remove()
+    assert_empty(llm)
+    llm.add_request(PROMPTS[0], GREEDY)  # no stream is open
+    llm.abort_all()
+    assert_works(llm, tiny_reference)
 
 
 def test_a_stream_that_was_never_started_queues_nothing(llm: LLM, tiny_reference: Reference):

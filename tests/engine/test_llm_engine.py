@@ -126,7 +126,7 @@ def test_a_request_whose_first_completion_has_ended_can_be_aborted(
         while not llm.is_finished():
             assert llm.step() == []
         assert_empty(llm)
-        assert not llm._requests
+        assert not llm._request_of_seq
 
 
 def test_aborting_a_request_that_has_ended_does_nothing(llm: LLM):

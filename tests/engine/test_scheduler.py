@@ -96,6 +96,18 @@ def test_last_single_token_of_a_cut_prompt_is_run(depth: int):
     driver.drain(depth)
 
 
+def test_last_single_token_of_a_cut_prompt_comes_before_later_prompts():
+    driver = Driver(num_blocks=40, block_size=4, max_num_seqs=8, budget=4)
+    first = driver.add([0, 1, 0, 1, 1], 5, True, 0)
+    for _ in range(3):
+        driver.add([1, 1, 0, 1], 5, True, 0)
+    driver.schedule()
+    batch = driver.schedule()
+    assert batch.is_prefill and batch.seqs[0] is first
+    assert batch.lengths[0] == 1 and batch.yields_token[0]
+    driver.drain(1)
+
+
 @DEPTHS
 def test_waiting_prompts_run_before_decode(depth: int):
     driver = Driver(num_blocks=8, block_size=4, max_num_seqs=4, budget=16)

@@ -30,7 +30,7 @@ def prefilled(llm: LLM, lengths: list[int]) -> None:
 def send(llm: LLM, batch: Batch, padded_rows: int) -> tuple[StepShape, StepInputs]:
     """The inputs of a step as the device gets them."""
     inputs = llm.model_runner.inputs
-    shape = inputs.send(batch, padded_rows, {}, for_graph=False)
+    shape = inputs.send(batch, padded_rows, {}, fixed_shape=False)
     return shape, inputs.view(shape)
 
 
@@ -112,14 +112,14 @@ def batches(llm: LLM, lengths: list[int]):
     return prefill, llm.scheduler.schedule()
 
 
-@pytest.mark.parametrize("for_graph", [False, True])
+@pytest.mark.parametrize("fixed_shape", [False, True])
 @pytest.mark.parametrize("max_num_seqs", [5, 7, 16])
-def test_plan_is_sent_in_place_of_block_tables(tiny: Path, max_num_seqs: int, for_graph: bool):
+def test_plan_is_sent_in_place_of_block_tables(tiny: Path, max_num_seqs: int, fixed_shape: bool):
     lengths = [1, 30, BLOCK, 200, 17]
     with build(tiny, max_num_seqs=max_num_seqs) as llm:
         buffers = InputBuffers(llm.config, triton_backend(6))
         prefill, decode = batches(llm, lengths)
-        shape = buffers.send(prefill, len(lengths), {}, for_graph=False)
+        shape = buffers.send(prefill, len(lengths), {}, fixed_shape=False)
         assert shape.width > 0
         tables = buffers.view(shape).block_tables.tolist()
         for table, seq in zip(tables, prefill.seqs, strict=True):
@@ -129,9 +129,9 @@ def test_plan_is_sent_in_place_of_block_tables(tiny: Path, max_num_seqs: int, fo
         padded_rows = min(8, max_num_seqs)
         for host in buffers.hosts:  # what a larger batch may have left
             host.fill_(3)
-        shape = buffers.send(decode, padded_rows, {}, for_graph)
+        shape = buffers.send(decode, padded_rows, {}, fixed_shape)
         assert shape.width == 0
-        if for_graph:
+        if fixed_shape:
             assert shape == buffers.decode_shape(padded_rows)
         inputs = buffers.view(shape)
         width = max(len(seq.block_table) for seq in decode.seqs)
@@ -139,7 +139,7 @@ def test_plan_is_sent_in_place_of_block_tables(tiny: Path, max_num_seqs: int, fo
         for row, seq in enumerate(decode.seqs):
             tables[row, : len(seq.block_table)] = seq.block_table
         plan = plan_decode(np.array(lengths) + 1, tables, BLOCK, BLOCK, 6, padded_rows)
-        sent = buffers.backend.decode_metadata(inputs.decode_metadata, padded_rows)
+        sent = buffers.backend.decode_metadata(inputs.rest, padded_rows)
         assert sent.bounds.tolist() == plan.bounds.tolist()
         assert sent.tiles[: len(plan.tiles)].tolist() == plan.tiles.tolist()
         padding = padded_rows - len(lengths)
@@ -157,8 +157,8 @@ def test_buffers_hold_the_largest_steps(tiny: Path):
     ) as llm:
         buffers = InputBuffers(llm.config, triton_backend(33))
         _, decode = batches(llm, [638] * 5)
-        shape = buffers.send(decode, 5, {}, for_graph=True)
-        metadata = buffers.view(shape).decode_metadata
+        shape = buffers.send(decode, 5, {}, fixed_shape=True)
+        metadata = buffers.view(shape).rest
         tiles = buffers.backend.decode_metadata(metadata, 5).tiles
         assert len(tiles) >= 5 * 639 // BLOCK
         assert (tiles[: 5 * 639 // BLOCK, 1] >> 16).unique().tolist() == [0, 1, 2, 3, 4]

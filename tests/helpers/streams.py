@@ -69,7 +69,7 @@ def assert_idle(llm: LLM) -> None:
     """Nothing is queued or under way, and every block is free."""
     assert not llm._in_flight
     manager = llm.scheduler.block_manager
-    assert not llm.scheduler.waiting and not llm.scheduler.running and not llm._requests
+    assert not llm.scheduler.waiting and not llm.scheduler.running and not llm._request_of_seq
     assert manager.num_free_blocks == len(manager.blocks)
     assert_blocks_consistent(manager, [])
 
