@@ -3,7 +3,8 @@
 Of an engine's products those of few rows are the reading of their weights, for which a library's
 kernels are not made: one row, and of small matrices two, is the business of `kernels.gemv`, which
 takes the norm before and the gate or the residual add after into the same kernel; up to 128 rows
-(of large matrices 64) go to `kernels.split_k`. All others are cuBLAS's.
+(of large matrices 64) go to `kernels.split_k`, and 129 to 256 rows of small matrices to
+`kernels.tiled_gemm`. All others are cuBLAS's.
 """
 
 from enum import Enum
@@ -14,16 +15,19 @@ import torch.nn.functional as F
 
 from nanovllm.kernels import gemv as gemv_kernel
 from nanovllm.kernels import split_k as split_k_kernel
+from nanovllm.kernels import tiled_gemm as tiled_gemm_kernel
 from nanovllm.kernels.activation import silu_and_mul
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.launch import Gpu, gpu_with
 from nanovllm.kernels.split_k import num_splits, split_k
+from nanovllm.kernels.tiled_gemm import SPLITS, tiled_gemm
 
 # In-features of GEMVs, with a norm and without: of more, registers spill.
-_MAX_NORMED, _MAX_PLAIN = 4096, 17408
+_MAX_NORMED, _MAX_PLAIN = 4096, 27648
 _SHORT_ROW, _SMALL = 2048, 2**23  # in-features and elements with which GEMV takes two rows
 _LARGE = 2**25  # elements of a weight with which cuBLAS is faster past 64 rows
 _MAX_ROWS_OF_LARGE = 64
+_MAX_TILED = 2**23  # elements of a weight that tiled_gemm takes
 
 
 class Kernel(Enum):
@@ -31,6 +35,7 @@ class Kernel(Enum):
 
     GEMV = "gemv"
     SPLIT_K = "split_k"
+    TILED_GEMM = "tiled_gemm"
     LIBRARY = "library"
 
 
@@ -51,6 +56,7 @@ class ProductShape(NamedTuple):
         in_features, out_features: the weight is [out_features, in_features], gate and up together.
         dtype: of x and W.
         use: what becomes of it.
+        has_bias: there is a b.
         has_norm: x has still to be normalised.
         has_partials: and before that, partial sums have to be added to it.
     """
@@ -60,12 +66,13 @@ class ProductShape(NamedTuple):
     out_features: int
     dtype: torch.dtype
     use: Use = Use.VALUES
+    has_bias: bool = False
     has_norm: bool = False
     has_partials: bool = False
 
 
 def choose_kernel(product: ProductShape, gpu: Gpu) -> Kernel:
-    """The kernel that makes a product on a GPU, biased or not."""
+    """The kernel that makes a product on a GPU."""
     rows, k, n = product.rows, product.in_features, product.out_features
     # GEMV pays by the norm or the addition that it takes along. It knows no partial sums.
     pays = product.has_norm or product.use is Use.ADDED
@@ -75,8 +82,14 @@ def choose_kernel(product: ProductShape, gpu: Gpu) -> Kernel:
         return Kernel.GEMV
     is_large = k * n > _LARGE and product.use is not Use.ADDED
     max_rows = _MAX_ROWS_OF_LARGE if is_large else split_k_kernel.MAX_ROWS
-    if rows <= max_rows and product.dtype.itemsize == 2 and gpu.is_hopper_class:
+    if not gpu.is_hopper_class or product.dtype.itemsize != 2:
+        return Kernel.LIBRARY
+    if rows <= max_rows:
         return Kernel.SPLIT_K
+    # It adds no bias; its loads want rows of whole 16 bytes.
+    can_tile = not product.has_bias and k % 8 == 0 and k * n <= _MAX_TILED
+    if can_tile and tiled_gemm_kernel.MIN_ROWS <= rows <= tiled_gemm_kernel.MAX_ROWS:
+        return Kernel.TILED_GEMM
     return Kernel.LIBRARY
 
 
@@ -112,12 +125,14 @@ def matmul(
         bias: [out].
         out: [rows, out], the memory of the result if it is to be a given one.
     """
-    kernel = _choose(x, weight, Use.VALUES)
+    kernel = _choose(x, weight, bias, Use.VALUES)
     if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):  # it is chosen for no other x
         return gemv(x.x, weight, bias, x.weight, x.eps, out=out)
     x = _values(x)
     if kernel is Kernel.SPLIT_K:
         return split_k(x, weight, bias, out=out)
+    if kernel is Kernel.TILED_GEMM:
+        return tiled_gemm(x, weight, out=out)
     if out is None:
         return F.linear(x, weight, bias)
     torch.mm(x, weight.t(), out=out)
@@ -134,12 +149,14 @@ def gated_matmul(
         weight: [2 * out, in].
         bias: [2 * out].
     """
-    kernel = _choose(x, weight, Use.GATED)
+    kernel = _choose(x, weight, bias, Use.GATED)
     if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):
         return gemv(x.x, weight, bias, x.weight, x.eps, gated=True)
     x = _values(x)
     if kernel is Kernel.SPLIT_K:
         return split_k(x, weight, bias, gated=True)
+    if kernel is Kernel.TILED_GEMM:
+        return tiled_gemm(x, weight, gated=True)
     return silu_and_mul(F.linear(x, weight, bias))
 
 
@@ -156,11 +173,13 @@ def add_matmul(
     Returns:
         None, or partial sums [splits, rows, out] float32, for the norm that comes next.
     """
-    kernel = _choose(x, weight, Use.ADDED)
+    kernel = _choose(x, weight, bias, Use.ADDED)
     if kernel is Kernel.GEMV:
         gemv(x, weight, bias, add_to=stream)
     elif kernel is Kernel.SPLIT_K:
         return split_k(x, weight, bias, splits=num_splits(weight.shape[0]))
+    elif kernel is Kernel.TILED_GEMM:
+        return tiled_gemm(x, weight, splits=SPLITS)
     else:
         stream.addmm_(x, weight.t())  # the add is the product's epilogue
         if bias is not None:
@@ -168,11 +187,13 @@ def add_matmul(
     return None
 
 
-def _choose(x: torch.Tensor | NormedInput, weight: torch.Tensor, use: Use) -> Kernel:
+def _choose(
+    x: torch.Tensor | NormedInput, weight: torch.Tensor, bias: torch.Tensor | None, use: Use
+) -> Kernel:
     normed = None if isinstance(x, torch.Tensor) else x
     rows = (x if isinstance(x, torch.Tensor) else x.x).shape[0]
     product = ProductShape(
-        rows, weight.shape[1], weight.shape[0], weight.dtype, use,
+        rows, weight.shape[1], weight.shape[0], weight.dtype, use, bias is not None,
         normed is not None, normed is not None and normed.partials is not None,
     )  # fmt: skip
     gpu = gpu_with(weight)

@@ -64,10 +64,11 @@ def edit_logits_(logits: torch.Tensor, edits: list[RowEdits]) -> None:
     if restricted:
         places = sent(allowed)
         kept = flat[places]
-        logits[sent(restricted)] = float("-inf")
+        logits.index_fill_(0, sent(restricted), float("-inf"))
         flat[places] = kept
     if banned:
-        flat[sent(banned)] = float("-inf")
+        # By index_fill_, since an assignment would send its value, and wait for the device.
+        flat.index_fill_(0, sent(banned), float("-inf"))
     if biases:
         flat[sent([*biases])] += sent([*biases.values()], np.float32)
     if repeated:

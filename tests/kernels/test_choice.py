@@ -10,6 +10,7 @@ from nanovllm.kernels.linear import Kernel, ProductShape, Use, choose_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GEMV, SPLIT_K, LIBRARY = Kernel.GEMV, Kernel.SPLIT_K, Kernel.LIBRARY
+TILED_GEMM = Kernel.TILED_GEMM
 KIB = 1024
 GPUS = {
     "A100": Gpu((8, 0), 163 * KIB, 164 * KIB, 108),
@@ -56,15 +57,18 @@ MODELS = {
 NAMES = ("qkv", "output", "gate_up", "down", "head")
 
 # On Hopper in bf16: rows, then the kernels of the five products in the order of NAMES, by their
-# first letters (g: GEMV, s: split K, l: library).
+# first letters (g: GEMV, s: split K, t: tiled GEMM, l: library).
 ON_HOPPER = [
-    ("Qwen3-0.6B", {1: "ggggg", 2: "ggggg", 3: "sssss", 64: "sssss", 65: "ssssl", 128: "ssssl"}),
+    (
+        "Qwen3-0.6B",
+        {1: "ggggg", 2: "ggggg", 3: "sssss", 64: "sssss", 65: "ssssl", 129: "ttttl", 256: "ttttl"},
+    ),
     ("Qwen3-4B", {1: "ggggg", 2: "sssss", 3: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
     ("Qwen3-8B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
-    ("Qwen3-32B", {1: "sgsss", 2: "sssss", 64: "sssss", 65: "lslsl", 128: "lslsl"}),
-    ("Qwen2.5-0.5B", {1: "ggggg", 2: "ggggg", 3: "sssss", 64: "sssss", 65: "ssssl"}),
-    ("Qwen2.5-7B", {1: "gggsg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
-    ("Llama-3.2-1B", {1: "ggggg", 2: "gggsg", 3: "sssss", 64: "sssss", 65: "ssssl"}),
+    ("Qwen3-32B", {1: "sgsgs", 2: "sssss", 64: "sssss", 65: "lslsl", 129: "lllll"}),
+    ("Qwen2.5-0.5B", {1: "ggggg", 2: "ggggg", 64: "sssss", 65: "ssssl", 129: "ttltl"}),
+    ("Qwen2.5-7B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 129: "lllll"}),
+    ("Llama-3.2-1B", {1: "ggggg", 2: "gggsg", 3: "sssss", 64: "sssss", 65: "ssssl", 129: "ttlll"}),
     ("Llama-3.1-8B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
     ("Mistral-7B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
 ]
@@ -88,7 +92,7 @@ def test_products_of_published_models_on_hopper(
     model: str, table: dict[int, str], gpu: str, dtype: torch.dtype
 ):
     assert {rows: chosen(model, gpu, rows, dtype=dtype) for rows in table} == table
-    assert chosen(model, gpu, 129, dtype=dtype) == "lllll"
+    assert chosen(model, gpu, 257, dtype=dtype) == "lllll"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -98,7 +102,7 @@ def test_other_gpus_have_gemv_and_the_library(model: str, gpu: str):
     on_hopper = dict(ON_HOPPER)[model]
     for rows in (1, 2):
         assert chosen(model, gpu, rows) == on_hopper[rows].replace("s", "l")
-    for rows in (3, 64, 128):
+    for rows in (3, 64, 128, 129):
         assert chosen(model, gpu, rows) == "lllll"
 
 
@@ -128,3 +132,20 @@ def test_gemv_serves_what_it_takes_a_norm_or_an_addition_from(gpu: str):
     for use in (Use.VALUES, Use.GATED):
         assert choose_kernel(ProductShape(1, 1024, 4096, BF16, use), GPUS[gpu]) is few
     assert choose_kernel(ProductShape(1, 1024, 4096, BF16, Use.ADDED), GPUS[gpu]) is GEMV
+
+
+@pytest.mark.parametrize("use", list(Use))
+def test_tiled_gemm_adds_no_bias_and_wants_whole_loads(use: Use):
+    product = ProductShape(200, 1024, 4096, BF16, use)
+    assert choose_kernel(product, GPUS["H100"]) is TILED_GEMM
+    assert choose_kernel(product._replace(has_bias=True), GPUS["H100"]) is LIBRARY
+    assert choose_kernel(product._replace(in_features=1020), GPUS["H100"]) is LIBRARY
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 64])
+def test_a_bias_changes_nothing_in_small_batches(rows: int):
+    for name, (k, n, use, has_norm) in MODELS["Qwen2.5-0.5B"].products().items():
+        product = ProductShape(rows, k, n, BF16, use, has_norm=has_norm)
+        for gpu in GPUS.values():
+            biased = choose_kernel(product._replace(has_bias=True), gpu)
+            assert biased is choose_kernel(product, gpu), name

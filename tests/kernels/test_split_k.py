@@ -1,55 +1,13 @@
 """Matrix times some dozen vectors, in slices, and which of them go to this kernel."""
 
 import pytest
-import torch
 
-from helpers.kernel_inputs import (
-    BF16,
-    FP16,
-    FP32,
-    TOLERANCE,
-    interpreted,
-    normal,
-    relative_error,
-)
+from helpers.kernel_inputs import BF16, FP16, interpreted, normal
+from helpers.products import check_gate, check_split_k
 from nanovllm.kernels import split_k as split_k_module
 from nanovllm.kernels.split_k import num_splits, split_k, tiling
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def check_split_k(rows: int, shape: tuple[int, int], splits, dtype, device="cpu"):
-    n, k = shape
-    x = normal(rows, k, dtype=dtype, device=device)
-    weight = normal(n, k, dtype=dtype, device=device, seed=1)
-    bias = normal(n, dtype=dtype, device=device, seed=2)
-    product = x.double() @ weight.double().T
-    for b, expected in ((None, product), (bias, product + bias)):
-        out = split_k(x, weight, b, splits)
-        if splits is None:
-            assert out.dtype == dtype
-            into = torch.empty_like(out)
-            assert split_k(x, weight, b, out=into) is into
-            assert torch.equal(into, out)
-        else:
-            assert out.dtype == FP32
-            assert out.shape == (splits, rows, n)
-            out = out.sum(dim=0)
-        assert relative_error(out, expected) < TOLERANCE[dtype]
-
-
-def check_gate(rows: int, shape: tuple[int, int], dtype, device="cpu") -> None:
-    n, k = shape
-    x = normal(rows, k, dtype=dtype, device=device)
-    weight = normal(2 * n, k, dtype=dtype, device=device, seed=1) / k**0.5
-    bias = normal(2 * n, dtype=dtype, device=device, seed=2)
-    for b in (None, bias):
-        product = x.double() @ weight.double().T + (0 if b is None else b)
-        gate, up = product.chunk(2, dim=1)
-        out = split_k(x, weight, b, gated=True)
-        assert out.dtype == dtype
-        assert out.shape == (rows, n)
-        assert relative_error(out, gate.sigmoid() * gate * up) < TOLERANCE[dtype]
 
 
 @interpreted
@@ -59,9 +17,9 @@ def check_gate(rows: int, shape: tuple[int, int], dtype, device="cpu") -> None:
     [(5, (64, 256)), (5, (64, 300)), (5, (65, 256)), (20, (65, 300)), (65, (3, 1000))],
 )
 def test_split_k(rows_and_shape: tuple[int, tuple[int, int]], splits: int | None) -> None:
-    check_split_k(*rows_and_shape, splits, FP16)
+    check_split_k(split_k, *rows_and_shape, splits, FP16)
     if splits is None:
-        check_gate(*rows_and_shape, FP16)
+        check_gate(split_k, *rows_and_shape, FP16)
 
 
 @pytest.mark.gpu
@@ -74,8 +32,8 @@ def test_split_k(rows_and_shape: tuple[int, tuple[int, int]], splits: int | None
 )  # fmt: skip
 def test_split_k_gpu(rows: int, shape: tuple[int, int], dtype) -> None:
     for splits in (None, 8):
-        check_split_k(rows, shape, splits, dtype, "cuda")
-    check_gate(rows, shape, dtype, "cuda")
+        check_split_k(split_k, rows, shape, splits, dtype, "cuda")
+    check_gate(split_k, rows, shape, dtype, "cuda")
 
 
 def test_slices_give_each_multiprocessor_a_program() -> None:
