@@ -16,12 +16,6 @@ from nanovllm.engine import model_runner
 from nanovllm.engine.model_runner import load_libraries
 
 
-@pytest.fixture
-def llm(tiny: Path):
-    with build(tiny) as engine:
-        yield engine
-
-
 @torch.inference_mode()
 def fill_cache(llm: LLM, value: float) -> None:
     llm.model_runner.kv_cache.fill_(value)

@@ -14,8 +14,6 @@ from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
 from nanovllm.kernels.paged_decode import plan_decode
 
 BLOCK = 16
-
-
 LONG = SamplingParams(temperature=0.5, max_tokens=400, seed=3)
 
 

@@ -1,4 +1,4 @@
-"""What the kernels ask of the GPU they run on."""
+"""What kernels ask of the GPU they run on, and life without the packages that only a GPU needs."""
 
 import os
 import subprocess

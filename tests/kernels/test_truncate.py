@@ -287,7 +287,6 @@ def test_dispatch_takes_the_twin_on_a_cpu() -> None:
 
 # On a GPU, at the size of a real vocabulary
 
-
 VOCAB = 151936
 RAGGED = [
     Options(*row)

@@ -25,6 +25,76 @@ from nanovllm.utils.context import Context
 pytestmark = pytest.mark.usefixtures("poison")
 
 
+# Which one runs
+
+
+@pytest.mark.parametrize("backend", ["triton", "flash-attn"])
+def test_backend_that_needs_a_gpu_says_so_on_a_cpu(tiny: Path, backend: str):
+    message = f"attention_backend '{backend}' cannot run: it needs a GPU, and device is 'cpu'"
+    with pytest.raises(ValueError, match=message) as raised:
+        build(tiny, attention_backend=backend)
+    assert "'torch'" in str(raised.value)
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch):
+    """Makes believe that there is a GPU of some generation, and which packages are there."""
+
+    def set_up(capability: tuple[int, int], has_triton: bool, has_flash: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(attention, "HAS_TRITON", has_triton)
+        obstacle = None if has_flash else "flash-attn is not installed"
+        monkeypatch.setattr(attention, "_flash_obstacle", lambda *_: obstacle)
+
+    return set_up
+
+
+CUDA = (torch.device("cuda"), BF16, 128, 256)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_triton", "has_flash", "expected"),
+    [
+        ((9, 0), True, True, "triton"), ((9, 0), True, False, "triton"),
+        ((9, 0), False, True, "flash-attn"), ((9, 0), False, False, "torch"),
+        ((8, 0), True, True, "flash-attn"), ((8, 0), True, False, "triton"),
+        ((10, 0), True, True, "triton"),
+    ],
+)  # fmt: skip
+def test_the_fastest_that_can_run_is_taken(
+    pretend, capability: tuple[int, int], has_triton: bool, has_flash: bool, expected: str
+):
+    pretend(capability, has_triton, has_flash)
+    assert select_backend("auto", *CUDA) == expected
+
+
+def test_the_one_asked_for_is_taken_or_refused_with_those_that_could_be(pretend):
+    pretend((9, 0), True, False)
+    assert select_backend("torch", *CUDA) == "torch"
+    assert select_backend("triton", *CUDA) == "triton"
+    with pytest.raises(ValueError, match=r"not installed; could be: \['triton', 'torch'\]"):
+        select_backend("flash-attn", *CUDA)
+    pretend((9, 0), False, False)
+    with pytest.raises(ValueError, match=r"triton is not installed, .*could be: \['torch'\]"):
+        select_backend("triton", *CUDA)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "block_size", "message"),
+    [(FP32, 256, "dtype is torch.float32"), (BF16, 128, "a multiple of 256, got 128")],
+)
+def test_flash_attn_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block_size: int, message: str
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "flash_attn_with_kvcache", lambda *_, **__: None)
+    with pytest.raises(ValueError, match=message):
+        select_backend("flash-attn", torch.device("cuda"), dtype, 128, block_size)
+
+
+# That they agree
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -66,67 +136,3 @@ def test_backends_agree_gpu(head_dim: int, dtype: torch.dtype) -> None:
             outs[backend] = attend(qkv, norms, *caches, context, batch.before.scale)
         for backend in ("flash-attn", "triton"):
             assert relative_error(outs[backend], outs["torch"]) < 2 * TOLERANCE[dtype], backend
-
-
-@pytest.mark.parametrize("backend", ["triton", "flash-attn"])
-def test_backend_that_needs_a_gpu_says_so_on_a_cpu(tiny: Path, backend: str):
-    message = f"attention_backend '{backend}' cannot run: it needs a GPU, and device is 'cpu'"
-    with pytest.raises(ValueError, match=message) as raised:
-        build(tiny, attention_backend=backend)
-    assert "'torch'" in str(raised.value)
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch):
-    """Makes believe that there is a GPU of some generation, and which packages are there."""
-
-    def pretend(capability: tuple[int, int], has_triton: bool, has_flash: bool) -> None:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(attention, "HAS_TRITON", has_triton)
-        obstacle = None if has_flash else "flash-attn is not installed"
-        monkeypatch.setattr(attention, "_flash_obstacle", lambda *_: obstacle)
-
-    return pretend
-
-
-CUDA = (torch.device("cuda"), BF16, 128, 256)
-
-
-@pytest.mark.parametrize(
-    ("capability", "has_triton", "has_flash", "expected"),
-    [
-        ((9, 0), True, True, "triton"), ((9, 0), True, False, "triton"),
-        ((9, 0), False, True, "flash-attn"), ((9, 0), False, False, "torch"),
-        ((8, 0), True, True, "flash-attn"), ((8, 0), True, False, "triton"),
-        ((10, 0), True, True, "triton"),
-    ],
-)  # fmt: skip
-def test_the_fastest_that_can_run_is_taken(
-    gpu, capability: tuple[int, int], has_triton: bool, has_flash: bool, expected: str
-):
-    gpu(capability, has_triton, has_flash)
-    assert select_backend("auto", *CUDA) == expected
-
-
-def test_the_one_asked_for_is_taken_or_refused_with_those_that_could_be(gpu):
-    gpu((9, 0), True, False)
-    assert select_backend("torch", *CUDA) == "torch"
-    assert select_backend("triton", *CUDA) == "triton"
-    with pytest.raises(ValueError, match=r"not installed; could be: \['triton', 'torch'\]"):
-        select_backend("flash-attn", *CUDA)
-    gpu((9, 0), False, False)
-    with pytest.raises(ValueError, match=r"triton is not installed, .*could be: \['torch'\]"):
-        select_backend("triton", *CUDA)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "block_size", "message"),
-    [(FP32, 256, "dtype is torch.float32"), (BF16, 128, "a multiple of 256, got 128")],
-)
-def test_flash_attn_says_what_it_needs(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block_size: int, message: str
-):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(attention, "flash_attn_with_kvcache", lambda *_, **__: None)
-    with pytest.raises(ValueError, match=message):
-        select_backend("flash-attn", torch.device("cuda"), dtype, 128, block_size)
