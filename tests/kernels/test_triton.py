@@ -1,4 +1,4 @@
-"""What kernels ask of the GPU they run on, and life without the packages that only a GPU needs."""
+"""Triton's compiler, the GPU that its kernels are made for, and life without either."""
 
 import os
 import subprocess
@@ -12,10 +12,23 @@ import torch
 
 import nanovllm
 from helpers.checkpoints import Reference
+from helpers.kernel_inputs import interpreted
+from helpers.paths import ROOT
 from nanovllm.kernels import _triton
 from nanovllm.kernels._triton import has_large_shared_memory, has_pdl
 
 pytestmark = pytest.mark.usefixtures("poison")
+
+
+@interpreted
+def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "compile_kernels.py")],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == "all compiled"
 
 
 @pytest.mark.parametrize(
