@@ -20,7 +20,6 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:  # before anything imports triton: its kernels run in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-
 pytest.register_assert_rewrite("helpers")
 
 
@@ -79,6 +78,15 @@ def demo_copy(tmp_path: Path) -> Path:
     from helpers.paths import DEMO
 
     return link_checkpoint(DEMO, tmp_path / "demo")
+
+
+@pytest.fixture
+def llm(tiny: Path):
+    """A small engine with `tiny`, a new one for each test."""
+    from helpers.engines import build
+
+    with build(tiny) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

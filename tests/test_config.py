@@ -15,7 +15,6 @@ from nanovllm.config import Config
 
 # Options
 
-
 BAD_OPTIONS = [
     ("max_num_batched_tokens", 0), ("max_num_batched_tokens", -1), ("max_num_batched_tokens", 1.5),
     ("max_num_seqs", 0), ("max_num_seqs", "8"), ("max_num_seqs", True),
@@ -202,39 +201,12 @@ def test_a_cpu_runs_one_step_after_another_unless_told_otherwise(tiny: Path):
     assert config(tiny, async_scheduling=True).async_scheduling is True
 
 
-@pytest.mark.parametrize(
-    ("asked", "expected"), [(2, 2), (639, 639), (640, 640), (641, 640), (4096, 640)]
-)
-def test_no_sequence_is_longer_than_the_models_positions(tiny: Path, asked: int, expected: int):
-    assert config(tiny, max_model_len=asked).max_model_len == expected
-
-
 def test_a_model_of_a_single_position_is_refused(tiny_copy: Path):
     edit_json(tiny_copy / "config.json", max_position_embeddings=1)
     with pytest.raises(ValueError, match="max_position_embeddings=1"):
         config(tiny_copy)
 
 
-@pytest.mark.parametrize(
-    ("generation", "model", "expected"),
-    [
-        (5, 7, {5}), ([5, 6], 7, {5, 6}), (None, 7, {7}), (None, [7, 7, 8], {7, 8}),
-        ([], 7, set()), (None, None, set()), (0, 7, {0}),
-    ],
-)  # fmt: skip
-def test_end_of_sequence_tokens_are_those_of_generation_config_if_it_has_any_word_of_them(
-    tiny_copy: Path, generation: object, model: object, expected: set[int]
-):
-    edit_json(tiny_copy / "generation_config.json", eos_token_id=generation)
-    edit_json(tiny_copy / "config.json", eos_token_id=model)
-    assert config(tiny_copy).eos_token_ids == expected
-
-
 def test_the_home_directory_has_its_short_name(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tiny.parent))
     assert config(f"~/{tiny.name}").model_dir == tiny
-
-
-@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
-def test_a_dtype_that_is_asked_for_is_taken(tiny: Path, name: str):
-    assert config(tiny, dtype=name).torch_dtype == getattr(torch, name)

@@ -8,13 +8,6 @@ from helpers.checkpoints import Reference, edit_json, random_tokens
 from helpers.engines import GREEDY, PROMPTS, assert_empty, build, greedy
 from nanovllm import LLM, SamplingParams
 
-
-@pytest.fixture
-def llm(tiny: Path):
-    with build(tiny) as engine:
-        yield engine
-
-
 # Prompts and results
 
 

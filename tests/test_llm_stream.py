@@ -14,13 +14,6 @@ from helpers.paths import DEMO
 from helpers.streams import QUESTIONS, assert_idle, assert_works, gather, parts, question
 from nanovllm import LLM, SamplingParams
 
-
-@pytest.fixture
-def llm(tiny: Path):
-    with build(tiny) as engine:
-        yield engine
-
-
 # What comes
 
 

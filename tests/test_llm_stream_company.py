@@ -13,12 +13,6 @@ from helpers.streams import assert_works, gather
 from nanovllm import LLM
 
 
-@pytest.fixture
-def llm(tiny: Path):
-    with build(tiny) as engine:
-        yield engine
-
-
 @BOTH_ORDERS
 def test_generate_is_refused_while_a_stream_is_open_and_the_stream_goes_on(
     tiny: Path, tiny_reference: Reference, async_scheduling: bool

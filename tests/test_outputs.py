@@ -1,25 +1,15 @@
 """The form of what a request gives back."""
 
-from pathlib import Path
 from typing import get_type_hints
 
-import pytest
-
-from helpers.engines import GREEDY, build
+from helpers.engines import GREEDY
 from nanovllm import LLM, SamplingParams
 from nanovllm.outputs import (
     CompletionOutput,
-    Logprob,
     RequestMetrics,
     RequestOutput,
     StreamOutput,
 )
-
-
-@pytest.fixture
-def llm(tiny: Path):
-    with build(tiny) as engine:
-        yield engine
 
 
 def test_output_has_these_keys_and_types(llm: LLM):
@@ -45,15 +35,3 @@ def test_outputs_are_what_their_types_say(llm: LLM):
             assert completion.keys() == get_type_hints(CompletionOutput).keys()
     for piece in llm.stream([1, 2, 3], GREEDY):
         assert piece.keys() == get_type_hints(StreamOutput).keys()
-
-
-def test_log_probabilities_have_this_form(llm: LLM):
-    params = SamplingParams(temperature=0, max_tokens=2, logprobs=2, prompt_logprobs=1)
-    (output,) = llm.generate([1, 2, 3], params, use_tqdm=False)
-    first, *rest = output["prompt_logprobs"]
-    assert first is None
-    for entry in (*rest, *output["logprobs"]):
-        for token_id, found in entry.items():
-            assert type(token_id) is int
-            assert found == Logprob(found.logprob, found.rank, f"t{token_id}")
-            assert (type(found.logprob), type(found.rank)) == (float, int)

@@ -13,11 +13,7 @@ from helpers.small_model import build as build_small
 from nanovllm import LLM, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
-
-
 TWENTY = SamplingParams(temperature=0, max_tokens=20)
-
-
 GOOD = random_tokens(20, seed=1)
 
 
@@ -46,7 +42,6 @@ def small(small_engine: LLM):
 
 
 # Prompts
-
 
 BAD_PROMPTS = {
     "empty string": ("", ValueError, "prompt 0 is empty"),
@@ -186,7 +181,6 @@ def test_temperature_beyond_float32_is_no_warning(llm: LLM):
 
 
 # Parameters, against the model
-
 
 BAD_FOR_THE_MODEL: dict[str, tuple[Options, str]] = {
     "stop beyond": ({"stop_token_ids": [3, VOCAB]}, r"stop_token_ids has token id 48, outside"),

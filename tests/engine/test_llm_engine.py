@@ -14,12 +14,6 @@ from nanovllm import LLM, SamplingParams
 TWENTY = SamplingParams(temperature=0, max_tokens=20)
 
 
-@pytest.fixture
-def llm(tiny: Path):
-    with build(tiny) as engine:
-        yield engine
-
-
 # The step loop
 
 

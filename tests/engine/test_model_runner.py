@@ -14,12 +14,6 @@ from nanovllm.engine import model_runner
 from nanovllm.engine.model_runner import load_libraries
 
 
-@pytest.fixture
-def llm(tiny: Path):
-    with build(tiny) as engine:
-        yield engine
-
-
 def whole_cache(llm: LLM) -> torch.Tensor:
     """A copy: [layers, 2, blocks, block_size, num_kv_heads, head_dim]."""
     return torch.stack([torch.stack(pair) for pair in llm.model_runner.kv_cache])

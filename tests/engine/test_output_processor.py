@@ -9,13 +9,6 @@ from helpers.checkpoints import VOCAB_SIZE, Reference, add_tokenizer, random_tok
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, build
 from nanovllm import LLM, SamplingParams
 
-
-@pytest.fixture
-def llm(tiny: Path):
-    with build(tiny) as engine:
-        yield engine
-
-
 # Text
 
 

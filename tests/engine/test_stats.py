@@ -4,18 +4,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, build
 from nanovllm import LLM
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.stats import StepStats
-
-
-@pytest.fixture
-def llm(tiny: Path):
-    with build(tiny) as engine:
-        yield engine
 
 
 @BOTH_ORDERS

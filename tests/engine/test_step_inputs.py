@@ -15,8 +15,6 @@ from nanovllm.kernels.decode_plan import plan_decode
 from nanovllm.layers.attention_backends import TritonBackend
 
 BLOCK = 16
-
-
 LONG = SamplingParams(temperature=0.5, max_tokens=400, seed=3)
 
 

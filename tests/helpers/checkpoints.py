@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,6 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-# The bulk of what the first model would load, after conftest has frozen what there is: each closing
-# of an engine would look through it for garbage, in 0.15 s.
-from transformers import GenerationMixin, PreTrainedModel  # noqa: F401  # isort: skip
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 VOCAB_SIZE = 128
@@ -43,6 +40,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 128},
     "mistral": {"hidden_size": 128, "sliding_window": None},
 }
+# What the first model would load otherwise, after conftest has frozen what there is: each closing
+# of an engine would look through it for garbage.
+for _family in FAMILIES:
+    import_module(f"transformers.models.{_family}.modeling_{_family}")
 
 
 def make_checkpoint(

@@ -14,8 +14,6 @@ from nanovllm.outputs import Logprob
 END_OF_TEXT, IM_START, IM_END = 0, 1, 2  # the demo's special tokens; the first and last end a text
 DISTINCT = random_tokens(5, seed=15)  # no two of the 12 greedy tokens after it are the same
 QUESTIONS = ["Who are you?", "47+38=", "从3数到9。", "List the primes under 30.", "你是谁？"]
-
-
 PARTS = ("text", "token_ids", "logprobs")  # that come in pieces
 
 

@@ -1,10 +1,14 @@
-"""Which kernel serves a product: a table over rows, shapes, uses, dtypes and GPUs."""
+"""Which kernel serves a product: a table over rows, shapes, uses, dtypes and GPUs; and that what is
+launched then compiles and fits."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from helpers.compile_launches import run_compiler
+from helpers.kernel_inputs import interpreted
 from nanovllm.kernels.launch import Gpu
 from nanovllm.kernels.linear import Kernel, ProductShape, Use, choose_kernel
 
@@ -72,6 +76,15 @@ ON_HOPPER = [
     ("Llama-3.1-8B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
     ("Mistral-7B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
 ]
+
+
+# First in its file, as it takes longest.
+@interpreted
+def test_a_sample_of_models_and_gpus_compiles_and_fits(tmp_path: Path) -> None:
+    """What the interpreter lets pass, the compiler may not (a variable that changes its type between
+    branches, say), and only the compiler tells how much shared memory a program takes."""
+    code = "from helpers.compile_models import main; main()"
+    assert run_compiler(code, tmp_path).endswith("all compiled\n")
 
 
 def chosen(model: str, gpu: str, rows: int, **options: Any) -> str:

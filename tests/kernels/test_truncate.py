@@ -276,7 +276,6 @@ def test_any_row(logits: list[float], rows: list[Options], lanes: int, dtype) ->
 
 # On a GPU, at the size of a real vocabulary
 
-
 VOCAB = 151936
 RAGGED = [
     Options(*row)

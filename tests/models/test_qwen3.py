@@ -1,4 +1,4 @@
-"""The network's logits."""
+"""The network: its logits, and the weights that it wants from a checkpoint."""
 
 import json
 from pathlib import Path

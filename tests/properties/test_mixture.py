@@ -23,14 +23,6 @@ from helpers.small_model import (
 )
 from nanovllm import LLM, SamplingParams
 
-
-@pytest.fixture
-def llm(small_engine: LLM):
-    """An engine for all tests, which must leave it empty."""
-    yield small_engine
-    assert_empty(small_engine)
-
-
 SHARED = words(64, seed=1)
 MIXTURE: dict[str, tuple[list[int], Options]] = {
     "plain": (SHARED[:40], {}),

@@ -14,7 +14,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from helpers.engines import assert_empty
 from helpers.small_model import (
     PROMPT,
     VOCAB,
@@ -29,13 +28,6 @@ from helpers.small_model import (
     tokens_of,
 )
 from nanovllm import LLM
-
-
-@pytest.fixture
-def llm(small_engine: LLM):
-    """An engine for all tests, which must leave it empty."""
-    yield small_engine
-    assert_empty(small_engine)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.engines import BOTH_ORDERS, assert_empty
+from helpers.engines import BOTH_ORDERS
 from helpers.small_model import (
     EOS,
     PROMPT,
@@ -21,14 +21,6 @@ from helpers.small_model import (
     words,
 )
 from nanovllm import LLM, SamplingParams
-
-
-@pytest.fixture
-def llm(small_engine: LLM):
-    """An engine for all tests, which must leave it empty."""
-    yield small_engine
-    assert_empty(small_engine)
-
 
 SEEDS = [{"seed": seed, "ignore_eos": True} for seed in range(4)]
 

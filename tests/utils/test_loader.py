@@ -126,6 +126,9 @@ def test_failed_construction_leaves_room_for_another(tiny: Path, weights, tiny_r
         assert output["token_ids"] == tiny_reference.tokens(GOOD, 8)
 
 
+# Dummy weights, and the dtype of real ones
+
+
 def test_dummy_weights_need_no_files_and_repeat(tiny: Path, tmp_path: Path):
     path = link_checkpoint(tiny, tmp_path / "model")
     (path / "model.safetensors").unlink()
@@ -135,9 +138,6 @@ def test_dummy_weights_need_no_files_and_repeat(tiny: Path, tmp_path: Path):
             outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
             found.append([output["token_ids"] for output in outputs])
     assert found[0] == found[1] != found[2]
-
-
-# Dummy weights, and the dtype of real ones
 
 
 def test_noise_has_the_deviation_asked_for_and_norms_are_ones():
