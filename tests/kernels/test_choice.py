@@ -81,8 +81,8 @@ ON_HOPPER = [
 # First in its file, as it takes longest.
 @interpreted
 def test_a_sample_of_models_and_gpus_compiles_and_fits(tmp_path: Path) -> None:
-    """What the interpreter lets pass, the compiler may not (a variable that changes its type between
-    branches, say), and only the compiler tells how much shared memory a program takes."""
+    """What the interpreter lets pass, the compiler may not (a variable that changes its type
+    between branches, say), and only the compiler tells how much shared memory a program takes."""
     code = "from helpers.compile_models import main; main()"
     assert run_compiler(code, tmp_path).endswith("all compiled\n")
 
