@@ -188,12 +188,12 @@ class LLM(LLMEngine):
 
     def _pieces(self, requests: list[Request]) -> Generator[StreamOutput, None, None]:
         self._check_idle("stream")
+        sequences = [request.sequences[0] for request in requests]
+        live = [self.output_processor.stream(index, seq) for index, seq in enumerate(sequences)]
         self._is_streaming = True
-        live = []
         try:
-            for index, request in enumerate(requests):
+            for request in requests:
                 self._queue(request)
-                live.append(self.output_processor.stream(index, request.sequences[0]))
             while live:
                 self.step()
                 pieces = [piece for stream in live if (piece := stream.next_piece()) is not None]
@@ -206,6 +206,7 @@ class LLM(LLMEngine):
                 if not self.is_closed:
                     for stream in live:
                         self.abort(stream.seq.seq_id)
+                        self.output_processor.drop(stream.seq)  # it may not have been queued
 
     def _check_idle(self, method: str) -> None:
         self._check_open()

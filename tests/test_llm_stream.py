@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from helpers.checkpoints import Reference, random_tokens
-from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, assert_empty, build
+from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, Fault, assert_empty, build
 from helpers.paths import DEMO
 from helpers.streams import QUESTIONS, assert_idle, assert_works, gather, parts, question
 from nanovllm import LLM, SamplingParams
@@ -268,6 +268,20 @@ def test_a_stream_left_in_the_middle_aborts_and_the_engine_goes_on(
         assert llm.metrics()["kv_blocks_in_use"] == 0
         assert_works(llm, tiny_reference)
         assert llm.metrics()["requests_aborted"] == 4
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("at_call", [1, 2])
+def test_an_interrupt_while_a_stream_is_queued_leaves_nothing_behind(
+    llm: LLM, tiny_reference: Reference, at_call: int, after: bool
+):
+    fault = Fault(llm, "_queue", at_call, KeyboardInterrupt(), after)
+    with pytest.raises(KeyboardInterrupt):
+        next(llm.stream(PROMPTS, GREEDY))
+    fault.remove()
+    assert_empty(llm)
+    llm.abort(llm.add_request(PROMPTS[0], GREEDY))  # no stream is open
+    assert_works(llm, tiny_reference)
 
 
 @BOTH_ORDERS
