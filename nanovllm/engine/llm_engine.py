@@ -13,7 +13,7 @@ from nanovllm.engine.input_processor import InputProcessor, Prompt, Request, par
 from nanovllm.engine.model_runner import ModelRunner, PendingStep, load_libraries
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Batch, Scheduler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.stats import StepStats
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.outputs import RequestOutput
@@ -186,7 +186,7 @@ class LLMEngine:
 
     def _needs_tokens(self) -> bool:
         """Whether the next step cannot be launched before the last one's tokens are known."""
-        return any(seq.sampling_params.penalizes for seq in self.scheduler.running)
+        return any(seq.sampling.penalizes for seq in self.scheduler.running)
 
     def _collect(self) -> list[RequestOutput]:
         """Wait for the oldest step under way, and take its tokens in."""
@@ -198,7 +198,8 @@ class LLMEngine:
         rows = self.scheduler.postprocess(batch, token_ids)
         for seq, stop_string in self.output_processor.process(batch, rows, step):
             self.scheduler.stop(seq, stop_string)
-        ended = [batch.seqs[row] for row in rows if batch.seqs[row].is_finished]
+        seqs = batch.seqs
+        ended = [seqs[row] for row in rows if seqs[row].status is SequenceStatus.FINISHED]
         return [output for seq in ended if (output := self._end(seq)) is not None]
 
     def _end(self, seq: Sequence) -> RequestOutput | None:

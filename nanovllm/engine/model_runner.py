@@ -178,11 +178,11 @@ class ModelRunner:
         reported: dict[int, int] = {}  # row -> how many of the most likely tokens
         for row, seq in enumerate(batch.seqs):
             sampling = seq.sampling
-            if not batch.samples[row] or (sampling.edits is None and sampling.logprobs is None):
+            if (sampling.edits is None and sampling.logprobs is None) or not batch.samples[row]:
                 continue
             num_generated = batch.starts[row] + batch.lengths[row] - seq.num_prompt_tokens
             if sampling.edits is not None and sampling.edits.apply_to(num_generated):
-                generated = seq.output_token_ids if seq.sampling_params.penalizes else []
+                generated = seq.output_token_ids if sampling.penalizes else []
                 edits[row] = RowEdits(sampling.edits, num_generated, generated)
             if sampling.logprobs is not None:
                 reported[row] = sampling.logprobs
