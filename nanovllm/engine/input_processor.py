@@ -3,6 +3,7 @@
 import random
 import reprlib
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 from itertools import count
@@ -15,7 +16,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.validation import as_integer
 
 # Text, or token ids, or a dict that has one of them as its only entry.
-Prompt: TypeAlias = str | List[int] | dict[str, str | List[int]]
+Prompt: TypeAlias = str | List[int] | Mapping[str, str | List[int]]
 Prompts: TypeAlias = Prompt | List[Prompt]
 Params: TypeAlias = SamplingParams | List[SamplingParams | None] | None
 
@@ -39,7 +40,7 @@ def prompt_list(prompts: Prompts) -> list[Prompt]:
     Raises:
         TypeError, ValueError: if there is none.
     """
-    if isinstance(prompts, (str, dict)):
+    if isinstance(prompts, (str, Mapping)):
         return [prompts]
     if not isinstance(prompts, (list, tuple)):
         raise TypeError(
@@ -48,7 +49,7 @@ def prompt_list(prompts: Prompts) -> list[Prompt]:
         )
     if not prompts:
         raise ValueError("prompts is empty: give at least one prompt")
-    is_many = isinstance(prompts[0], (str, list, tuple, dict))
+    is_many = isinstance(prompts[0], (str, list, tuple, Mapping))
     return list(prompts) if is_many else [list(prompts)]
 
 
@@ -195,7 +196,7 @@ class InputProcessor:
 
 def _unwrapped(prompt: Prompt, name: str) -> str | List[int]:
     """What a dict stands for, by its key."""
-    if not isinstance(prompt, dict):
+    if not isinstance(prompt, Mapping):
         return prompt
     for key, kind in (("prompt", str), ("prompt_token_ids", (list, tuple))):
         if [*prompt] == [key] and isinstance(prompt[key], kind):
