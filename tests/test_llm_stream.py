@@ -263,6 +263,20 @@ def test_a_stream_left_in_the_middle_aborts_and_the_engine_goes_on(
         assert llm.metrics()["requests_aborted"] == 4
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("at_call", [1, 2])
+def test_an_interrupt_while_a_stream_is_queued_leaves_nothing_behind(
+    llm: LLM, tiny_reference: Reference, at_call: int, after: bool
+):
+    fault = Fault(llm, "_queue", at_call, KeyboardInterrupt(), after)
+    with pytest.raises(KeyboardInterrupt):
+        next(llm.stream(PROMPTS, GREEDY))
+    fault.remove()
+    assert_empty(llm)
+    llm.abort(llm.add_request(PROMPTS[0], GREEDY))  # no stream is open
+    assert_works(llm, tiny_reference)
+
+
 @BOTH_ORDERS
 def test_a_stream_left_after_some_prompts_have_ended_aborts_the_others(
     tiny: Path, tiny_reference: Reference, async_scheduling: bool
@@ -305,20 +319,6 @@ def test_an_ended_or_closed_stream_has_no_more_pieces(llm: LLM):
         with pytest.raises(StopIteration):
             next(stream)
     assert_empty(llm)
-
-
-@pytest.mark.parametrize("at_call", [1, 3])
-def test_a_stream_that_fails_while_its_prompts_are_queued_leaves_nothing(
-    llm: LLM, tiny_reference: Reference, at_call: int
-):
-    fault = Fault(llm.scheduler, "add", at_call, KeyboardInterrupt(), after=True)
-    with pytest.raises(KeyboardInterrupt):
-        next(llm.stream(PROMPTS, GREEDY))
-    fault.remove()
-    assert_empty(llm)
-    llm.add_request(PROMPTS[0], GREEDY)  # no stream is open
-    llm.abort_all()
-    assert_works(llm, tiny_reference)
 
 
 def test_a_stream_that_was_never_started_queues_nothing(llm: LLM, tiny_reference: Reference):

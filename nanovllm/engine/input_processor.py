@@ -16,7 +16,7 @@ from nanovllm.utils.validation import as_integer
 
 # Text, or token ids, or a dict that has one of them as its only entry.
 TokenIds: TypeAlias = collections.abc.Sequence[int]
-Prompt: TypeAlias = str | TokenIds | dict[str, str | TokenIds]
+Prompt: TypeAlias = str | TokenIds | collections.abc.Mapping[str, str | TokenIds]
 Prompts: TypeAlias = Prompt | collections.abc.Sequence[Prompt]
 Params: TypeAlias = SamplingParams | collections.abc.Sequence[SamplingParams | None] | None
 
@@ -40,7 +40,7 @@ def prompt_list(prompts: Prompts) -> list[Prompt]:
     Raises:
         TypeError, ValueError: if there is none.
     """
-    if isinstance(prompts, (str, dict)):
+    if isinstance(prompts, (str, collections.abc.Mapping)):
         return [prompts]
     if not isinstance(prompts, (list, tuple)):
         raise TypeError(
@@ -49,7 +49,7 @@ def prompt_list(prompts: Prompts) -> list[Prompt]:
         )
     if not prompts:
         raise ValueError("prompts is empty: give at least one prompt")
-    is_many = isinstance(prompts[0], (str, list, tuple, dict))
+    is_many = isinstance(prompts[0], (str, list, tuple, collections.abc.Mapping))
     return list(prompts) if is_many else [list(prompts)]
 
 
@@ -198,7 +198,7 @@ class InputProcessor:
 
 def _unwrapped(prompt: Prompt, name: str) -> str | TokenIds:
     """What a dict stands for, by its key."""
-    if not isinstance(prompt, dict):
+    if not isinstance(prompt, collections.abc.Mapping):
         return prompt
     for key, kind in (("prompt", str), ("prompt_token_ids", (list, tuple))):
         if [*prompt] == [key] and isinstance(prompt[key], kind):

@@ -13,7 +13,7 @@ from nanovllm.engine.input_processor import InputProcessor, Prompt, Request, par
 from nanovllm.engine.model_runner import ModelRunner, PendingStep, load_libraries
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Batch, Scheduler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.stats import StepStats
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.outputs import RequestOutput
@@ -190,7 +190,7 @@ class LLMEngine:
     def _launch_needs_tokens(self) -> bool:
         """Whether the next step cannot be launched before the last one's tokens are known. Of a
         waiting sequence they are: it has none in flight, or is discarded."""
-        return any(seq.sampling_params.penalizes for seq in self.scheduler.running)
+        return any(seq.sampling.penalizes for seq in self.scheduler.running)
 
     def _collect(self) -> list[RequestOutput]:
         """Wait for the oldest step in flight, and take its tokens in."""
@@ -203,7 +203,8 @@ class LLMEngine:
         # Text needs the tokens, and may end a sequence: only then it is known which have ended.
         for seq, stop_string in self.output_processor.process(batch, rows, step):
             self.scheduler.stop(seq, stop_string)
-        ended = [batch.seqs[row] for row in rows if batch.seqs[row].is_finished]
+        seqs = batch.seqs
+        ended = [seqs[row] for row in rows if seqs[row].status is SequenceStatus.FINISHED]
         return [output for seq in ended if (output := self._end(seq)) is not None]
 
     def _end(self, seq: Sequence) -> RequestOutput | None:

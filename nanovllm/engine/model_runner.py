@@ -202,14 +202,14 @@ class ModelRunner:
         num_top: dict[int, int] = {}  # row -> how many of the most likely tokens to report
         for row, seq in enumerate(batch.seqs):
             sampling = seq.sampling
-            if not batch.yields_token[row] or (
-                sampling.edits is None and sampling.logprobs is None
-            ):
+            if (sampling.edits is None and sampling.logprobs is None) or not batch.yields_token[
+                row
+            ]:
                 continue
             num_generated = batch.starts[row] + batch.lengths[row] - seq.num_prompt_tokens
             if sampling.edits is not None and sampling.edits.apply_to(num_generated):
                 # Only with penalties the engine has waited until all of them are known.
-                generated = seq.output_token_ids if seq.sampling_params.penalizes else []
+                generated = seq.output_token_ids if sampling.penalizes else []
                 edits[row] = RowEdits(sampling.edits, num_generated, generated)
             if sampling.logprobs is not None:
                 num_top[row] = sampling.logprobs

@@ -25,6 +25,7 @@ class RowSampling(NamedTuple):
         temperature: what logits are divided by; 0 is greedy.
         top_k, top_p, min_p: 0, 1 and 0 are off.
         truncates: whether one of these three is on.
+        penalizes: whether its tokens so far change the logits of the next.
         edits: what is changed in the logits first; None: nothing.
         logprobs: report the token's log probability and so many of the most likely ones; None: no.
     """
@@ -35,6 +36,7 @@ class RowSampling(NamedTuple):
     top_p: float
     min_p: float
     truncates: bool
+    penalizes: bool
     edits: LogitEdits | None
     logprobs: int | None
 
@@ -92,8 +94,8 @@ class Sequence:
         withheld = self.ending_token_ids.union(eos_token_ids)
         self.sampling = RowSampling(
             seed, params.effective_temperature, min(params.top_k, 2**31 - 1), params.top_p,
-            params.min_p, params.truncates, LogitEdits.of(params, withheld, prompt_token_ids),
-            params.logprobs,
+            params.min_p, params.truncates, params.penalizes,
+            LogitEdits.of(params, withheld, prompt_token_ids), params.logprobs,
         )  # fmt: skip
         self.num_pending_tokens = 0
         self.num_computed_tokens = 0

@@ -86,7 +86,7 @@ class ModelConfig:
         for flag in (f.name for f in fields(self) if f.type is bool):
             if getattr(self, flag) not in (False, True, None):
                 raise refusal(flag, getattr(self, flag))
-        if self.hidden_act not in ACTIVATIONS:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise refusal("hidden_act", self.hidden_act)
         window = self.sliding_window
         if window is not None and not _is_size(window):

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -42,6 +43,13 @@ def small(small_engine: LLM):
 
 
 # Prompts
+
+
+def test_any_mapping_may_stand_for_what_it_holds(llm: LLM):
+    prompt = MappingProxyType({"prompt_token_ids": GOOD})
+    tokens = [llm.generate(form, GREEDY, use_tqdm=False) for form in (prompt, [prompt], GOOD)]
+    assert len({tuple(output["token_ids"]) for (output,) in tokens}) == 1
+
 
 BAD_PROMPTS = {
     "empty string": ("", ValueError, "prompt 0 is empty"),

@@ -139,6 +139,7 @@ def test_a_flag_may_be_written_as_a_number(value: object):
         ("rms_norm_eps", float("nan")), ("initializer_range", None), ("initializer_range", True),
         ("attention_bias", "false"), ("tie_word_embeddings", "no"), ("tie_word_embeddings", 2),
         ("use_sliding_window", "yes"), ("hidden_act", "relu"), ("hidden_act", None),
+        ("hidden_act", ["silu"]), ("hidden_act", {}),
         ("quantization_config", {"bits": 4}), ("partial_rotary_factor", 0.5),
         ("rope_theta", "10000"), ("rope_theta", -1.0), ("rope_theta", 10**400),
         ("rope_scaling", [1]), ("rope_scaling", "yarn"),
