@@ -14,7 +14,7 @@ from nanovllm.engine.step_inputs import InputBuffers, StepShape
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.logits import Logprobs, RowEdits, compute_logprobs
-from nanovllm.layers.sampler import LOGPROB_ROWS, Sampler
+from nanovllm.layers.sampler import LOGPROB_ROWS, Sampler, SamplingInputs
 from nanovllm.models import CausalLM
 from nanovllm.utils.context import Context
 from nanovllm.utils.kernels import has_kernels, kernels
@@ -126,11 +126,17 @@ class ModelRunner:
                 batch, padded_rows, self._launched_rows, for_graph=graphs is not None
             )
             step = PendingStep(self.sampler.host_tokens[self.inputs.buffer_index, :rows], None)
+            edits, reported = _wishes(batch)
+            own = self._set_aside([*edits], shape) if edits else None
             if batch.is_prefill and any(seq.needs_prompt_logprobs for seq in batch.seqs):
                 logits = self._run_with_prompt_logprobs(shape, batch, step)
             else:
                 logits = self._run(shape) if graphs is None else graphs.run(shape)
-            self._serve_rows(logits[:rows], shape, batch, step)
+            if own is not None:
+                self.sampler.resample(logits[:rows], own, edits, self.inputs.buffer_index)
+            if reported:
+                k = max(reported.values())
+                step.logprobs = self.sampler.logprobs(logits[:rows], [*reported], k)
             self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
             if self.on_gpu:
                 step.done = torch.cuda.Event()
@@ -170,27 +176,13 @@ class ModelRunner:
         self.sampler.sample(logits, inputs.sampling(shape.truncates))
         return logits
 
-    def _serve_rows(
-        self, logits: torch.Tensor, shape: StepShape, batch: Batch, step: PendingStep
-    ) -> None:
-        """What some rows of a step want besides a token sampled from their logits as they are."""
-        edits: dict[int, RowEdits] = {}
-        reported: dict[int, int] = {}  # row -> how many of the most likely tokens
-        for row, seq in enumerate(batch.seqs):
-            sampling = seq.sampling
-            if (sampling.edits is None and sampling.logprobs is None) or not batch.samples[row]:
-                continue
-            num_generated = batch.starts[row] + batch.lengths[row] - seq.num_prompt_tokens
-            if sampling.edits is not None and sampling.edits.apply_to(num_generated):
-                generated = seq.output_token_ids if sampling.penalizes else []
-                edits[row] = RowEdits(sampling.edits, num_generated, generated)
-            if sampling.logprobs is not None:
-                reported[row] = sampling.logprobs
-        if edits:
-            inputs = self.inputs.view(shape).sampling(shape.truncates)
-            self.sampler.resample(logits, inputs, edits, self.inputs.buffer_index)
-        if reported:
-            step.logprobs = self.sampler.logprobs(logits, [*reported], max(reported.values()))
+    def _set_aside(self, rows: list[int], shape: StepShape) -> SamplingInputs:
+        """How a step's rows are to be sampled. Some of them will be once more, from edited logits:
+        until then they are greedy, which takes the least time."""
+        inputs = self.inputs.view(shape).sampling(shape.truncates)
+        asked = inputs.temperatures.clone()
+        inputs.temperatures[to_device(rows, self.device)] = 0
+        return inputs._replace(temperatures=asked)
 
     def _run_with_prompt_logprobs(
         self, shape: StepShape, batch: Batch, step: PendingStep
@@ -274,6 +266,24 @@ class ModelRunner:
     def _activation_bytes(self) -> int:
         stats = torch.cuda.memory_stats(self.device)
         return stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
+
+
+def _wishes(batch: Batch) -> tuple[dict[int, RowEdits], dict[int, int]]:
+    """What some rows of a step want besides a token sampled from their logits as they are: changes
+    of these first, and of how many of the most likely tokens to know, both by row."""
+    edits: dict[int, RowEdits] = {}
+    reported: dict[int, int] = {}
+    for row, seq in enumerate(batch.seqs):
+        sampling = seq.sampling
+        if (sampling.edits is None and sampling.logprobs is None) or not batch.samples[row]:
+            continue
+        num_generated = batch.starts[row] + batch.lengths[row] - seq.num_prompt_tokens
+        if sampling.edits is not None and sampling.edits.apply_to(num_generated):
+            generated = seq.output_token_ids if sampling.penalizes else []
+            edits[row] = RowEdits(sampling.edits, num_generated, generated)
+        if sampling.logprobs is not None:
+            reported[row] = sampling.logprobs
+    return edits, reported
 
 
 def load_model(config: Config) -> CausalLM:

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, build, greedy
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import model_runner
 from nanovllm.engine.model_runner import load_libraries
+from nanovllm.layers import sampler
 
 
 @pytest.fixture
@@ -38,6 +40,23 @@ def changed_slots(llm: LLM, value: float) -> set[int]:
     changed = changed.flatten(2)
     assert (changed == changed[:1, :1]).all(), "keys, values and layers are written at other slots"
     return set(changed[0, 0].nonzero().flatten().tolist())
+
+
+# Sampling
+
+
+@BOTH_ORDERS
+def test_rows_with_edited_logits_draw_their_noise_once(
+    tiny: Path, async_scheduling: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """On a CPU most of the time of sampling is noise. A third row's logits stay as they are."""
+    rows, winner = [], sampler._winner
+    monkeypatch.setattr(sampler, "_winner", lambda *args: rows.append(1) or winner(*args))
+    params = SamplingParams(temperature=1, seed=1, max_tokens=4, ignore_eos=True)
+    edited = [replace(params, logit_bias={1: 2.0}), replace(params, top_k=9, min_tokens=4)]
+    with build(tiny, async_scheduling=async_scheduling) as llm:
+        llm.generate(PROMPTS[:3], [*edited, params], use_tqdm=False)
+    assert len(rows) == 12
 
 
 # Slots
