@@ -144,17 +144,24 @@ class ModelRunner:
         rows = len(batch.seqs)
         graphs = None if batch.is_prefill else self.graphs
         padded_rows = rows if graphs is None else graph_rows(rows, self.config.max_num_seqs)
+        edits, num_top = _wishes(batch)
         with self.on_device():
             shape = self.inputs.send(
-                batch, padded_rows, self._launched_rows, fixed_shape=graphs is not None
-            )
+                batch, padded_rows, self._launched_rows, fixed_shape=graphs is not None,
+                set_aside=[*edits],
+            )  # fmt: skip
             # Its tokens will be written there.
             step = PendingStep(self.sampler.host_tokens[self.inputs.buffer_index, :rows])
             if batch.is_prefill and any(seq.needs_prompt_logprobs for seq in batch.seqs):
                 logits = self._run_with_prompt_logprobs(shape, batch, step)
             else:
                 logits = self._run(shape) if graphs is None else graphs.run(shape)
-            self._serve_wishes(logits[:rows], shape, batch, step)
+            if edits:
+                inputs, index = self.inputs.view(shape), self.inputs.buffer_index
+                self.sampler.resample(logits[:rows], inputs.sampling(shape.truncates), edits, index)
+            if num_top:
+                k = max(num_top.values())
+                step.logprobs = self.sampler.logprobs(logits[:rows], [*num_top], k)
             self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
             if self.on_gpu:
                 step.done = torch.cuda.Event()
@@ -193,31 +200,6 @@ class ModelRunner:
         logits = self.model.compute_logits(stream, out)
         self.sampler.sample(logits, inputs.sampling(shape.truncates))
         return logits
-
-    def _serve_wishes(
-        self, logits: torch.Tensor, shape: StepShape, batch: Batch, step: PendingStep
-    ) -> None:
-        """What some rows of a step want besides a token sampled from their logits as they are."""
-        edits: dict[int, RowEdits] = {}
-        num_top: dict[int, int] = {}  # row -> how many of the most likely tokens to report
-        for row, seq in enumerate(batch.seqs):
-            sampling = seq.sampling
-            if (sampling.edits is None and sampling.logprobs is None) or not batch.yields_token[
-                row
-            ]:
-                continue
-            num_generated = batch.starts[row] + batch.lengths[row] - seq.num_prompt_tokens
-            if sampling.edits is not None and sampling.edits.apply_to(num_generated):
-                # Only with penalties the engine has waited until all of them are known.
-                generated = seq.output_token_ids if sampling.penalizes else []
-                edits[row] = RowEdits(sampling.edits, num_generated, generated)
-            if sampling.logprobs is not None:
-                num_top[row] = sampling.logprobs
-        if edits:
-            inputs = self.inputs.view(shape).sampling(shape.truncates)
-            self.sampler.resample(logits, inputs, edits, self.inputs.buffer_index)
-        if num_top:
-            step.logprobs = self.sampler.logprobs(logits, [*num_top], max(num_top.values()))
 
     def _run_with_prompt_logprobs(
         self, shape: StepShape, batch: Batch, step: PendingStep
@@ -308,6 +290,26 @@ class ModelRunner:
     def _activation_bytes(self) -> int:
         stats = torch.cuda.memory_stats(self.device)
         return stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
+
+
+def _wishes(batch: Batch) -> tuple[dict[int, RowEdits], dict[int, int]]:
+    """What some rows of a step want besides a token sampled from their logits as they are: edits of
+    these, and how many of the most likely tokens to report, both by row."""
+    edits: dict[int, RowEdits] = {}
+    num_top: dict[int, int] = {}
+    for row in [row for row, sampling in enumerate(batch.sampling) if sampling.has_wishes]:
+        if not batch.yields_token[row]:
+            continue
+        seq, sampling = batch.seqs[row], batch.sampling[row]
+        num_generated = batch.starts[row] + batch.lengths[row] - seq.num_prompt_tokens
+        if sampling.edits is not None and sampling.edits.apply_to(num_generated):
+            # Only with penalties the engine has waited until all of them are known.
+            generated = seq.output_token_ids if sampling.penalizes else []
+            temperature = sampling.temperature
+            edits[row] = RowEdits(sampling.edits, temperature, num_generated, generated)
+        if sampling.logprobs is not None:
+            num_top[row] = sampling.logprobs
+    return edits, num_top
 
 
 def load_model(config: Config) -> CausalLM:

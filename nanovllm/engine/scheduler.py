@@ -10,9 +10,10 @@ that this row takes; one that ends by length costs none.
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.sequence import RowSampling, Sequence, SequenceStatus
 
 
 @dataclass
@@ -33,10 +34,10 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
-    @property
-    def truncates(self) -> bool:
-        """Whether any row samples by top_k, top_p or min_p."""
-        return any(seq.sampling.truncates for seq in self.seqs)
+    @cached_property
+    def sampling(self) -> list[RowSampling]:
+        """How each row is sampled. To be read once the batch is complete."""
+        return [seq.sampling for seq in self.seqs]
 
 
 class Scheduler:
@@ -180,7 +181,8 @@ class Scheduler:
         batch.lengths.append(length)
         batch.yields_token.append(yields_token)
         seq.num_computed_tokens += length
-        seq.num_pending_tokens += int(yields_token)
+        if yields_token:
+            seq.num_pending_tokens += 1
         if batch.is_prefill:  # all these tokens are known, and so are the blocks they fill
             self.block_manager.register(seq, seq.num_computed_tokens)
         return length

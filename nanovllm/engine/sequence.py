@@ -1,8 +1,8 @@
 """One completion of a request on its way through the engine."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from enum import Enum, auto
-from typing import NamedTuple
 
 from nanovllm.outputs import PositionLogprobs
 from nanovllm.sampling_params import LogitEdits, SamplingParams
@@ -17,7 +17,8 @@ class SequenceStatus(Enum):
     FINISHED = auto()
 
 
-class RowSampling(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class RowSampling:
     """What a step has to do for a sequence's row: resolved once, when the request is queued.
 
     Attributes:
@@ -28,6 +29,7 @@ class RowSampling(NamedTuple):
         penalizes: whether its tokens so far change the logits of the next.
         edits: what is changed in the logits first; None: nothing.
         logprobs: report the token's log probability and so many of the most likely ones; None: no.
+        has_wishes: whether it has edits, or wants log probabilities.
     """
 
     seed: int
@@ -39,6 +41,7 @@ class RowSampling(NamedTuple):
     penalizes: bool
     edits: LogitEdits | None
     logprobs: int | None
+    has_wishes: bool
 
 
 class Sequence:
@@ -92,10 +95,11 @@ class Sequence:
         self.ending_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
         # Not sampled before min_tokens: EOS neither, even if it is ignored, as in vLLM.
         withheld = self.ending_token_ids.union(eos_token_ids)
+        edits = LogitEdits.of(params, withheld, prompt_token_ids)
         self.sampling = RowSampling(
             seed, params.effective_temperature, min(params.top_k, 2**31 - 1), params.top_p,
-            params.min_p, params.truncates, params.penalizes,
-            LogitEdits.of(params, withheld, prompt_token_ids), params.logprobs,
+            params.min_p, params.truncates, params.penalizes, edits, params.logprobs,
+            has_wishes=edits is not None or params.logprobs is not None,
         )  # fmt: skip
         self.num_pending_tokens = 0
         self.num_computed_tokens = 0

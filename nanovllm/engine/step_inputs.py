@@ -8,8 +8,12 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch
+from nanovllm.engine.sequence import RowSampling
 from nanovllm.layers.attention_backends import AttentionBackend
 from nanovllm.layers.sampler import SamplingInputs
+
+_NUMPY_TYPES = {"f": np.float32, "l": np.int64}
+_TORCH_TYPES = {"f": torch.float32, "l": torch.int64}
 
 
 class StepShape(NamedTuple):
@@ -42,31 +46,32 @@ class StepInputs(NamedTuple):
     rest: Any  # of the buffer; in decode steps it begins with the attention backend's metadata
 
     @staticmethod
-    def words(shape: StepShape) -> list[int]:
-        """int32 words of each field but the last."""
+    def layout(shape: StepShape) -> list[tuple[int, str]]:
+        """int32 words of each field but the last, in order, and what they are: "i" for int32, "f"
+        for float32, "l" for int64."""
         rows, tokens = shape.rows, shape.tokens
-        return [2 * rows, *[rows] * 5, rows + 1, 1, *[tokens] * 3, rows * shape.width]
+        return [
+            (2 * rows, "l"), (rows, "f"), (rows, "i"), (rows, "f"), (rows, "f"), (rows, "i"),
+            (rows + 1, "i"), (1, "i"), (tokens, "i"), (tokens, "i"), (tokens, "i"),
+            (rows * shape.width, "i"),
+        ]  # fmt: skip
+
+    @classmethod
+    def words(cls, shape: StepShape) -> int:
+        """int32 words of all fields but the last."""
+        return sum(_aligned(size) for size, _ in cls.layout(shape))
 
     @classmethod
     def views(cls, buffer: Any, shape: StepShape) -> "StepInputs":
         """The fields, one after the other in a buffer of NumPy or torch."""
+        types = _NUMPY_TYPES if isinstance(buffer, np.ndarray) else _TORCH_TYPES
         pieces, start = [], 0
-        for size in cls.words(shape):
-            pieces.append(buffer[start : start + size])
+        for size, kind in cls.layout(shape):
+            piece = buffer[start : start + size]
+            pieces.append(piece if kind == "i" else piece.view(types[kind]))
             start += _aligned(size)
-        int64, float32 = (
-            (np.int64, np.float32)
-            if isinstance(buffer, np.ndarray)
-            else (torch.int64, torch.float32)
-        )
-        inputs = cls._make([*pieces, buffer[start:]])
-        return inputs._replace(
-            seeds=inputs.seeds.view(int64),
-            temperatures=inputs.temperatures.view(float32),
-            top_p=inputs.top_p.view(float32),
-            min_p=inputs.min_p.view(float32),
-            block_tables=inputs.block_tables.reshape(shape.rows, shape.width),
-        )
+        pieces[-1] = pieces[-1].reshape(shape.rows, shape.width)  # the block tables
+        return cls._make([*pieces, buffer[start:]])
 
     def sampling(self, truncates: bool) -> SamplingInputs:
         return SamplingInputs(
@@ -102,8 +107,7 @@ class InputBuffers:
         tokens = max(config.max_num_batched_tokens, rows)
         prefill = StepShape(True, rows, tokens, self.max_width, tokens, self.max_model_len)
         prefill_size, decode_size = (
-            sum(map(_aligned, StepInputs.words(shape)))
-            for shape in (prefill, self.decode_shape(rows))
+            StepInputs.words(shape) for shape in (prefill, self.decode_shape(rows))
         )
         decode_size += backend.max_metadata_words(rows, self.max_model_len)
         size = max(prefill_size, decode_size)
@@ -125,6 +129,7 @@ class InputBuffers:
         padded_rows: int,
         launched_rows: dict[int, int],
         fixed_shape: bool,
+        set_aside: list[int],
     ) -> StepShape:
         """Fill the host buffer whose turn it is with a batch, and copy it to the device.
 
@@ -133,26 +138,31 @@ class InputBuffers:
             launched_rows: where each sequence was in the step before, whose tokens are not known.
             fixed_shape: the shape is to depend on `padded_rows` and on `truncates` alone, as a CUDA
                 Graph's must.
+            set_aside: rows that will be sampled later, from other logits. Until then they are
+                greedy, which takes the least time.
         """
         self.buffer_index = 1 - self.buffer_index
         starts, lengths = np.array(batch.starts), np.array(batch.lengths)
         ends = starts + lengths
+        truncates = True in [row.truncates for row in batch.sampling]
         if fixed_shape:
-            shape = self.decode_shape(padded_rows, batch.truncates)
+            shape = self.decode_shape(padded_rows, truncates)
         else:
             reads_tables = batch.is_prefill or self.backend.reads_tables_in_decode
             width = max(len(seq.block_table) for seq in batch.seqs) if reads_tables else 0
             tokens = batch.num_tokens if batch.is_prefill else padded_rows
             shape = StepShape(
                 batch.is_prefill, padded_rows, tokens, width, max(batch.lengths), int(ends.max()),
-                batch.truncates,
+                truncates,
             )  # fmt: skip
         buffer = self.hosts[self.buffer_index].numpy()
         host = StepInputs.views(buffer, shape)
         host.buffer_index[0] = self.buffer_index
-        self._fill_sampling(host, batch, shape.truncates)
+        self._fill_sampling(host, batch.sampling, truncates, set_aside)
         self._fill_rows(host, batch, starts, lengths, shape)
         self._fill_tokens(host, batch, launched_rows)
+        if padded_rows > len(batch.seqs):
+            self._fill_padding(host, len(batch.seqs), truncates)
         used = len(buffer) - len(host.rest)
         if not batch.is_prefill:
             tables = self._tables[: len(batch.seqs)]
@@ -165,16 +175,18 @@ class InputBuffers:
         return StepInputs.views(self.device, shape)
 
     @staticmethod
-    def _fill_sampling(host: StepInputs, batch: Batch, truncates: bool) -> None:
-        rows, sampling = len(batch.seqs), [seq.sampling for seq in batch.seqs]
+    def _fill_sampling(
+        host: StepInputs, sampling: list[RowSampling], truncates: bool, set_aside: list[int]
+    ) -> None:
+        rows = len(sampling)
         host.seeds[:rows] = [row.seed for row in sampling]
         host.temperatures[:rows] = [row.temperature for row in sampling]
-        host.temperatures[rows:] = 0  # padding is greedy, and so reads no seed
+        if set_aside:
+            host.temperatures[set_aside] = 0
         if truncates:
             host.top_k[:rows] = [row.top_k for row in sampling]
             host.top_p[:rows] = [row.top_p for row in sampling]
             host.min_p[:rows] = [row.min_p for row in sampling]
-            host.top_k[rows:], host.top_p[rows:], host.min_p[rows:] = 0, 1, 0
 
     def _fill_rows(
         self,
@@ -186,7 +198,7 @@ class InputBuffers:
     ) -> None:
         """Contexts, block tables, and where each token stands and is stored."""
         rows = len(batch.seqs)
-        host.context_lens[:rows], host.context_lens[rows:] = starts + lengths, 0
+        host.context_lens[:rows] = starts + lengths
         host.cu_seqlens_q[0] = 0
         np.cumsum(lengths, out=host.cu_seqlens_q[1 : rows + 1])
         for row, seq in enumerate(batch.seqs):
@@ -194,10 +206,9 @@ class InputBuffers:
         row_of_token = np.repeat(np.arange(rows), lengths)
         num_tokens = len(row_of_token)
         positions = np.arange(num_tokens) + (starts - host.cu_seqlens_q[:rows])[row_of_token]
-        host.positions[:num_tokens], host.positions[num_tokens:] = positions, 0
+        host.positions[:num_tokens] = positions
         blocks = self._tables[row_of_token, positions // self.block_size]
-        slots = blocks * self.block_size + positions % self.block_size
-        host.slot_mapping[:num_tokens], host.slot_mapping[num_tokens:] = slots, -1
+        host.slot_mapping[:num_tokens] = blocks * self.block_size + positions % self.block_size
         host.block_tables[:rows] = self._tables[:rows, : shape.width]
 
     @staticmethod
@@ -216,4 +227,13 @@ class InputBuffers:
                 else -1 - launched_rows[seq.seq_id]
                 for seq, start in zip(batch.seqs, batch.starts)
             ]
-            host.input_ids[rows:] = 0
+
+    @staticmethod
+    def _fill_padding(host: StepInputs, rows: int, truncates: bool) -> None:
+        """Decode rows past the batch: they write nowhere, attend to nothing and are greedy, and so
+        read no seed."""
+        host.slot_mapping[rows:] = -1
+        for field in (host.context_lens, host.positions, host.input_ids, host.temperatures):
+            field[rows:] = 0
+        if truncates:
+            host.top_k[rows:], host.top_p[rows:], host.min_p[rows:] = 0, 1, 0

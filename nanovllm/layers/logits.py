@@ -10,13 +10,14 @@ from nanovllm.utils.memory import to_device
 
 
 class RowEdits(NamedTuple):
-    """The edits of one row in one step.
+    """The edits of one row in one step, and the temperature that it is sampled with.
 
     `generated` are the `num_generated` tokens that its request has generated; without penalties,
     which alone read them, it may be empty.
     """
 
     edits: LogitEdits
+    temperature: float
     num_generated: int
     generated: list[int]
 
@@ -39,7 +40,7 @@ def edit_logits_(logits: torch.Tensor, edits: list[RowEdits]) -> None:
     divisors: list[np.ndarray] = []
     counted: list[np.ndarray] = []
     losses: list[np.ndarray] = []
-    for row, (edit, num_generated, generated) in enumerate(edits):
+    for row, (edit, _, num_generated, generated) in enumerate(edits):
         first, params = row * logits.shape[1], edit.params
         if params.allowed_token_ids is not None:
             restricted.append(row)

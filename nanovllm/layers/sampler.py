@@ -8,6 +8,7 @@ the counter, so that a token depends on nothing but its own request.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -93,7 +94,7 @@ class Sampler:
         edits: dict[int, RowEdits],
         buffer_index: int,
     ) -> None:
-        """Sample some rows of a step again, their logits edited first.
+        """Sample some rows of a step, their logits edited first. `sample` took them for greedy.
 
         Args:
             logits: [rows, vocab] of the whole step, which stay as they are.
@@ -101,9 +102,12 @@ class Sampler:
             buffer_index: the value of `inputs.buffer_index`, known to the host.
         """
         rows = to_device([*edits], logits.device)
+        temperatures = [edit.temperature for edit in edits.values()]
         edited = logits[rows].float()
         edit_logits_(edited, [*edits.values()])
-        own = inputs.of_rows(rows)
+        own = inputs.of_rows(rows)._replace(
+            temperatures=to_device(temperatures, logits.device, np.float32)
+        )
         out = torch.empty_like(rows)
         thresholds = _thresholds(edited, own)
         sample = kernels.gumbel_sample if has_kernels(edited) else gumbel_sample

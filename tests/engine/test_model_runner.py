@@ -62,7 +62,7 @@ def test_running_padding_rows_changes_no_other_slot_and_no_token(
         llm.step()
         batch = llm.scheduler.schedule()
         before = whole_cache(llm)
-        shape = runner.inputs.send(batch, 8, {}, fixed_shape=False)
+        shape = runner.inputs.send(batch, 8, {}, fixed_shape=False, set_aside=[])
         inputs = runner.inputs.view(shape)
         runner._run(shape)
         slots = (whole_cache(llm) != before).flatten(2, 3).flatten(3).any(dim=-1).any(dim=0)

@@ -28,7 +28,7 @@ def prefilled(llm: LLM, lengths: list[int]) -> None:
 def send(llm: LLM, batch: Batch, padded_rows: int) -> tuple[StepShape, StepInputs]:
     """The inputs of a step as the device gets them."""
     inputs = llm.model_runner.inputs
-    shape = inputs.send(batch, padded_rows, {}, fixed_shape=False)
+    shape = inputs.send(batch, padded_rows, {}, fixed_shape=False, set_aside=[])
     return shape, inputs.view(shape)
 
 
@@ -127,7 +127,7 @@ def test_plan_is_sent_in_place_of_block_tables(tiny: Path, max_num_seqs: int, fi
         padded_rows = min(8, max_num_seqs)
         for host in buffers.hosts:  # what a larger batch may have left
             host.fill_(3)
-        shape = buffers.send(decode, padded_rows, {}, fixed_shape)
+        shape = buffers.send(decode, padded_rows, {}, fixed_shape, set_aside=[])
         assert shape.width == 0
         if fixed_shape:
             assert shape == buffers.decode_shape(padded_rows)
@@ -155,7 +155,7 @@ def test_buffers_hold_the_largest_steps(tiny: Path):
     ) as llm:
         buffers = InputBuffers(llm.config, triton_backend(33))
         _, decode = batches(llm, [638] * 5)
-        shape = buffers.send(decode, 5, {}, fixed_shape=True)
+        shape = buffers.send(decode, 5, {}, fixed_shape=True, set_aside=[])
         metadata = buffers.view(shape).rest
         tiles = buffers.backend.decode_metadata(metadata, 5).tiles
         assert len(tiles) >= 5 * 639 // BLOCK

@@ -17,7 +17,7 @@ INF = math.inf
 
 def edits(prompt: list[int], generated: list[int], **options: Any) -> RowEdits:
     found = LogitEdits.of(SamplingParams(**options), ENDING, prompt)
-    return RowEdits(found, len(generated), generated)
+    return RowEdits(found, 1.0, len(generated), generated)
 
 
 def logits_of(rows: int) -> torch.Tensor:
