@@ -36,6 +36,11 @@ class CudaGraphs:
         # One pool, one stream: every new stream would bring a cuBLAS workspace.
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        # That workspace is allocated with the stream's first product. In the pool it would lie in
+        # the middle of the largest graph's memory, and others would not find room there.
+        with torch.cuda.stream(self._stream):
+            ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+            torch.mm(ones, ones)
 
     def run(self, shape: StepShape) -> torch.Tensor:
         """Run the step of a shape; returns its logits [rows, vocab]."""

@@ -117,7 +117,7 @@ def test_plan_is_sent_in_place_of_block_tables(tiny: Path, max_num_seqs: int, fi
     with build(tiny, max_num_seqs=max_num_seqs) as llm:
         buffers = InputBuffers(llm.config, triton_backend(6))
         prefill, decode = batches(llm, lengths)
-        shape = buffers.send(prefill, len(lengths), {}, fixed_shape=False)
+        shape = buffers.send(prefill, len(lengths), {}, fixed_shape=False, set_aside=[])
         assert shape.width > 0
         tables = buffers.view(shape).block_tables.tolist()
         for table, seq in zip(tables, prefill.seqs, strict=True):
