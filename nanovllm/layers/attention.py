@@ -1,32 +1,11 @@
 """Grouped-query attention with rotary positions over the paged KV cache."""
 
-from typing import NamedTuple
-
-import torch
 from torch import nn
 
 from nanovllm.layers.deferred import Normed, Product
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear, MergedLinear
-from nanovllm.utils.context import Context
-
-
-class AttentionSpec(NamedTuple):
-    """What an attention backend needs to know of a layer.
-
-    Attributes:
-        scale: applied to the scores.
-        q_weight, k_weight: [head_dim], of the norms of queries and keys; both None without.
-        eps: of these norms.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    q_weight: torch.Tensor | None
-    k_weight: torch.Tensor | None
-    eps: float
+from nanovllm.utils.context import AttentionSpec, Context
 
 
 class Attention(nn.Module):

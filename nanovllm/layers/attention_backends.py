@@ -12,9 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanovllm.layers.attention import AttentionSpec
 from nanovllm.layers.paged_attention import decode_attention, norm_rope_store, prefill_attention
-from nanovllm.utils.context import Context, LayerCache
+from nanovllm.utils.context import AttentionSpec, Context, LayerCache
 from nanovllm.utils.kernels import has_kernels, kernels
 
 try:

@@ -1,14 +1,37 @@
 """What the layers need to know of a step, handed down the model as an argument."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from nanovllm.layers.attention_backends import AttentionBackend
-
 LayerCache = tuple[torch.Tensor, torch.Tensor]  # one layer's keys and values
+
+
+class AttentionSpec(NamedTuple):
+    """What an attention backend needs to know of a layer.
+
+    Attributes:
+        scale: applied to the scores.
+        q_weight, k_weight: [head_dim], of the norms of queries and keys; both None without.
+        eps: of these norms.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    q_weight: torch.Tensor | None
+    k_weight: torch.Tensor | None
+    eps: float
+
+
+class Backend(Protocol):
+    """What computes attention: see `layers.attention_backends.AttentionBackend`."""
+
+    def attend(
+        self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: "Context"
+    ) -> torch.Tensor: ...
 
 
 @dataclass
@@ -35,7 +58,7 @@ class Context:
         output_indices: the tokens that go on after attention; None: all.
     """
 
-    backend: "AttentionBackend"
+    backend: Backend
     kv_cache: list[LayerCache]
     cos_sin: torch.Tensor
     is_prefill: bool

@@ -19,9 +19,8 @@ from helpers.kernel_inputs import (
     relative_error,
 )
 from nanovllm.layers import attention_backends
-from nanovllm.layers.attention import AttentionSpec
 from nanovllm.layers.attention_backends import make_backend, select_backend
-from nanovllm.utils.context import Context
+from nanovllm.utils.context import AttentionSpec, Context
 
 pytestmark = pytest.mark.usefixtures("poison")
 
