@@ -21,8 +21,8 @@ class CudaGraphs:
 
     Args:
         device: of the steps.
-        run_step: runs the step of a shape, whose inputs are on the device, from memory to memory
-            that is always the same; returns its logits.
+        run_step: runs the step of a shape and returns its logits. Inputs and outputs are on the
+            device, at the same addresses each time.
     """
 
     def __init__(

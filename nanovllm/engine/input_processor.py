@@ -170,9 +170,8 @@ class InputProcessor:
                 raise ValueError(f"{name} is not valid Unicode text: {error}") from error
         elif isinstance(prompt, (list, tuple)):
             token_ids = list(prompt)
-            if set(map(type, token_ids)) != {
-                int
-            }:  # the fast check; one by one takes 0.5 us a token
+            # First the fast check of all at once: one by one takes 0.5 us a token.
+            if set(map(type, token_ids)) != {int}:
                 token_ids = [as_integer(f"{name}, token {i}", t) for i, t in enumerate(prompt)]
         else:
             raise TypeError(

@@ -41,7 +41,7 @@ def allocate_kv_cache(
 def num_fitting_blocks(
     config: Config, specs: list[LayerCacheSpec], step_bytes: int, in_use_before: int
 ) -> int:
-    """How many KV blocks the memory holds that is really free, within this engine's share.
+    """How many KV blocks fit into the memory that is really free, within this engine's share.
 
     Args:
         step_bytes: what a step needs at the most besides weights, inputs and cache. Of a GPU only.

@@ -188,8 +188,8 @@ class LLMEngine:
             self._collect()
 
     def _launch_needs_tokens(self) -> bool:
-        """Whether the next step cannot be launched before the last one's tokens are known. Of a
-        waiting sequence they are: it has none in flight, or is discarded."""
+        """Whether the next step cannot be launched before the last one's tokens are known. A
+        waiting sequence does not matter: it has no token in flight by the time it runs."""
         return any(seq.sampling.penalizes for seq in self.scheduler.running)
 
     def _collect(self) -> list[RequestOutput]:

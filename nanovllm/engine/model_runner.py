@@ -11,7 +11,7 @@ from nanovllm.config import Config
 from nanovllm.engine.cuda_graphs import CudaGraphs, graph_rows
 from nanovllm.engine.kv_cache import allocate_kv_cache, num_fitting_blocks
 from nanovllm.engine.scheduler import Batch
-from nanovllm.engine.step_inputs import InputBuffers, StepShape
+from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.logits import Logprobs, RowEdits, compute_logprobs
@@ -61,9 +61,8 @@ class PromptSpan(NamedTuple):
 
 @torch.inference_mode()
 def load_libraries(device: torch.device, dtype: torch.dtype) -> None:
-    """Use a GPU a first time, for which its context is made, and cuBLAS and torch's kernels load.
-
-    Triton finds its compiler, too. Much of that goes on while other threads of Python run.
+    """Use a GPU for the first time: its context is made, and cuBLAS, torch's kernels and Triton's
+    compiler load. Other Python threads can run during most of this.
     """
     with torch.cuda.device(device):
         ones = torch.ones(16, 16, dtype=dtype, device=device)
@@ -195,7 +194,8 @@ class ModelRunner:
         """The step itself, on the device from its inputs to the sampled tokens: what a graph
         captures. Returns the logits, [rows, vocab]."""
         inputs = self.inputs.view(shape)
-        stream = self.model(inputs.input_ids, self.sampler.tokens, self._context(shape))
+        context = self._context(shape, inputs)
+        stream = self.model(inputs.input_ids, self.sampler.tokens, context)
         out = None if self.logits is None else self.logits[: shape.rows]
         logits = self.model.compute_logits(stream, out)
         self.sampler.sample(logits, inputs.sampling(shape.truncates))
@@ -224,7 +224,8 @@ class ModelRunner:
             first += length
             kept.append(first - 1)
             last.append(len(kept) - 1)
-        inputs, context = self.inputs.view(shape), self._context(shape)
+        inputs = self.inputs.view(shape)
+        context = self._context(shape, inputs)
         context.logits_indices = to_device(kept, self.device)
         stream = self.model(inputs.input_ids, self.sampler.tokens, context)
         for span in spans:
@@ -240,8 +241,8 @@ class ModelRunner:
         self.sampler.sample(logits, inputs.sampling(shape.truncates))
         return logits
 
-    def _context(self, shape: StepShape) -> Context:
-        inputs, metadata = self.inputs.view(shape), None
+    def _context(self, shape: StepShape, inputs: StepInputs) -> Context:
+        metadata = None
         if not shape.is_prefill:
             metadata = self.backend.decode_metadata(inputs.rest, shape.rows)
         return Context(
@@ -320,8 +321,9 @@ def load_model(config: Config) -> CausalLM:
     """
     with torch.device("meta"):
         model = config.model_class(config.model_config)
-    # As `to_empty` would do, which imports sympy. A tied head has memory, too, for a moment: what
-    # comes after lies where a step of one row takes 1% less (see docs/performance.md).
+    # As `to_empty` would do, which imports sympy. A tied head gets memory too, and gives it back at
+    # once. With that gap, later tensors lie where a step of one row takes 1% less time (see
+    # docs/performance.md).
     memory = {
         name: torch.empty(parameter.shape, dtype=config.torch_dtype, device=config.torch_device)
         for name, parameter in model.state_dict().items()

@@ -1,10 +1,13 @@
 """What serves a matrix product: the one place where a kernel is chosen.
 
-Of an engine's products those of few rows are the reading of their weights, for which a library's
-kernels are not made: one row, and of small matrices two, is the business of `kernels.gemv`, which
-takes the norm before and the gate or the residual add after into the same kernel; up to 128 rows
-(of large matrices 64) go to `kernels.split_k`, and 129 to 256 rows of small matrices to
-`kernels.tiled_gemm`. All others are cuBLAS's.
+With few rows a product takes as long as its weight takes to be read, and cuBLAS is not made for
+that. So the kernel goes by the number of rows:
+
+- 1, and with small weights 2: `kernels.gemv`, which also does the norm before, and the gate or the
+  residual add after;
+- up to 128, with large weights up to 64: `kernels.split_k`;
+- 129 to 256, with small weights: `kernels.tiled_gemm`;
+- else cuBLAS.
 """
 
 from enum import Enum

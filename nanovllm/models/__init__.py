@@ -1,6 +1,7 @@
 """The registry: which class runs the architecture that a config.json names.
 
-A new family is one file beside this one and one line here; docs/add-a-model.md has the steps.
+A new family is one file beside this one, and here its import and its entry; docs/add-a-model.md has
+the steps.
 """
 
 from typing import Any

@@ -1,71 +1,24 @@
-"""Text as it grows: whole characters, stop strings wherever tokens part them, and nothing lost."""
+"""Text as it grows: whole characters, and nothing lost."""
 
-from collections.abc import Iterator
-from itertools import pairwise
-
-import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from helpers.checkpoints import VOCAB_SIZE, add_tokenizer
-from helpers.paths import DEMO
-from nanovllm.engine.detokenizer import Detokenizer
-
-BROKEN = "\ufffd"  # what decoding makes of bytes that are no character
-EXAMPLES = settings(max_examples=120, deadline=None, derandomize=True)
-
-# The demo's tokens are bytes, and merges of them, in the manner of Qwen's.
-END_OF_TEXT, IM_START, IM_END = 0, 1, 2
-WORDS_EOS = 127  # of the tokenizer of whole words
-
-PIECES = [
-    "中", "文", "，", "。", "你好，世界", "日本語", "한국어", "𠮷", "é", "e\u0301", "a\u0308\u0323",
-    "👍", "👍🏽", "👩\u200d👩\u200d👧\u200d👦", "🏴\u200d☠\ufe0f", "🇩🇪", "🇨🇳🇯🇵", "❤\ufe0f",
-    "\u200d", "\ufe0f", "नि", "ก็", "ע\u05b4", "𝒳", "ß", "\u00a0", "\x00", "\x07", "\x1b[0m", "\x7f",
-    "\r\n", "\n\n", "\t", " ", "  ", "\u2028", "\ufeff", "\u202e", BROKEN, "<|im_end|>",
-    "<|endoftext|>", "<|im_start|>assistant\n", "<|im_", "|>", "Hello", " a", " don't ", "12", "?!",
-    " .", " , ",
-]  # fmt: skip
-texts = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=8).map("".join)
-
-
-@pytest.fixture(scope="module")
-def demo() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(DEMO)
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    path = add_tokenizer(tmp_path_factory.mktemp("words"), eos_token=f"t{WORDS_EOS}")
-    return AutoTokenizer.from_pretrained(path)
-
-
-# Token ids as a model may sample them. The demo's first tokens after the special ones are the 256
-# bytes; the last ids here are beyond either vocabulary, as in a model whose vocabulary is padded.
-demo_ids = st.lists(
-    st.one_of(
-        st.integers(0, 2), st.integers(3, 258), st.integers(3, 258), st.integers(259, 799),
-        st.sampled_from([800, 900]),
-    ),
-    max_size=24,
-)  # fmt: skip
-word_ids = st.lists(
-    st.one_of(
-        st.integers(0, VOCAB_SIZE - 1), st.just(WORDS_EOS), st.sampled_from([VOCAB_SIZE, 999])
-    ),
-    max_size=24,
+from helpers.checkpoints import VOCAB_SIZE
+from helpers.growing_text import (
+    BROKEN,
+    END_OF_TEXT,
+    EXAMPLES,
+    IM_END,
+    IM_START,
+    WORDS_EOS,
+    demo_ids,
+    growth,
+    text_of,
+    texts,
+    word_ids,
 )
-
-
-def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip: bool = True) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=skip)
-
-
-def growth(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip: bool) -> Iterator[str]:
-    """The text after each token: all of it, but for a last character that is not whole."""
-    for end in range(1, len(ids) + 1):
-        yield text_of(tokenizer, ids[:end], skip).rstrip(BROKEN)
+from nanovllm.engine.detokenizer import Detokenizer
 
 
 def check_growth(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip: bool) -> None:
@@ -83,9 +36,6 @@ def check_growth(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip: bool)
         detokenizer.finish()
         assert detokenizer.text == whole
         assert detokenizer.num_safe == len(whole)
-
-
-# Growth
 
 
 def test_the_demos_bytes_are_where_these_tests_take_them_to_be(demo: PreTrainedTokenizerBase):
@@ -190,220 +140,3 @@ def test_work_per_token_does_not_grow_with_the_text(demo: PreTrainedTokenizerBas
         detokenizer.append(token_id)
     assert detokenizer.text == text_of(demo, ids)
     assert len(ids) > 400 and counting.most <= 16
-
-
-# Stop strings
-
-
-def stops_in(text: str) -> st.SearchStrategy[tuple[str, ...]]:
-    """Stop strings that are in `text`, that nearly are, and others."""
-    others = st.sampled_from(["a", "t1", "中", "e\u0301", "\n", "zz", "aab", " "])
-    parts = others
-    if text:
-        spans = st.tuples(st.integers(0, len(text) - 1), st.integers(1, 6))
-        inside = spans.map(lambda span: text[span[0] : span[0] + span[1]])
-        almost = st.tuples(inside, st.sampled_from("a 中t")).map("".join)
-        parts = st.one_of(inside, inside, almost, others)
-    return st.lists(parts, min_size=1, max_size=3).map(tuple)
-
-
-def held_back(text: str, stops: tuple[str, ...]) -> int:
-    """How much of the end of `text` may be the beginning of a stop string, and not all of it."""
-    return max(
-        (cut for stop in stops for cut in range(1, len(stop)) if text.endswith(stop[:cut])),
-        default=0,
-    )
-
-
-def check_stops(
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[int],
-    skip: bool,
-    stops: tuple[str, ...],
-    include_stop: bool,
-    min_tokens: int,
-) -> None:
-    """Take `ids` in until a stop string ends the text, against a plain search in the whole text."""
-    detokenizer = Detokenizer(tokenizer, skip, stops, include_stop)
-    whole = text_of(tokenizer, ids, skip)
-    steps = [(text, n >= min_tokens) for n, text in enumerate(growth(tokenizer, ids, skip), 1)]
-    safe_texts, before = [], ""
-    for number, (text, may_stop) in enumerate([*steps, (whole, False)]):
-        if number < len(ids):
-            detokenizer.append(ids[number], may_stop)
-        else:
-            detokenizer.finish()
-        found = [
-            (start, start + len(stop), stop)
-            for stop in stops
-            for start in range(len(text))
-            if text.startswith(stop, start) and start + len(stop) > len(before)
-        ]
-        safe_texts.append(detokenizer.text[: detokenizer.num_safe])
-        if found and may_stop:
-            start, end, stop = min(found)
-            assert detokenizer.stopped_by == stop
-            assert detokenizer.text == text[: end if include_stop else start]
-            assert detokenizer.num_safe == len(detokenizer.text)
-            break
-        assert detokenizer.stopped_by is None
-        assert detokenizer.text == text
-        held = held_back(text, stops)
-        if min_tokens == 0 and number < len(ids):
-            assert detokenizer.num_safe == len(text) - held
-        else:  # `text` may end with a whole stop string, which is as well held back or not
-            assert len(text) - max(held, *map(len, stops)) <= detokenizer.num_safe
-            assert detokenizer.num_safe <= len(text) - held
-        before = text
-    for shorter, longer in pairwise(safe_texts):
-        assert longer.startswith(shorter), "text that was safe is gone"
-    end = detokenizer.text
-    assert end.startswith(safe_texts[-1])
-    detokenizer.finish()
-    assert detokenizer.text == end
-    whole_characters = steps[-1][0] if steps else ""
-    if len(stops) == 1 and min_tokens == 0 and stops[0] in whole_characters:
-        assert end == whole.partition(stops[0])[0] + (stops[0] if include_stop else "")
-
-
-@EXAMPLES
-@given(data=st.data(), text=texts, skip=st.booleans(), include_stop=st.booleans())
-def test_text_ends_at_the_first_stop_string(
-    demo: PreTrainedTokenizerBase, data: st.DataObject, text: str, skip: bool, include_stop: bool
-):
-    ids = demo.encode(text, add_special_tokens=False)
-    stops = data.draw(stops_in(text_of(demo, ids, skip)))
-    min_tokens = data.draw(st.one_of(st.just(0), st.integers(0, len(ids))))
-    check_stops(demo, ids, skip, stops, include_stop, min_tokens)
-
-
-@EXAMPLES
-@given(data=st.data(), ids=demo_ids, skip=st.booleans(), include_stop=st.booleans())
-def test_broken_text_ends_at_the_first_stop_string(
-    demo: PreTrainedTokenizerBase,
-    data: st.DataObject,
-    ids: list[int],
-    skip: bool,
-    include_stop: bool,
-):
-    stops = data.draw(stops_in(text_of(demo, ids, skip)))
-    min_tokens = data.draw(st.one_of(st.just(0), st.integers(0, len(ids))))
-    check_stops(demo, ids, skip, stops, include_stop, min_tokens)
-
-
-@EXAMPLES
-@given(data=st.data(), ids=word_ids, include_stop=st.booleans())
-def test_words_end_at_the_first_stop_string(
-    words: PreTrainedTokenizerBase, data: st.DataObject, ids: list[int], include_stop: bool
-):
-    ids = [i for i in ids if i < VOCAB_SIZE]
-    stops = data.draw(stops_in(text_of(words, ids, skip=False)))
-    min_tokens = data.draw(st.one_of(st.just(0), st.integers(0, len(ids))))
-    check_stops(words, ids, False, stops, include_stop, min_tokens)
-
-
-def run_words(
-    tokenizer: PreTrainedTokenizerBase, text: str, stop: tuple[str, ...], **options: bool
-) -> list[tuple[str, str, str | None]]:
-    """After each word: the text, what of it is safe, and the stop string found."""
-    detokenizer, seen = Detokenizer(tokenizer, True, stop, **options), []
-    for token_id in tokenizer.encode(text, add_special_tokens=False):
-        detokenizer.append(token_id)
-        safe = detokenizer.text[: detokenizer.num_safe]
-        seen.append((detokenizer.text, safe, detokenizer.stopped_by))
-    return seen
-
-
-def test_a_stop_string_over_three_tokens_is_held_back_and_cut(words: PreTrainedTokenizerBase):
-    assert run_words(words, "t9 t12 t34 t56", ("2 t34 t5",)) == [
-        ("t9", "t9", None),
-        ("t9 t12", "t9 t1", None),
-        ("t9 t12 t34", "t9 t1", None),
-        ("t9 t1", "t9 t1", "2 t34 t5"),
-    ]
-
-
-def test_a_stop_string_that_does_not_come_true_is_shown(words: PreTrainedTokenizerBase):
-    assert run_words(words, "t12 t34 t7", ("2 t34 t5",)) == [
-        ("t12", "t1", None),
-        ("t12 t34", "t1", None),
-        ("t12 t34 t7", "t12 t34 t7", None),
-    ]
-
-
-def test_a_stop_string_may_begin_again_within_itself(words: PreTrainedTokenizerBase):
-    seen = run_words(words, "t11 t11 t11 t12", ("1 t11 t12",))
-    assert [safe for _, safe, _ in seen] == ["t1", "t1", "t11 t1", "t11 t1"]
-    assert seen[-1] == ("t11 t1", "t11 t1", "1 t11 t12")
-
-
-def test_the_stop_string_stays_if_asked_for_and_what_comes_after_it_never(
-    words: PreTrainedTokenizerBase,
-):
-    assert run_words(words, "t9 t123", ("t1",))[-1] == ("t9 ", "t9 ", "t1")
-    assert run_words(words, "t9 t123", ("t1",), include_stop=True)[-1] == ("t9 t1", "t9 t1", "t1")
-
-
-def test_of_several_stop_strings_the_first_in_the_text_ends_it(words: PreTrainedTokenizerBase):
-    assert run_words(words, "t9 t123", ("3", "2", "t7"))[-1] == ("t9 t1", "t9 t1", "2")
-    assert run_words(words, "t9 t123", ("123", "12"))[-1] == ("t9 t", "t9 t", "12")
-
-
-def test_a_stop_string_that_no_token_may_end_with_stays(words: PreTrainedTokenizerBase):
-    detokenizer = Detokenizer(words, True, ("t2 t3",))
-    seen = []
-    for token_id, may_stop in ((1, False), (2, False), (3, False), (2, False), (3, True)):
-        detokenizer.append(token_id, may_stop)
-        seen.append((detokenizer.text[: detokenizer.num_safe], detokenizer.stopped_by))
-    assert [safe for safe, _ in seen] == [
-        "t1", "t1 ", "t1 t2 t3", "t1 t2 t3 ", "t1 t2 t3 ",
-    ]  # fmt: skip
-    assert [stop for _, stop in seen] == [None] * 4 + ["t2 t3"]
-    assert detokenizer.text == "t1 t2 t3 "
-
-
-def test_a_stop_string_that_ends_with_the_first_token_that_may_is_found(
-    words: PreTrainedTokenizerBase,
-):
-    """Its beginning came with tokens that might not stop."""
-    detokenizer = Detokenizer(words, True, ("t1 t2 t3",))
-    for token_id, may_stop in ((1, False), (2, False), (3, True)):
-        detokenizer.append(token_id, may_stop)
-    assert (detokenizer.text, detokenizer.stopped_by) == ("", "t1 t2 t3")
-
-
-def test_what_is_shown_at_the_very_end_no_stop_string_ends(demo: PreTrainedTokenizerBase):
-    """By then it is settled why the request has ended."""
-    assert demo.decode([512]) == "不\ufffd"
-    for stop in (BROKEN, "不\ufffd"):
-        detokenizer = Detokenizer(demo, True, (stop,))
-        detokenizer.append(512)
-        assert (detokenizer.text, detokenizer.stopped_by) == ("不", None)
-        detokenizer.finish()
-        assert (detokenizer.text, detokenizer.stopped_by) == ("不\ufffd", None)
-
-
-def test_a_stop_string_is_found_before_the_first_bytes_of_a_character(
-    demo: PreTrainedTokenizerBase,
-):
-    for include, text in ((False, ""), (True, "不")):
-        detokenizer = Detokenizer(demo, True, ("不",), include)
-        detokenizer.append(512)
-        detokenizer.finish()
-        assert (detokenizer.text, detokenizer.stopped_by) == (text, "不")
-
-
-def test_a_stop_string_ends_inside_of_a_token_after_whole_characters_only(
-    demo: PreTrainedTokenizerBase,
-):
-    """The character that the stop string ends with takes several tokens: it stops with the last."""
-    byte_of = {demo.convert_ids_to_tokens(i): i for i in range(3, 259)}
-    (token,) = demo.backend_tokenizer.pre_tokenizer.pre_tokenize_str("🙂")
-    ids = [byte_of[char] for char in token[0]]
-    detokenizer = Detokenizer(demo, True, ("a🙂",))
-    seen = []
-    for token_id in [*demo.encode("ba"), *ids]:
-        detokenizer.append(token_id)
-        seen.append((detokenizer.text[: detokenizer.num_safe], detokenizer.stopped_by))
-    assert len(ids) == 4
-    assert seen[-4:] == [("b", None)] * 3 + [("b", "a🙂")]
