@@ -38,6 +38,8 @@ class Config:
         attention_backend: "auto", "flash-attn", "triton" or "torch".
         load_format: "auto" (safetensors), or "dummy": random weights in the shape of config.json.
         seed: what the random choices of requests without a seed of their own are drawn from.
+        tensor_parallel_size: how many GPUs, or processes on a CPU, share each step, with a part of
+            each layer (see `parallel`). With `device` "cuda:N" they are the GPUs from N on.
         async_scheduling: plan and launch a step before the last one's tokens are read, so that the
             device need not wait. None: on a GPU only, since a CPU computes in the same thread.
 
@@ -60,6 +62,7 @@ class Config:
     load_format: str = "auto"
     seed: int = 0
     async_scheduling: bool | None = None
+    tensor_parallel_size: int = 1
 
     model_dir: Path = field(init=False)
     model_class: type[CausalLM] = field(init=False)
@@ -87,6 +90,10 @@ class Config:
         content = _load_config_json(self.model_dir)
         self.model_class = find_model_class(content)
         self.model_config = self.model_class.config_class.from_json(content)
+        if self.tensor_parallel_size > 1:
+            from nanovllm.parallel.sharding import check_shardable
+
+            check_shardable(self.model_config, self.tensor_parallel_size)
         self.torch_dtype = _resolve_dtype(self.dtype, self.model_config, self.model_dir)
         self.max_model_len = min(self.max_model_len, self.model_config.max_position_embeddings)
         if self.max_model_len < 2:
@@ -108,6 +115,7 @@ class Config:
         self._check_integer("max_num_seqs", at_least=1, below=2**15)  # a row's number has 15 bits
         self._check_integer("max_model_len", at_least=2)
         self._check_integer("seed", at_least=0)
+        self._check_integer("tensor_parallel_size", at_least=1)
         if self.num_kvcache_blocks is not None:
             self._check_integer("num_kvcache_blocks", at_least=1)
         if self.kvcache_block_size % 16:

@@ -71,7 +71,7 @@ class LLM(LLMEngine):
                     _show_rates(progress, self.stats.since(before))
                     progress.update(len(finished))
         except BaseException:  # Ctrl-C too
-            self.abort_all()
+            self._drop_all()
             raise
         ids = [request.request_id for request in requests]
         if aborted := [index for index, request_id in enumerate(ids) if request_id not in outputs]:

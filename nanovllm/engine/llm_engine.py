@@ -5,6 +5,7 @@ import time
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import Config
@@ -42,13 +43,24 @@ class LLMEngine:
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         self.config = Config.from_options(model, options)
-        with ThreadPoolExecutor(1) as pool:
-            # A GPU gets ready while this thread imports. An error there ModelRunner meets again.
-            if self.config.torch_device.type == "cuda":
-                pool.submit(load_libraries, self.config.torch_device, self.config.torch_dtype)
-            self.tokenizer = load_tokenizer(self.config.model_dir)
-        self.model_runner = ModelRunner(self.config)
-        self.is_closed = False
+        with ExitStack() as on_error:
+            if self.config.tensor_parallel_size > 1:
+                from nanovllm.parallel.ranks import Ranks
+
+                ranks = Ranks(self.config)  # their processes start meanwhile
+                on_error.callback(ranks.close)
+            with ThreadPoolExecutor(1) as pool:
+                # A GPU gets ready while this thread imports; an error ModelRunner meets again.
+                if self.config.torch_device.type == "cuda":
+                    pool.submit(load_libraries, self.config.torch_device, self.config.torch_dtype)
+                self.tokenizer = load_tokenizer(self.config.model_dir)
+            if self.config.tensor_parallel_size > 1:
+                from nanovllm.parallel.rank_runner import LeadingRunner
+
+                self.model_runner: ModelRunner = LeadingRunner(self.config, ranks)
+            else:
+                self.model_runner = ModelRunner(self.config)
+            on_error.pop_all()
         self._fit_to_cache(self.model_runner.num_kvcache_blocks)
         eos_token_ids = self._eos_token_ids()
         self.scheduler = Scheduler(
@@ -74,10 +86,14 @@ class LLMEngine:
         """Drop all requests and give the device's memory back. Calling it again does nothing."""
         if not self.is_closed:
             try:
-                self.abort_all()
+                self._drop_all()
             finally:
-                self.is_closed = True
                 self.model_runner.close()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, or had to be: no request can run any more."""
+        return self.model_runner.is_closed
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue one request and return its id; `step` until `is_finished` to run it.
@@ -95,7 +111,7 @@ class LLMEngine:
 
         With `async_scheduling` the tokens read are those of the step before, so that the device
         already works on the next one while the host looks at them. If a step fails, every request
-        is aborted, and the engine is ready for new ones.
+        is aborted, and the engine is ready for new ones; with several ranks it is closed.
         """
         self._check_open()
         try:
@@ -114,7 +130,7 @@ class LLMEngine:
             self._collect_leftovers()
             return outputs
         except BaseException:
-            self.abort_all()
+            self._drop_all()
             raise
 
     def is_finished(self) -> bool:
@@ -138,12 +154,7 @@ class LLMEngine:
     def abort_all(self) -> None:
         """Drop every request; all KV blocks are free afterwards."""
         self._check_open()
-        self._num_aborted += len({id(request) for request in self._request_of_seq.values()})
-        self._request_of_seq.clear()
-        self._in_flight.clear()
-        self.output_processor.clear()
-        self.scheduler.abort_all()
-        self.model_runner.reset()
+        self._drop_all()
 
     def metrics(self) -> dict[str, int | float]:
         """What the engine is doing, and has done since it began.
@@ -174,6 +185,14 @@ class LLMEngine:
             "prefill_tokens_per_second": self.stats.prefill_rate,
             "decode_tokens_per_second": self.stats.decode_rate,
         }
+
+    def _drop_all(self) -> None:
+        self._num_aborted += len({id(request) for request in self._request_of_seq.values()})
+        self._request_of_seq.clear()
+        self._in_flight.clear()
+        self.output_processor.clear()
+        self.scheduler.abort_all()
+        self.model_runner.reset()
 
     def _queue(self, request: Request) -> None:
         self.output_processor.add(request)

@@ -48,15 +48,47 @@ class PromptSpan(NamedTuple):
         row: of the batch.
         num_top: how many of the most likely tokens are reported with each.
         first_kept: where their logits begin, among the tokens of the step that are kept.
-        position: of the first token whose probability is found: one after the first input token.
-        num_tokens: how many.
+        position: of the first of them in the sequence: one after the first input token.
+        token_ids: these tokens.
     """
 
     row: int
     num_top: int
     first_kept: int
     position: int
-    num_tokens: int
+    token_ids: list[int]
+
+
+class PromptLogprobs(NamedTuple):
+    """What is to be found of prompts: of which of the step's tokens logits are kept, and for which
+    spans; and where each row's last token is among those kept."""
+
+    kept: list[int]
+    last: list[int]
+    spans: list[PromptSpan]
+
+
+class Step(NamedTuple):
+    """All that there is to know of a step, besides the inputs in a host buffer.
+
+    Attributes:
+        shape: of the inputs, padding included.
+        rows: of the batch.
+        buffer_index: the host buffer that holds the inputs, and the one that gets the tokens.
+        num_words: of the inputs.
+        edits: by row, of those that are sampled from logits that are edited first.
+        num_top: by row, of those that want the log probabilities of their token and of the most
+            likely ones: how many of these.
+        prompt_logprobs: None if no row wants any.
+    """
+
+    shape: StepShape
+    rows: int
+    buffer_index: int
+    num_words: int
+    edits: dict[int, RowEdits]
+    num_top: dict[int, int]
+    prompt_logprobs: PromptLogprobs | None
 
 
 @torch.inference_mode()
@@ -81,11 +113,14 @@ class ModelRunner:
     Attributes:
         attention_backend: the name of the one in use.
         num_kvcache_blocks: size of the KV cache.
+        is_closed: its memory has been given back.
 
     Raises:
         ValueError, FileNotFoundError: for a checkpoint or an option that cannot work.
         RuntimeError: if there is no memory left for a KV cache.
     """
+
+    is_closed = False
 
     @torch.inference_mode()
     def __init__(self, config: Config) -> None:
@@ -96,15 +131,17 @@ class ModelRunner:
             self._build()
 
     def _build(self) -> None:
-        config, model_config = self.config, self.config.model_config
+        config = self.config
         in_use_before = gpu_memory_in_use(self.device) if self.on_gpu else 0
+        self.model = self.make_model()
+        specs = self.model.cache_specs()
         self.backend = make_backend(
-            config.attention_backend, self.device, config.torch_dtype,
-            model_config.num_key_value_heads, model_config.head_dim, config.kvcache_block_size,
+            config.attention_backend, self.device, config.torch_dtype, *specs[0],
+            config.kvcache_block_size,
         )  # fmt: skip
         self.attention_backend = self.backend.name
         use_graphs = self.on_gpu and not config.enforce_eager and self.backend.can_capture
-        self.model = load_model(config)
+        load_model(self.model, config)
         self.cos_sin = self.model.rotary_table(config.max_model_len, self.device)
         try:
             self.inputs = InputBuffers(config, self.backend)
@@ -113,59 +150,88 @@ class ModelRunner:
                 "no memory for the inputs of a step: lower max_num_batched_tokens "
                 f"({config.max_num_batched_tokens}) or max_num_seqs ({config.max_num_seqs})"
             ) from error
-        self.sampler = Sampler(config.max_num_seqs, self.device)
+        self.sampler = self.make_sampler()
         # One buffer for the logits of all graphs, as wide as the largest step.
         self.logits: torch.Tensor | None = None
         if use_graphs:
-            shape = (config.max_num_seqs, model_config.vocab_size)
+            shape = (config.max_num_seqs, self.model.lm_head.out_features)
             self.logits = torch.empty(shape, dtype=config.torch_dtype, device=self.device)
-        specs = self.model.cache_specs()
         self.kv_cache = allocate_kv_cache(config, specs, num_blocks=1)  # for the warm-up
         step_bytes = self._warm_up(use_graphs) if self.on_gpu else 0
-        self.num_kvcache_blocks = config.num_kvcache_blocks or num_fitting_blocks(
-            config, specs, step_bytes, in_use_before
+        self.num_kvcache_blocks = config.num_kvcache_blocks or self.agree_on_blocks(
+            num_fitting_blocks(config, specs, step_bytes, in_use_before)
         )
         self.kv_cache = allocate_kv_cache(config, specs, self.num_kvcache_blocks)
         self.graphs: CudaGraphs | None = None
         if use_graphs:
             self.graphs = CudaGraphs(self.device, self._run)
-            self.graphs.capture(self.inputs.decode_shape(config.max_num_seqs))
+            self.graphs.capture(self.largest_decode_shape())
         self._launched_rows: dict[int, int] = {}  # seq_id -> row of the last launch
+
+    # What a rank of several does in another way: see `parallel.rank_runner`.
+
+    def make_model(self) -> CausalLM:
+        """The network, still without memory."""
+        with torch.device("meta"):
+            return self.config.model_class(self.config.model_config)
+
+    def make_sampler(self) -> Sampler:
+        return Sampler(self.config.max_num_seqs, self.device)
+
+    def largest_decode_shape(self) -> StepShape:
+        """The decode step that needs the most memory."""
+        return self.inputs.decode_shape(self.config.max_num_seqs)
+
+    def agree_on_blocks(self, num_fitting: int) -> int:
+        """How many KV blocks there will be, if so many fit here."""
+        return num_fitting
 
     def on_device(self) -> AbstractContextManager:
         """Makes the runner's GPU the current one: Triton and events go by that."""
         return torch.cuda.device(self.device) if self.on_gpu else nullcontext()
 
-    @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
         """Start a step; returns at once on a GPU. Tokens that the host does not know yet are taken
         on the device from the step launched before."""
+        return self.run(self.prepare(batch))
+
+    def prepare(self, batch: Batch) -> Step:
+        """Fill a host buffer with the inputs of a batch."""
         rows = len(batch.seqs)
-        graphs = None if batch.is_prefill else self.graphs
-        padded_rows = rows if graphs is None else graph_rows(rows, self.config.max_num_seqs)
+        has_graph = self.graphs is not None and not batch.is_prefill
+        padded_rows = graph_rows(rows, self.config.max_num_seqs) if has_graph else rows
         edits, num_top = _wishes(batch)
+        shape, num_words = self.inputs.fill(
+            batch, padded_rows, self._launched_rows, fixed_shape=has_graph, set_aside=[*edits]
+        )
+        self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
+        index = self.inputs.buffer_index
+        return Step(shape, rows, index, num_words, edits, num_top, _prompt_logprobs(batch))
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> PendingStep:
+        """Run a step whose inputs are in the host buffer."""
+        shape, rows = step.shape, step.rows
         with self.on_device():
-            shape = self.inputs.send(
-                batch, padded_rows, self._launched_rows, fixed_shape=graphs is not None,
-                set_aside=[*edits],
-            )  # fmt: skip
+            self.inputs.send(step.buffer_index, step.num_words)
             # Its tokens will be written there.
-            step = PendingStep(self.sampler.host_tokens[self.inputs.buffer_index, :rows])
-            if batch.is_prefill and any(seq.needs_prompt_logprobs for seq in batch.seqs):
-                logits = self._run_with_prompt_logprobs(shape, batch, step)
+            pending = PendingStep(self.sampler.host_tokens[step.buffer_index, :rows])
+            if step.prompt_logprobs is not None:
+                logits = self._run_with_prompt_logprobs(shape, step.prompt_logprobs, pending)
+            elif self.graphs is not None and not shape.is_prefill:
+                logits = self.graphs.run(shape)
             else:
-                logits = self._run(shape) if graphs is None else graphs.run(shape)
-            if edits:
-                inputs, index = self.inputs.view(shape), self.inputs.buffer_index
-                self.sampler.resample(logits[:rows], inputs.sampling(shape.truncates), edits, index)
-            if num_top:
-                k = max(num_top.values())
-                step.logprobs = self.sampler.logprobs(logits[:rows], [*num_top], k)
-            self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
+                logits = self._run(shape)
+            if step.edits:
+                sampling = self.inputs.view(shape).sampling(shape.truncates)
+                self.sampler.resample(logits[:rows], sampling, step.edits, step.buffer_index)
+            if step.num_top:
+                k = max(step.num_top.values())
+                pending.logprobs = self.sampler.logprobs(logits[:rows], [*step.num_top], k)
             if self.on_gpu:
-                step.done = torch.cuda.Event()
-                step.done.record()
-            return step
+                pending.done = torch.cuda.Event()
+                pending.done.record()
+            return pending
 
     def collect(self, step: PendingStep) -> list[int]:
         """Wait for a step's tokens, one a row. At most one newer step may be under way."""
@@ -182,6 +248,7 @@ class ModelRunner:
     def close(self) -> None:
         """Give all memory back. The runner is of no use afterwards."""
         self.reset()
+        self.is_closed = True
         del self.graphs, self.model, self.kv_cache, self.cos_sin, self.sampler, self.inputs
         del self.logits
         gc.collect()
@@ -202,42 +269,21 @@ class ModelRunner:
         return logits
 
     def _run_with_prompt_logprobs(
-        self, shape: StepShape, batch: Batch, step: PendingStep
+        self, shape: StepShape, wanted: PromptLogprobs, pending: PendingStep
     ) -> torch.Tensor:
-        """A prefill step in which some rows want log probabilities of their prompt: of these rows
-        the logits of all tokens are kept, of the others those of the last one.
-
-        With a row of 3 such tokens and one of 2 that wants none, tokens 0, 1, 2 and 4 are kept, and
-        2 and 3 of these are the rows' last ones.
-        """
-        kept: list[int] = []  # of the step's tokens
-        last: list[int] = []  # of each row, where its last token is among those kept
-        spans: list[PromptSpan] = []
-        first = 0  # token of the row, among the step's
-        for row, seq in enumerate(batch.seqs):
-            start, length = batch.starts[row], batch.lengths[row]
-            num_tokens = min(length, seq.num_prompt_tokens - 1 - start)
-            num_top = seq.sampling_params.prompt_logprobs
-            if seq.needs_prompt_logprobs and num_top is not None and num_tokens > 0:
-                spans.append(PromptSpan(row, num_top, len(kept), start + 1, num_tokens))
-                kept.extend(range(first, first + num_tokens))
-            first += length
-            kept.append(first - 1)
-            last.append(len(kept) - 1)
+        """A prefill step in which some rows want log probabilities of their prompt."""
         inputs = self.inputs.view(shape)
         context = self._context(shape, inputs)
-        context.logits_indices = to_device(kept, self.device)
+        context.logits_indices = to_device(wanted.kept, self.device)
         stream = self.model(inputs.input_ids, self.sampler.tokens, context)
-        for span in spans:
-            token_ids = batch.seqs[span.row].token_ids
-            for start in range(0, span.num_tokens, LOGPROB_ROWS):
-                end = min(start + LOGPROB_ROWS, span.num_tokens)
-                of_piece = slice(span.first_kept + start, span.first_kept + end)
-                logits = self.model.compute_logits(stream[of_piece])
-                own = token_ids[span.position + start : span.position + end]
-                found = compute_logprobs(logits, to_device(own, self.device), span.num_top)
-                step.prompt_logprobs.append((span.row, span.position + start, found))
-        logits = self.model.compute_logits(stream[to_device(last, self.device)])
+        for span in wanted.spans:
+            for start in range(0, len(span.token_ids), LOGPROB_ROWS):
+                own = span.token_ids[start : start + LOGPROB_ROWS]
+                first = span.first_kept + start
+                logits = self.model.compute_logits(stream[first : first + len(own)])
+                found = self.sampler.logprobs_of(logits, to_device(own, self.device), span.num_top)
+                pending.prompt_logprobs.append((span.row, span.position + start, found))
+        logits = self.model.compute_logits(stream[to_device(wanted.last, self.device)])
         self.sampler.sample(logits, inputs.sampling(shape.truncates))
         return logits
 
@@ -267,7 +313,7 @@ class ModelRunner:
         tokens = min(config.max_num_batched_tokens, config.max_num_seqs * length)
         rows, width, context = -(-tokens // length), self.inputs.max_width, config.max_model_len
         prefill = StepShape(True, rows, tokens, width, length, context)
-        decode = self.inputs.decode_shape(config.max_num_seqs)
+        decode = self.largest_decode_shape()
         torch.cuda.reset_peak_memory_stats(self.device)
         graph_bytes = 0  # of the first, a decode step
         for shape in (decode, prefill, decode):
@@ -280,9 +326,9 @@ class ModelRunner:
             self.inputs.device.zero_()
             graph_bytes = graph_bytes or self._activation_bytes()
         # What a step holds at once when rows want their logits changed, and to know of them.
-        edited = logits.clone().float()
+        edited = self.sampler.whole(logits).clone().float()
         first_token = self.sampler.tokens[:1].expand(LOGPROB_ROWS)
-        compute_logprobs(logits[:1].expand(LOGPROB_ROWS, -1), first_token, 1)
+        self.sampler.logprobs_of(logits[:1].expand(LOGPROB_ROWS, -1), first_token, 1)
         del logits, edited
         torch.cuda.synchronize(self.device)
         # The graphs' own pool holds a decode step's memory once more.
@@ -313,14 +359,37 @@ def _wishes(batch: Batch) -> tuple[dict[int, RowEdits], dict[int, int]]:
     return edits, num_top
 
 
-def load_model(config: Config) -> CausalLM:
-    """The network with its weights, on the device.
+def _prompt_logprobs(batch: Batch) -> PromptLogprobs | None:
+    """Of rows that want log probabilities of their prompt the logits of all tokens are kept, of the
+    others those of the last one.
+
+    With a row of 3 such tokens and one of 2 that wants none, tokens 0, 1, 2 and 4 are kept, and 2
+    and 3 of these are the rows' last ones.
+    """
+    if not batch.is_prefill or not any(seq.needs_prompt_logprobs for seq in batch.seqs):
+        return None
+    found = PromptLogprobs([], [], [])
+    first = 0  # token of the row, among the step's
+    for row, seq in enumerate(batch.seqs):
+        start, length = batch.starts[row], batch.lengths[row]
+        num_tokens = min(length, seq.num_prompt_tokens - 1 - start)
+        num_top = seq.sampling_params.prompt_logprobs
+        if seq.needs_prompt_logprobs and num_top is not None and num_tokens > 0:
+            token_ids = seq.token_ids[start + 1 : start + 1 + num_tokens]
+            found.spans.append(PromptSpan(row, num_top, len(found.kept), start + 1, token_ids))
+            found.kept.extend(range(first, first + num_tokens))
+        first += length
+        found.kept.append(first - 1)
+        found.last.append(len(found.kept) - 1)
+    return found
+
+
+def load_model(model: CausalLM, config: Config) -> None:
+    """Give a network memory on the device, and its weights.
 
     Raises:
         ValueError, FileNotFoundError: for a checkpoint that cannot be loaded.
     """
-    with torch.device("meta"):
-        model = config.model_class(config.model_config)
     # As `to_empty` would do, which imports sympy. A tied head gets memory too, and gives it back at
     # once. With that gap, later tensors lie where a step of one row takes 1% less time (see
     # docs/performance.md).
@@ -330,11 +399,11 @@ def load_model(config: Config) -> CausalLM:
     }
     model.load_state_dict(memory, assign=True)
     model.requires_grad_(False).tie_weights()
+    views = model.checkpoint_views()
     if config.load_format == "dummy":
-        fill_with_noise(model, config.model_config.initializer_range, config.seed)
+        fill_with_noise(views, config.model_config.initializer_range, config.seed)
     else:
-        load_weights(config.model_dir, model.checkpoint_views(), model.ignored_tensors())
+        load_weights(config.model_dir, views, model.ignored_tensors())
     for module in model.modules():
         if isinstance(module, Linear):
             module.pack()
-    return model

@@ -123,15 +123,15 @@ class InputBuffers:
         width = self.max_width if self.backend.reads_tables_in_decode else 0
         return StepShape(False, rows, rows, width, 1, self.max_model_len, truncates)
 
-    def send(
+    def fill(
         self,
         batch: Batch,
         padded_rows: int,
         launched_rows: dict[int, int],
         fixed_shape: bool,
         set_aside: list[int],
-    ) -> StepShape:
-        """Fill the host buffer whose turn it is with a batch, and copy it to the device.
+    ) -> tuple[StepShape, int]:
+        """Fill the host buffer whose turn it is with a batch, for `send`.
 
         Args:
             padded_rows: rows to run; those past the batch write nowhere and attend to nothing.
@@ -140,6 +140,9 @@ class InputBuffers:
                 Graph's must.
             set_aside: rows that will be sampled later, from other logits. Until then they are
                 greedy, which takes the least time.
+
+        Returns:
+            The step's shape, and how many words of the buffer are in use.
         """
         self.buffer_index = 1 - self.buffer_index
         starts, lengths = np.array(batch.starts), np.array(batch.lengths)
@@ -167,8 +170,11 @@ class InputBuffers:
         if not batch.is_prefill:
             tables = self._tables[: len(batch.seqs)]
             used += self.backend.prepare_decode(host.rest, ends, tables, padded_rows)
-        self.device[:used].copy_(self.hosts[self.buffer_index][:used], non_blocking=True)
-        return shape
+        return shape, used
+
+    def send(self, buffer_index: int, used: int) -> None:
+        """Copy the words of a host buffer that are in use to the device."""
+        self.device[:used].copy_(self.hosts[buffer_index][:used], non_blocking=True)
 
     def view(self, shape: StepShape) -> StepInputs:
         """The inputs as they are on the device."""

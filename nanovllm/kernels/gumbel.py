@@ -43,52 +43,90 @@ def gumbel_sample(
         thresholds: [rows] float32, no token with a lower logit is sampled (see
             `kernels.truncate`).
     """
+    _launch(
+        logits, temperatures, seeds, positions, thresholds, out, host_tokens, buffer_index, 0, False
+    )  # fmt: skip
+
+
+def gumbel_winners(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    thresholds: torch.Tensor | None = None,
+    first_token: int = 0,
+) -> torch.Tensor:
+    """The winners among a part of the vocabulary, as keys: [rows] int64.
+
+    The largest of several keys is the winner of all: its upper half is the score as an integer in
+    the order of the floats, its lower half 2^32 - 1 - token id, so that ties go to the lowest id.
+
+    Args:
+        logits: [rows, tokens of the part], which follow each other from `first_token` on, a
+            multiple of 16. The other arguments are those of `gumbel_sample`.
+    """
+    keys = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    _launch(
+        logits, temperatures, seeds, positions, thresholds, keys, None, None, first_token, True
+    )  # fmt: skip
+    return keys
+
+
+def _launch(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    thresholds: torch.Tensor | None,
+    out: torch.Tensor,
+    host_tokens: torch.Tensor | None,
+    buffer_index: torch.Tensor | None,
+    first_token: int,
+    as_keys: bool,
+) -> None:
     rows, vocab_size = logits.shape
-    num_tiles = triton.cdiv(vocab_size, TILE)
+    num_tiles = triton.cdiv(first_token + vocab_size, TILE) - first_token // TILE
     scores = torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device)
     tokens = torch.empty(rows, num_tiles, dtype=torch.int32, device=logits.device)
     _best_of_tile_kernel[(rows, num_tiles)](
         logits, temperatures, seeds, positions, thresholds, scores, tokens, vocab_size,
-        num_tiles, TILE=TILE, TRUNCATED=thresholds is not None, FAST_LOG=logits.is_cuda,
-        num_warps=8, **pdl(logits),
+        num_tiles, FIRST=first_token, TILE=TILE, TRUNCATED=thresholds is not None,
+        FAST_LOG=logits.is_cuda, num_warps=8, **pdl(logits),
     )  # fmt: skip
     _best_of_row_kernel[(rows,)](
         scores, tokens, out, host_tokens, buffer_index, num_tiles,
         0 if host_tokens is None else host_tokens.shape[1], HAS_HOST=host_tokens is not None,
-        BLOCK=triton.next_power_of_2(num_tiles), num_warps=1, **pdl(logits),
+        AS_KEYS=as_keys, FIRST=first_token, BLOCK=triton.next_power_of_2(num_tiles), num_warps=1,
+        **pdl(logits),
     )  # fmt: skip
 
 
 @triton.jit
 def _best_of_tile_kernel(
     logits_ptr, temperatures_ptr, seeds_ptr, positions_ptr, thresholds_ptr, best_ptr,
-    best_token_ptr, vocab_size, num_tiles, TILE: tl.constexpr, TRUNCATED: tl.constexpr,
-    FAST_LOG: tl.constexpr, PDL: tl.constexpr,
+    best_token_ptr, vocab_size, num_tiles, FIRST: tl.constexpr, TILE: tl.constexpr,
+    TRUNCATED: tl.constexpr, FAST_LOG: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
     wait(PDL)
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     QUARTER: tl.constexpr = TILE // 4
     lane = tl.arange(0, QUARTER)
-    tokens = tile * TILE + lane
+    BEFORE: tl.constexpr = FIRST % TILE  # tokens of the first tile that are not here
+    tokens = tile * TILE + lane - BEFORE  # among those that are
     logits_ptr += row * vocab_size
     floor = float("-inf")
-    s0 = tl.load(logits_ptr + tokens, mask=tokens < vocab_size, other=floor)
-    s1 = tl.load(logits_ptr + tokens + QUARTER, mask=tokens + QUARTER < vocab_size, other=floor)
-    s2 = tl.load(
-        logits_ptr + tokens + 2 * QUARTER, mask=tokens + 2 * QUARTER < vocab_size, other=floor
-    )
-    s3 = tl.load(
-        logits_ptr + tokens + 3 * QUARTER, mask=tokens + 3 * QUARTER < vocab_size, other=floor
-    )
-    s0, s1, s2, s3 = s0.to(tl.float32), s1.to(tl.float32), s2.to(tl.float32), s3.to(tl.float32)
+    s0 = _scores(logits_ptr, tokens, vocab_size, BEFORE)
+    s1 = _scores(logits_ptr, tokens + QUARTER, vocab_size, BEFORE)
+    s2 = _scores(logits_ptr, tokens + 2 * QUARTER, vocab_size, BEFORE)
+    s3 = _scores(logits_ptr, tokens + 3 * QUARTER, vocab_size, BEFORE)
     if TRUNCATED:
         threshold = tl.load(thresholds_ptr + row)
         s0, s1 = tl.where(s0 < threshold, floor, s0), tl.where(s1 < threshold, floor, s1)
         s2, s3 = tl.where(s2 < threshold, floor, s2), tl.where(s3 < threshold, floor, s3)
     temperature = tl.load(temperatures_ptr + row)
     if temperature > 0:
-        counter = (tile * QUARTER + lane).to(tl.uint32)
+        counter = ((FIRST // TILE + tile) * QUARTER + lane).to(tl.uint32)
         position = tl.load(positions_ptr + row).to(tl.uint32)
         zero = counter * 0
         r0, r1, r2, r3 = tl.philox(tl.load(seeds_ptr + row), counter, zero + position, zero, zero)
@@ -103,6 +141,14 @@ def _best_of_tile_kernel(
     tl.store(best_ptr + row * num_tiles + tile, top)
     first = tl.min(tl.where(best == top, token, vocab_size - 1), axis=0)
     tl.store(best_token_ptr + row * num_tiles + tile, first)
+
+
+@triton.jit
+def _scores(logits_ptr, tokens, vocab_size, BEFORE: tl.constexpr):
+    mask = tokens < vocab_size
+    if BEFORE:
+        mask &= tokens >= 0
+    return tl.load(logits_ptr + tokens, mask=mask, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -135,7 +181,8 @@ def _gumbel(bits, FAST_LOG: tl.constexpr):
 @triton.jit
 def _best_of_row_kernel(
     best_ptr, best_token_ptr, out_ptr, host_ptr, buffer_index_ptr, num_tiles, host_stride,
-    HAS_HOST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    HAS_HOST: tl.constexpr, AS_KEYS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
     wait(PDL)
@@ -144,8 +191,13 @@ def _best_of_row_kernel(
     mask = cols < num_tiles
     best = tl.load(best_ptr + row * num_tiles + cols, mask=mask, other=float("-inf"))
     token = tl.load(best_token_ptr + row * num_tiles + cols, mask=mask, other=2147483647)
-    winner = tl.min(tl.where(best == tl.max(best, axis=0), token, 2147483647), axis=0)
+    top = tl.max(best, axis=0)
+    winner = tl.min(tl.where(best == top, token, 2147483647), axis=0)
     winner = tl.where(winner == 2147483647, 0, winner).to(tl.int64)
+    if AS_KEYS:
+        bits = (top + 0.0).to(tl.int32, bitcast=True)  # no -0.0, which would be below 0.0
+        score = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+        winner = (score << 32) | (0xFFFFFFFF - (FIRST + winner))
     tl.store(out_ptr + row, winner)
     if HAS_HOST:
         tl.store(host_ptr + tl.load(buffer_index_ptr) * host_stride + row, winner)

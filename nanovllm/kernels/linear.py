@@ -190,6 +190,21 @@ def add_matmul(
     return None
 
 
+def summands(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What `add_matmul` would add: [rows, out] in the dtype of x, or partial sums of it, [splits,
+    rows, out] float32."""
+    kernel = _choose(x, weight, bias, Use.ADDED)
+    if kernel is Kernel.GEMV:
+        return gemv(x, weight, bias)
+    if kernel is Kernel.SPLIT_K:
+        return split_k(x, weight, bias, splits=num_splits(weight.shape[0]))
+    if kernel is Kernel.TILED_GEMM:
+        return tiled_gemm(x, weight, splits=SPLITS)
+    return F.linear(x, weight, bias)
+
+
 def _choose(
     x: torch.Tensor | NormedInput, weight: torch.Tensor, bias: torch.Tensor | None, use: Use
 ) -> Kernel:

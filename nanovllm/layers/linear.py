@@ -9,6 +9,7 @@ from torch import nn
 from nanovllm.layers.activation import activate_and_mul
 from nanovllm.layers.deferred import Input, Product, values_of
 from nanovllm.utils.kernels import has_kernels, kernels
+from nanovllm.utils.loader import View
 
 # oneDNN packs a weight for a number of rows; 32 is within a few per cent of the best for 1 to 256.
 _PACK_ROWS = 32
@@ -24,6 +25,7 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._packed_weight: torch.Tensor | None = None
@@ -93,13 +95,13 @@ class MergedLinear(Linear):
         super().__init__(in_features, sum(parts.values()), bias)
         self.parts = parts
 
-    def checkpoint_views(self, path: str) -> dict[str, torch.Tensor]:
+    def checkpoint_views(self, path: str) -> dict[str, View]:
         """The memory of each part, by its name in the checkpoint: beside `path`, this module's."""
         parent, views = path.rpartition(".")[0], {}
         for kind, parameter in self.named_parameters():
             pieces = parameter.data.split(list(self.parts.values()))
             for name, piece in zip(self.parts, pieces, strict=True):
-                views[f"{parent}.{name}.{kind}"] = piece
+                views[f"{parent}.{name}.{kind}"] = View.whole(piece)
         return views
 
 

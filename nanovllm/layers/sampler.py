@@ -75,7 +75,7 @@ class Sampler:
     def sample(self, logits: torch.Tensor, inputs: SamplingInputs) -> None:
         """Sample a token for each row of `logits` [rows, vocab]."""
         out = self.tokens[: len(logits)]
-        thresholds = _thresholds(logits, inputs)
+        thresholds = self.thresholds(logits, inputs) if inputs.truncates else None
         if has_kernels(logits):
             kernels.gumbel_sample(
                 logits, inputs.temperatures, inputs.seeds, inputs.positions, out,
@@ -103,13 +103,13 @@ class Sampler:
         """
         rows = to_device([*edits], logits.device)
         temperatures = [edit.temperature for edit in edits.values()]
-        edited = logits[rows].float()
+        edited = self.whole(logits[rows]).float()
         edit_logits_(edited, [*edits.values()])
         own = inputs.of_rows(rows)._replace(
             temperatures=to_device(temperatures, logits.device, np.float32)
         )
         out = torch.empty_like(rows)
-        thresholds = _thresholds(edited, own)
+        thresholds = row_thresholds(edited, own) if own.truncates else None
         sample = kernels.gumbel_sample if has_kernels(edited) else gumbel_sample
         args = (edited, own.temperatures, own.seeds, own.positions, out)
         sample(*args, thresholds=thresholds)
@@ -127,13 +127,26 @@ class Sampler:
         for start in range(0, len(rows), LOGPROB_ROWS):
             piece = rows[start : start + LOGPROB_ROWS]
             places = to_device(piece, logits.device)
-            found.append((piece, compute_logprobs(logits[places], self.tokens[places], k)))
+            found.append((piece, self.logprobs_of(logits[places], self.tokens[places], k)))
         return found
 
+    def logprobs_of(self, logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Logprobs:
+        """See `compute_logprobs`."""
+        return compute_logprobs(self.whole(logits), token_ids, k)
 
-def _thresholds(logits: torch.Tensor, inputs: SamplingInputs) -> torch.Tensor | None:
-    if not inputs.truncates:
-        return None
+    # What one rank of several does in another way: see `parallel.sampler`.
+
+    def whole(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of all tokens, [rows, vocab], whichever of them are here."""
+        return logits
+
+    def thresholds(self, logits: torch.Tensor, inputs: SamplingInputs) -> torch.Tensor:
+        """See `truncation_thresholds`."""
+        return row_thresholds(logits, inputs)
+
+
+def row_thresholds(logits: torch.Tensor, inputs: SamplingInputs) -> torch.Tensor:
+    """See `truncation_thresholds`."""
     args = (logits, inputs.temperatures, inputs.top_k, inputs.top_p, inputs.min_p)
     if has_kernels(logits):
         return kernels.truncation_thresholds(*args)
@@ -182,30 +195,57 @@ def gumbel_sample(
     thresholds: torch.Tensor | None = None,
 ) -> None:
     """One token a row into `out` [rows] int64; see `kernels.gumbel_sample`."""
-    out.copy_(logits.max(dim=-1).indices)  # the first of equals, as argmax; faster on a CPU
+    out.copy_(gumbel_winners(logits, temperatures, seeds, positions, thresholds)[1])
+
+
+def gumbel_winners(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    thresholds: torch.Tensor | None = None,
+    first_token: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest score of each row, noise included, [rows] float32, and its token, [rows] int64.
+
+    `logits` are of consecutive tokens from `first_token` on.
+    """
+    best = logits.max(dim=-1)  # the first of equals, as argmax; faster on a CPU
+    scores, tokens = best.values.float(), best.indices + first_token
     for row in temperatures.nonzero().flatten().tolist():
         threshold = float("-inf") if thresholds is None else thresholds[row]
-        scores = logits[row].float()
-        scores = scores.where(scores >= threshold, float("-inf"))  # NaN too
-        out[row] = _winner(scores / temperatures[row], seeds[row], positions[row])
+        own = logits[row].float()
+        own = own.where(own >= threshold, float("-inf"))  # NaN too
+        scores[row], tokens[row] = _winner(
+            own / temperatures[row], seeds[row], positions[row], first_token
+        )
+    return scores, tokens
 
 
-def _winner(scores: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """The token with the highest sum of `scores` [vocab] and noise.
+def _winner(
+    scores: torch.Tensor, seed: torch.Tensor, position: torch.Tensor, first_token: int
+) -> tuple[torch.Tensor, torch.Tensor | int]:
+    """The highest sum of `scores` [tokens], from `first_token` on, and noise; and its token.
 
     No noise exceeds MAX_NOISE. So once the token with the highest score has its noise, a token more
     than MAX_NOISE below that sum cannot win, and needs none drawn.
     """
-    tiles = F.pad(scores, (0, -len(scores) % _TILE), value=float("-inf")).view(-1, 4, _TILE // 4)
+    if scores.max() == float("-inf"):
+        return scores[0], first_token
+    first_tile, before = divmod(first_token, _TILE)  # of the first tile, `before` are not here
+    after = -(before + len(scores)) % _TILE
+    tiles = F.pad(scores, (before, after), value=float("-inf")).view(-1, 4, _TILE // 4)
     by_counter = tiles.transpose(0, 1).flatten(1)
-    best = by_counter.amax(dim=0)
+    best, first_counter = by_counter.amax(dim=0), first_tile * (_TILE // 4)
     leader = best.argmax(dim=0, keepdim=True)
-    to_beat = (by_counter[:, leader] + gumbel_noise(seed, position, leader)).max()
+    noise = gumbel_noise(seed, position, first_counter + leader)
+    to_beat = (by_counter[:, leader] + noise).max()
     counters = (best >= to_beat - MAX_NOISE).nonzero().flatten()
-    noisy = by_counter[:, counters] + gumbel_noise(seed, position, counters)
+    noisy = by_counter[:, counters] + gumbel_noise(seed, position, first_counter + counters)
     stream, index = (noisy == noisy.max()).nonzero().unbind(1)
     tile, place = counters[index] // (_TILE // 4), counters[index] % (_TILE // 4)
-    return (tile * _TILE + stream * (_TILE // 4) + place).min()
+    tokens = (first_tile + tile) * _TILE + stream * (_TILE // 4) + place
+    return noisy.max(), tokens.min()
 
 
 def gumbel_noise(

@@ -10,13 +10,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.deferred import Stream
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import MergedLinear
 from nanovllm.layers.rotary_embedding import rope_cos_sin
 from nanovllm.models.config import ModelConfig
 from nanovllm.utils.context import Context
+from nanovllm.utils.loader import View
 
 
 class LayerCacheSpec(NamedTuple):
@@ -99,8 +100,8 @@ class CausalLM(nn.Module):
 
     def cache_specs(self) -> list[LayerCacheSpec]:
         """What each layer caches."""
-        spec = LayerCacheSpec(self.config.num_key_value_heads, self.config.head_dim)
-        return [spec] * self.config.num_hidden_layers
+        attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        return [LayerCacheSpec(layer.num_kv_heads, layer.head_dim) for layer in attentions]
 
     def rotary_table(self, max_len: int, device: torch.device) -> torch.Tensor:
         """Cosines and sines of positions 0 to max_len - 1; see `layers.rotary_embedding`."""
@@ -111,15 +112,18 @@ class CausalLM(nn.Module):
         if self.is_tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def checkpoint_views(self) -> dict[str, torch.Tensor]:
-        """Every tensor that a checkpoint must hold, by name, and the memory that it goes to."""
-        views: dict[str, torch.Tensor] = {}
+    def checkpoint_views(self) -> dict[str, View]:
+        """Every tensor that a checkpoint must hold, by name, and where it goes. A module may say it
+        of its own parameters, given its path."""
+        views: dict[str, View] = {}
         for path, module in self.named_modules():
-            if isinstance(module, MergedLinear):
+            if module is self or (module is self.lm_head and self.is_tied):
+                continue
+            if hasattr(module, "checkpoint_views"):
                 views |= module.checkpoint_views(path)
-            elif module is not self.lm_head or not self.is_tied:
+            else:
                 own = module.named_parameters(recurse=False)
-                views |= {f"{path}.{name}": parameter.data for name, parameter in own}
+                views |= {f"{path}.{name}": View.whole(parameter.data) for name, parameter in own}
         return views
 
     def ignored_tensors(self) -> frozenset[str]:

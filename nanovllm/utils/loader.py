@@ -1,14 +1,37 @@
 """Weights: safetensors files to parameters, or random ones in their place."""
 
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 _FLOATS = {  # safetensors' names of the dtypes that can be loaded
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
+
+
+class View(NamedTuple):
+    """Where a tensor of the checkpoint goes, or the part of it that is wanted.
+
+    Attributes:
+        memory: of the part; on the "meta" device if the tensor is to be there, and is not used.
+        shape: of the whole tensor.
+        part: a slice of each dimension.
+    """
+
+    memory: torch.Tensor
+    shape: tuple[int, ...]
+    part: tuple[slice, ...]
+
+    @classmethod
+    def whole(cls, memory: torch.Tensor) -> "View":
+        return cls(memory, tuple(memory.shape), (slice(None),) * memory.dim())
+
+    @property
+    def is_whole(self) -> bool:
+        return tuple(self.memory.shape) == self.shape
 
 
 def checkpoint_dtype(model_dir: Path) -> torch.dtype | None:
@@ -25,12 +48,13 @@ def checkpoint_dtype(model_dir: Path) -> torch.dtype | None:
 
 
 def load_weights(
-    model_dir: Path, views: dict[str, torch.Tensor], ignored: frozenset[str] = frozenset()
+    model_dir: Path, views: dict[str, View], ignored: frozenset[str] = frozenset()
 ) -> None:
     """Fill `views`, by tensor name, from every `*.safetensors` of a directory, sharded or not.
 
     Files are mapped into memory and copied tensor by tensor, so the host never holds a second copy
-    of the model. All names and shapes are checked before the first tensor is copied. Tensors named
+    of the model; of a tensor that is wanted in part, only that part is read. All names and shapes
+    are checked before the first tensor is copied. Tensors named
     in `ignored` may be there or not, and are not read.
 
     Raises:
@@ -47,12 +71,14 @@ def load_weights(
     plan = _plan(paths, views, ignored)
     for path, names in plan.items():
         with safe_open(path, framework="pt", device="cpu") as file:
-            for name, view in names.items():
-                views[view].copy_(file.get_tensor(name))
+            for name, key in names.items():
+                view = views[key]
+                found = file.get_tensor(name) if view.is_whole else file.get_slice(name)[view.part]
+                view.memory.copy_(found)
 
 
 def _plan(
-    paths: list[Path], views: dict[str, torch.Tensor], ignored: frozenset[str]
+    paths: list[Path], views: dict[str, View], ignored: frozenset[str]
 ) -> dict[Path, dict[str, str]]:
     """Which tensors to take from which file, and the view that each goes to, everything checked."""
     plan: dict[Path, dict[str, str]] = {}
@@ -76,10 +102,9 @@ def _plan(
             if view in source:
                 raise ValueError(f"tensor {name!r} is both in {source[view]} and in {path}")
             if list(views[view].shape) != list(shape):
-                expected = list(views[view].shape)
                 raise ValueError(
                     f"tensor {name!r} in {path} has shape {list(shape)}, config.json asks for "
-                    f"{expected}"
+                    f"{list(views[view].shape)}"
                 )
             if dtypes[name] not in _FLOATS:
                 raise ValueError(
@@ -97,21 +122,28 @@ def _plan(
     return plan
 
 
-def fill_with_noise(model: nn.Module, std: float, seed: int) -> None:
-    """Random weights, reproducible: normal with deviation `std`; norms get ones.
+def fill_with_noise(views: dict[str, View], std: float, seed: int) -> None:
+    """Random weights, reproducible: normal with deviation `std`; norms get ones, biases zeros.
 
     A long pool of numbers is drawn once and copied round and round, which is as good for timing and
-    far faster than drawing billions.
+    far faster than drawing billions. A part of a tensor gets the numbers that it has in the whole.
     """
     generator = torch.Generator().manual_seed(seed)
     size = 2**22 + 1  # odd: rows do not repeat
     pool = torch.randn(size, generator=generator, dtype=torch.float32).mul_(std)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.data.fill_(1.0 if "norm" in name else 0.0)
+    for name, (memory, shape, part) in views.items():
+        if len(shape) == 1:
+            memory.fill_(1.0 if "norm" in name else 0.0)
             continue
-        pool = pool.to(parameter.device, parameter.dtype)
-        flat = parameter.data.view(-1)
-        for start in range(0, flat.numel(), pool.numel()):
-            piece = flat[start : start + pool.numel()]
-            piece.copy_(pool[: piece.numel()])
+        pool = pool.to(memory.device, memory.dtype)
+        is_whole = tuple(memory.shape) == shape
+        whole = memory if is_whole else torch.empty(shape, dtype=memory.dtype, device=memory.device)
+        flat = whole.view(-1)
+        start = -(zlib.crc32(name.encode()) % size)  # no two tensors begin alike
+        while start < flat.numel():
+            piece = flat[max(start, 0) : start + size]
+            offset = max(-start, 0)
+            piece.copy_(pool[offset : offset + piece.numel()])
+            start += size
+        if not is_whole:
+            memory.copy_(whole[part])

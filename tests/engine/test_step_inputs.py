@@ -28,8 +28,16 @@ def prefilled(llm: LLM, lengths: list[int]) -> None:
 def send(llm: LLM, batch: Batch, padded_rows: int) -> tuple[StepShape, StepInputs]:
     """The inputs of a step as the device gets them."""
     inputs = llm.model_runner.inputs
-    shape = inputs.send(batch, padded_rows, {}, fixed_shape=False, set_aside=[])
+    shape = fill_and_send(inputs, batch, padded_rows)
     return shape, inputs.view(shape)
+
+
+def fill_and_send(
+    inputs: InputBuffers, batch: Batch, padded_rows: int, fixed_shape: bool = False
+) -> StepShape:
+    shape, num_words = inputs.fill(batch, padded_rows, {}, fixed_shape, set_aside=[])
+    inputs.send(inputs.buffer_index, num_words)
+    return shape
 
 
 # Positions, slots and bounds
@@ -117,7 +125,7 @@ def test_plan_is_sent_in_place_of_block_tables(tiny: Path, max_num_seqs: int, fi
     with build(tiny, max_num_seqs=max_num_seqs) as llm:
         buffers = InputBuffers(llm.config, triton_backend(6))
         prefill, decode = batches(llm, lengths)
-        shape = buffers.send(prefill, len(lengths), {}, fixed_shape=False, set_aside=[])
+        shape = fill_and_send(buffers, prefill, len(lengths))
         assert shape.width > 0
         tables = buffers.view(shape).block_tables.tolist()
         for table, seq in zip(tables, prefill.seqs, strict=True):
@@ -127,7 +135,7 @@ def test_plan_is_sent_in_place_of_block_tables(tiny: Path, max_num_seqs: int, fi
         padded_rows = min(8, max_num_seqs)
         for host in buffers.hosts:  # what a larger batch may have left
             host.fill_(3)
-        shape = buffers.send(decode, padded_rows, {}, fixed_shape, set_aside=[])
+        shape = fill_and_send(buffers, decode, padded_rows, fixed_shape)
         assert shape.width == 0
         if fixed_shape:
             assert shape == buffers.decode_shape(padded_rows)
@@ -155,7 +163,7 @@ def test_buffers_hold_the_largest_steps(tiny: Path):
     ) as llm:
         buffers = InputBuffers(llm.config, triton_backend(33))
         _, decode = batches(llm, [638] * 5)
-        shape = buffers.send(decode, 5, {}, fixed_shape=True, set_aside=[])
+        shape = fill_and_send(buffers, decode, 5, fixed_shape=True)
         metadata = buffers.view(shape).rest
         tiles = buffers.backend.decode_metadata(metadata, 5).tiles
         assert len(tiles) >= 5 * 639 // BLOCK

@@ -70,5 +70,5 @@ def test_parts_of_a_packed_projection_have_the_names_of_the_checkpoint():
     views = linear.checkpoint_views("model.layers.3.self_attn.qkv_proj")
     names = [f"{part}_proj.{kind}" for kind in ("weight", "bias") for part in "qk"]
     assert sorted(views) == sorted(f"model.layers.3.self_attn.{name}" for name in names)
-    views["model.layers.3.self_attn.k_proj.bias"].fill_(7.0)
+    views["model.layers.3.self_attn.k_proj.bias"].memory.fill_(7.0)
     assert linear.bias[4:].tolist() == [7.0, 7.0]

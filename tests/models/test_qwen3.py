@@ -69,9 +69,9 @@ def test_what_is_written_to_a_view_is_in_the_network():
     network = Qwen3ForCausalLM(config).requires_grad_(False)
     views = network.checkpoint_views()
     for number, view in enumerate(views.values()):
-        view.fill_(number)
+        view.memory.fill_(number)
     counts: dict[float, int] = {}
     for parameter in network.parameters():
         for number, count in zip(*parameter.unique(return_counts=True)):
             counts[number.item()] = counts.get(number.item(), 0) + count.item()
-    assert counts == {number: view.numel() for number, view in enumerate(views.values())}
+    assert counts == {number: view.memory.numel() for number, view in enumerate(views.values())}

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from helpers.checkpoints import Reference, link_checkpoint, make_checkpoint, random_tokens
 from helpers.engines import PROMPTS, build
 from nanovllm import SamplingParams
-from nanovllm.utils.loader import checkpoint_dtype, fill_with_noise
+from nanovllm.utils.loader import View, checkpoint_dtype, fill_with_noise
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 GOOD = random_tokens(20, seed=1)
@@ -141,18 +140,28 @@ def test_dummy_weights_need_no_files_and_repeat(tiny: Path, tmp_path: Path):
 
 
 def test_noise_has_the_deviation_asked_for_and_norms_are_ones():
-    model = nn.ModuleDict({"norm": nn.LayerNorm(50, bias=False), "linear": nn.Linear(300, 200)})
-    model.requires_grad_(False)
-    fill_with_noise(model, std=0.3, seed=5)
-    first = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    assert torch.equal(first["norm.weight"], torch.ones(50))
-    assert torch.equal(first["linear.bias"], torch.zeros(200))
-    weight = first["linear.weight"]
+    memory = {"norm.weight": torch.empty(50), "up.bias": torch.empty(200)}
+    memory |= {"up.weight": torch.empty(200, 300), "gate.weight": torch.empty(200, 300)}
+    views = {name: View.whole(tensor) for name, tensor in memory.items()}
+    fill_with_noise(views, std=0.3, seed=5)
+    assert torch.equal(memory["norm.weight"], torch.ones(50))
+    assert torch.equal(memory["up.bias"], torch.zeros(200))
+    weight = memory["up.weight"].clone()
     assert weight.std().item() == pytest.approx(0.3, rel=0.02) and abs(weight.mean()) < 0.01
-    fill_with_noise(model, std=0.3, seed=5)
-    assert torch.equal(model["linear"].weight, weight)
-    fill_with_noise(model, std=0.3, seed=6)
-    assert not torch.isclose(model["linear"].weight, weight).all(dim=1).any()
+    assert not torch.isclose(memory["gate.weight"], weight).all(dim=1).any()
+    fill_with_noise(views, std=0.3, seed=5)
+    assert torch.equal(memory["up.weight"], weight)
+    fill_with_noise(views, std=0.3, seed=6)
+    assert not torch.isclose(memory["up.weight"], weight).all(dim=1).any()
+
+
+def test_a_part_of_a_tensor_has_the_noise_of_its_place_in_the_whole():
+    shape, part = (3000, 2000), (slice(1000, 2000), slice(500, 700))  # longer than the pool
+    whole, piece = torch.empty(shape), torch.empty(1000, 200)
+    fill_with_noise({"up.weight": View.whole(whole)}, std=0.3, seed=5)
+    fill_with_noise({"up.weight": View(piece, shape, part)}, std=0.3, seed=5)
+    assert torch.equal(piece, whole[part])
+    assert whole.std().item() == pytest.approx(0.3, rel=0.02)
 
 
 @pytest.mark.parametrize(

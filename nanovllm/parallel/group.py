@@ -1,0 +1,165 @@
+"""What the ranks say to each other, inside a step and before the first.
+
+Sums that fit into a slot of peer memory take one kernel of this project's own; all else goes
+through NCCL, or gloo on CPUs. Groups are objects, not torch's global ones: an engine in one process
+knows nothing of another.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nanovllm.config import Config
+from nanovllm.parallel.peer_memory import Peers, connect_peers
+from nanovllm.utils.kernels import kernels
+
+HOST = "127.0.0.1"
+TIMEOUT = 300  # seconds that a rank waits for another
+# NCCL's and torch's settings, for this project's groups only: no NVLink multicast, and no watchdog
+# that ends the process, which is the caller's.
+_SETTINGS = {
+    "NCCL_NVLS_ENABLE": "0", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+}  # fmt: skip
+_LARGEST_PUSH = 8 * 2**20  # bytes that a rank writes to the others in one of the own kernels
+
+
+class Group:
+    """One rank's end of all conversations. Every rank must call the same methods in the same order.
+
+    Args:
+        store: reached by all ranks; used while groups are built.
+        rank, size: this one's number, and how many there are.
+        device: of this rank.
+        dtype: of the model, for the sums inside a step.
+        max_rows: of a step, as far as tokens are sampled.
+
+    Attributes:
+        peers: for sums inside a step; None on CPUs, and where GPUs do not reach each other's
+            memory.
+        winner_peers: the same for sampled tokens.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_rows: int,
+    ) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        self.peers: Peers | None = None
+        self.winner_peers: Peers | None = None
+        self._close_peers = lambda: None
+        timeout = timedelta(seconds=TIMEOUT)
+        if device.type == "cpu":
+            gloo: Any = dist.ProcessGroupGloo
+            options = gloo._Options()
+            options._devices = [gloo.create_device(hostname=HOST)]
+            options._timeout = timeout
+            self._backend: Any = gloo(store, rank, size, options)
+            return
+        with torch.cuda.device(device):
+            with _settings():
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = timeout
+                self._backend = dist.ProcessGroupNCCL(store, rank, size, options)
+                self.least(0)  # NCCL connects
+            if kernels is not None:
+                sizes = [(dtype, _LARGEST_PUSH // (size - 1)), (torch.int64, 8 * max_rows)]
+                found = connect_peers(store, rank, size, device, sizes, self.least)
+                if found is not None:
+                    (self.peers, self.winner_peers), self._close_peers = found
+
+    @classmethod
+    def of_config(cls, config: Config, store: dist.Store, rank: int) -> "Group":
+        """That of an engine."""
+        return cls(
+            store, rank, config.tensor_parallel_size, config.torch_device, config.torch_dtype,
+            config.max_num_seqs,
+        )  # fmt: skip
+
+    def peers_for(self, x: torch.Tensor) -> Peers | None:
+        """Those with whom to sum up a tensor by the own kernel; None if another way is better."""
+        fits = self.peers is not None and x.numel() <= self.peers.capacity
+        return self.peers if fits else None
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, in place."""
+        peers = self.peers_for(x)
+        if peers is not None and x.dtype == peers.dtype:
+            kernels.all_reduce(x, peers)
+        else:
+            self._all_reduce(x, dist.ReduceOp.SUM)
+        return x
+
+    def all_reduce_max(self, x: torch.Tensor) -> torch.Tensor:
+        """The largest of the ranks' values, in place."""
+        self._all_reduce(x, dist.ReduceOp.MAX)
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[size, *shape of x]: x of all ranks."""
+        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        options = dist.distributed_c10d.AllgatherOptions()
+        options.asyncOp = False
+        _wait(self._backend._allgather_base(out, x.contiguous(), options))
+        return out.view(self.size, *x.shape)
+
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        """[size, ...] -> [size, ...]: entry r goes to rank r, where it is entry `rank`."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        options = dist.AllToAllOptions()
+        options.asyncOp = False
+        _wait(self._backend.alltoall_base(out, x, [], [], options))
+        return out
+
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers. Waits for all of them."""
+        found = torch.tensor([number], device=self.device)
+        self._all_reduce(found, dist.ReduceOp.MIN)
+        return int(found)
+
+    def abort(self) -> None:
+        """Let everything that waits for another rank give up. From any thread."""
+        for peers in (self.peers, self.winner_peers):
+            if peers is not None:
+                peers.abort.fill_(1)
+        self._backend.abort()
+
+    def close(self) -> None:
+        """Nothing may be under way."""
+        self._backend.abort()
+        self._close_peers()
+
+    def _all_reduce(self, x: torch.Tensor, op: Any) -> None:
+        options = dist.AllreduceOptions()
+        options.reduceOp = op
+        options.asyncOp = False
+        _wait(self._backend.allreduce([x], options))
+
+
+def _wait(work: Any) -> None:
+    """On a GPU, let the stream wait; on a CPU, wait."""
+    if work is not None:
+        work.wait()
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Environment variables for the time in which a group is built; what is set already stays."""
+    added = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

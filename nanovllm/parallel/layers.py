@@ -1,0 +1,123 @@
+"""Linear layers and the embedding, of which a rank has a part; see `parallel.sharding`."""
+
+import torch
+
+from nanovllm.layers.deferred import Input, values_of
+from nanovllm.layers.embed_head import Embedding, LMHead
+from nanovllm.layers.linear import Linear, MergedLinear
+from nanovllm.parallel.group import Group
+from nanovllm.utils.kernels import has_kernels, kernels
+from nanovllm.utils.loader import View
+
+_ALL = slice(None)
+
+
+class ColumnParallelLinear(MergedLinear):
+    """Some of the output features of each part of a merged projection.
+
+    Args:
+        whole: the projection.
+        slices: of each part the features that are here, by its name.
+    """
+
+    def __init__(self, whole: MergedLinear, slices: dict[str, slice]) -> None:
+        parts = {name: part.stop - part.start for name, part in slices.items()}
+        super().__init__(whole.in_features, parts, whole.bias is not None)
+        self.whole_parts, self.slices = whole.parts, slices
+
+    def checkpoint_views(self, path: str) -> dict[str, View]:
+        views = super().checkpoint_views(path)
+        parts = zip(self.whole_parts.values(), self.slices.values(), strict=True)
+        cuts = [*parts] * (2 if self.bias is not None else 1)  # of the weights, then of the biases
+        for (name, view), (size, cut) in zip(views.items(), cuts, strict=True):
+            views[name] = View(view.memory, (size, *view.shape[1:]), (cut, *view.part[1:]))
+        return views
+
+
+class RowParallelLinear(Linear):
+    """Some of the input features of a projection: a product is a summand of the whole one.
+
+    Args:
+        whole: the projection.
+        part: the input features that are here.
+    """
+
+    def __init__(self, whole: Linear, part: slice, group: Group) -> None:
+        # The bias is added once, by rank 0.
+        has_bias = whole.bias is not None
+        super().__init__(part.stop - part.start, whole.out_features, has_bias and group.rank == 0)
+        self.whole_in_features, self.part, self.group = whole.in_features, part, group
+        self.drops_bias = has_bias and group.rank != 0
+
+    def checkpoint_views(self, path: str) -> dict[str, View]:
+        whole_shape = (self.out_features, self.whole_in_features)
+        views = {f"{path}.weight": View(self.weight.data, whole_shape, (_ALL, self.part))}
+        if self.bias is not None:
+            views[f"{path}.bias"] = View.whole(self.bias.data)
+        elif self.drops_bias:
+            views[f"{path}.bias"] = View.whole(torch.empty(self.out_features, device="meta"))
+        return views
+
+    def multiply(self, x: Input, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self.group.all_reduce(super().multiply(x, out))
+
+    def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
+        raise NotImplementedError("gate and up are columns: see ColumnParallelLinear")
+
+    def multiply_add(self, x: Input, stream: torch.Tensor) -> None:
+        """Add the sum over the ranks to `stream`, in place, which is then the same everywhere."""
+        peers = self.group.peers_for(stream)
+        if peers is not None and has_kernels(self.weight):
+            summands = kernels.summands(values_of(x), self.weight, self.bias)
+            kernels.all_reduce_add(stream, summands, peers)
+            return
+        if self.group.rank:
+            stream.zero_()  # what it had before the sum gets from rank 0
+        partials = super().multiply_add(x, stream)
+        if partials is not None:
+            stream.copy_(stream + partials.sum(dim=0))
+        self.group.all_reduce(stream)
+
+
+class VocabParallelEmbedding(Embedding):
+    """The vectors of some tokens, zeros for the others: the sum over the ranks has all.
+
+    Args:
+        whole: the embedding.
+        tokens: those that are here.
+    """
+
+    def __init__(self, whole: Embedding, tokens: slice, group: Group) -> None:
+        self.whole_shape = tuple(whole.weight.shape)
+        super().__init__(tokens.stop - tokens.start, self.whole_shape[1])
+        self.tokens, self.group = tokens, group
+
+    def checkpoint_views(self, path: str) -> dict[str, View]:
+        return {f"{path}.weight": View(self.weight.data, self.whole_shape, (self.tokens, _ALL))}
+
+    def forward(self, token_ids: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+        if has_kernels(self.weight):
+            return self.group.all_reduce(
+                kernels.embed(token_ids, sampled, self.weight, self.tokens)
+            )
+        newest = sampled[(-1 - token_ids).clamp_(min=0)]
+        places = torch.where(token_ids < 0, newest, token_ids) - self.tokens.start
+        is_here = (places >= 0) & (places < len(self.weight))
+        vectors = self.weight[places.where(is_here, 0)].where(is_here[:, None], 0)
+        return self.group.all_reduce(vectors)
+
+
+class VocabParallelHead(LMHead):
+    """The logits of some tokens.
+
+    Args:
+        whole: the output head.
+        tokens: those whose logits are here.
+    """
+
+    def __init__(self, whole: LMHead, tokens: slice) -> None:
+        super().__init__(whole.in_features, tokens.stop - tokens.start)
+        self.whole_shape, self.tokens = tuple(whole.weight.shape), tokens
+
+    def checkpoint_views(self, path: str) -> dict[str, View]:
+        return {f"{path}.weight": View(self.weight.data, self.whole_shape, (self.tokens, _ALL))}

@@ -1,0 +1,134 @@
+"""The model runner of a rank, and that of rank 0, which leads the others."""
+
+import signal
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from types import FrameType
+
+import torch
+
+from nanovllm.config import Config
+from nanovllm.engine.model_runner import ModelRunner, PendingStep, Step
+from nanovllm.engine.scheduler import Batch
+from nanovllm.engine.step_inputs import StepShape
+from nanovllm.models import CausalLM
+from nanovllm.parallel.group import Group
+from nanovllm.parallel.ranks import Ranks
+from nanovllm.parallel.sampler import ParallelSampler
+from nanovllm.parallel.sharding import shard
+
+
+class RankRunner(ModelRunner):
+    """A `ModelRunner` with a part of the model.
+
+    Args:
+        config: of this rank.
+        group: of all ranks.
+    """
+
+    def __init__(self, config: Config, group: Group) -> None:
+        self.group = group
+        super().__init__(config)
+
+    def make_model(self) -> CausalLM:
+        model = super().make_model()
+        with torch.device("meta"):
+            shard(model, self.group)
+        return model
+
+    def make_sampler(self) -> ParallelSampler:
+        config = self.config
+        return ParallelSampler(
+            config.max_num_seqs, self.device, config.model_config.vocab_size, self.group
+        )
+
+    def largest_decode_shape(self) -> StepShape:
+        return self.inputs.decode_shape(self.config.max_num_seqs, truncates=True)
+
+    def agree_on_blocks(self, num_fitting: int) -> int:
+        return self.group.least(num_fitting)
+
+    def receive(self, step: Step, connection: Connection) -> None:
+        """Take the inputs of a step from rank 0."""
+        buffer = self.inputs.hosts[step.buffer_index].numpy()
+        connection.recv_bytes_into(buffer)
+
+
+class LeadingRunner(RankRunner):
+    """The runner of rank 0: whatever it runs, all ranks run. When one of them fails, all are ended,
+    this one gives its memory back, and who waits for a step gets a RuntimeError that says why.
+
+    Args:
+        config: of the engine.
+        ranks: the others.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._finalizer = weakref.finalize(self, ranks.close)
+        group = None
+        try:
+            group = ranks.watched(lambda: Group.of_config(config, ranks.store, 0))
+            ranks.abort = group.abort
+            super().__init__(config, group)
+            ranks.wait_until_ready()
+        except BaseException as error:
+            explained = ranks.fail_with(error)
+            if group is not None:
+                group.close()
+            raise explained from error
+
+    def launch(self, batch: Batch) -> PendingStep:
+        step = self.prepare(batch)
+        inputs = self.inputs.hosts[step.buffer_index][: step.num_words].numpy()
+        try:
+            with _no_interrupt():  # it would leave the ranks at different steps
+                self.ranks.send(step, inputs.data)
+                return self.run(step)
+        except BaseException as error:
+            raise self._fail_with(error) from error
+
+    def collect(self, step: PendingStep) -> list[int]:
+        self.ranks.waits(True)
+        try:
+            tokens = super().collect(step)
+            self.ranks.check()
+            return tokens
+        except Exception as error:
+            raise self._fail_with(error) from error
+        finally:
+            self.ranks.waits(False)
+
+    def reset(self) -> None:
+        if not self.is_closed:
+            super().reset()
+
+    def close(self) -> None:
+        if not self.is_closed:
+            super().close()
+            self._finalizer()
+            self.group.close()
+
+    def _fail_with(self, error: BaseException) -> BaseException:
+        explained = self.ranks.fail_with(error)
+        self.close()
+        return explained
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Let Ctrl-C wait until all ranks have got a step, and this one has, too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[tuple[int, FrameType | None]] = []
+    previous = signal.signal(signal.SIGINT, lambda *args: received.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received and callable(previous):
+        previous(*received[0])

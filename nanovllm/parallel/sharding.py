@@ -1,0 +1,95 @@
+"""Which part of a model belongs to a rank.
+
+Queries, keys and values go by heads, gate and up by columns; the projections after them, o_proj and
+down_proj, take what their rank has made, so each rank has a summand of their output: one sum over
+the ranks after attention, one after the MLP. Embedding and output head go by tokens. Norms are
+everywhere. With more ranks than key-value heads, several ranks have the same one.
+"""
+
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.mlp import GatedMLP
+from nanovllm.models.causal_lm import CausalLM
+from nanovllm.models.config import ModelConfig
+from nanovllm.parallel.group import Group
+from nanovllm.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+)
+
+_TOKENS = 16  # the vocabulary is cut at multiples: rows of logits begin at multiples of 16 bytes
+
+
+def check_shardable(config: ModelConfig, size: int) -> None:
+    """Raises:
+    ValueError: if a model of this shape cannot be shared by `size` ranks.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    obstacle = None
+    if kv_heads % size and size % kv_heads:
+        obstacle = f"its {kv_heads} key-value heads are neither a multiple nor a divisor of it"
+    elif heads % size:
+        obstacle = f"its {heads} attention heads are not a multiple of it"
+    elif config.intermediate_size % size:
+        obstacle = f"its intermediate_size, {config.intermediate_size}, is not a multiple of it"
+    elif config.vocab_size < _TOKENS * size:
+        obstacle = (
+            f"each rank needs {_TOKENS} tokens of the vocabulary, which has {config.vocab_size}"
+        )
+    if obstacle is not None:
+        fitting = [
+            n for n in range(1, heads + 1) if not (heads % n or config.intermediate_size % n)
+        ]
+        fitting = [n for n in fitting if kv_heads % n == 0 or n % kv_heads == 0]
+        raise ValueError(
+            f"tensor_parallel_size={size} does not fit the model: {obstacle}; could be: {fitting}"
+        )
+
+
+def shard(model: CausalLM, group: Group) -> None:
+    """Leave the part of this rank in a model that has no memory yet."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            _shard_attention(module, group)
+        elif isinstance(module, GatedMLP):
+            _shard_mlp(module, group)
+    config = model.config
+    tokens = vocab_part(config.vocab_size, group.rank, group.size)
+    model.model.embed_tokens = VocabParallelEmbedding(model.model.embed_tokens, tokens, group)
+    model.lm_head = VocabParallelHead(model.lm_head, tokens)
+    model.tie_weights()
+
+
+def vocab_part(vocab_size: int, rank: int, size: int) -> slice:
+    """The tokens of a rank: as many as the others have, up to the multiples it is cut at."""
+    pieces = -(-vocab_size // _TOKENS)
+    first, end = (pieces * r // size * _TOKENS for r in (rank, rank + 1))
+    return slice(first, min(end, vocab_size))
+
+
+def _shard_attention(attention: Attention, group: Group) -> None:
+    head_dim = attention.head_dim
+    heads = _part(attention.num_heads, group)
+    # Where ranks share a head, it is the one that their queries attend to.
+    kv_heads = _part(attention.num_kv_heads, group)
+    attention.num_heads = heads.stop - heads.start
+    attention.num_kv_heads = kv_heads.stop - kv_heads.start
+    q, kv = (slice(part.start * head_dim, part.stop * head_dim) for part in (heads, kv_heads))
+    parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+    attention.qkv_proj = ColumnParallelLinear(attention.qkv_proj, parts)
+    attention.o_proj = RowParallelLinear(attention.o_proj, q, group)
+
+
+def _shard_mlp(mlp: GatedMLP, group: Group) -> None:
+    part = _part(mlp.down_proj.in_features, group)
+    mlp.gate_up_proj = ColumnParallelLinear(
+        mlp.gate_up_proj, {name: part for name in mlp.gate_up_proj.parts}
+    )
+    mlp.down_proj = RowParallelLinear(mlp.down_proj, part, group)
+
+
+def _part(number: int, group: Group) -> slice:
+    """This rank's share of so many heads or features; one that it shares if there are too few."""
+    first = number * group.rank // group.size
+    return slice(first, first + max(1, number // group.size))
