@@ -9,7 +9,8 @@ The floor is the time in which the workload could be done if nothing but the nec
 bytes that must be read, over the read bandwidth measured here, plus the operations of prefill, over
 the matrix-multiply rate measured here. Bytes: for each decode step the weights, once (the embedding
 is not read whole, the head is), and for each generated token after a request's first the keys and
-values of its context. Operations: two per weight and prompt token, plus causal attention.
+values of its context. Operations: two per weight and prompt token, plus causal attention. With
+--tensor-parallel-size each GPU has its share of all that.
 """
 
 import argparse
@@ -139,7 +140,8 @@ def floor_seconds(
 ) -> dict[str, float]:
     """Least seconds for decode (weights, keys and values) and prefill; see the top of the file.
 
-    The first `prefix_len` tokens, the same in every prompt, are computed once.
+    The rates are those of one GPU. The first `prefix_len` tokens, the same in every prompt, are
+    computed once.
     """
     config, itemsize = engine_config.model_config, engine_config.torch_dtype.itemsize
     q_size = config.num_attention_heads * config.head_dim
@@ -159,10 +161,12 @@ def floor_seconds(
     prompt_tokens = sum(p for p, _ in lens) - again * prefix_len
     pairs = sum(p * (p + 1) // 2 for p, _ in lens) - again * prefix_len * (prefix_len + 1) // 2
     prefill_ops = 2 * layers * prompt_tokens + 4 * config.num_hidden_layers * q_size * pairs
+    ranks = engine_config.tensor_parallel_size
     return {
-        "weights": steps * (layers + head) * itemsize / read_rate,
-        "keys_and_values": contexts * kv_bytes / read_rate,
-        "prefill": prefill_ops / matmul_rate,
+        "weights": steps * (layers + head) * itemsize / read_rate / ranks,
+        # Past that number ranks have the same heads.
+        "keys_and_values": contexts * kv_bytes / read_rate / min(ranks, config.num_key_value_heads),
+        "prefill": prefill_ops / matmul_rate / ranks,
     }
 
 
@@ -221,6 +225,7 @@ def parse_args() -> argparse.Namespace:
     engine.add_argument("--max-num-seqs", type=int, default=512)
     engine.add_argument("--max-num-batched-tokens", type=int, default=16384)
     engine.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    engine.add_argument("--tensor-parallel-size", type=int, default=1)
     args = parser.parse_args()
     for name in ("num_requests", "runs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -248,7 +253,7 @@ def main() -> None:
         from benchmarks import timeline
     names = ("device", "dtype", "attention_backend", "enforce_eager", "kvcache_block_size")
     names += ("num_kvcache_blocks", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
-    names += ("gpu_memory_utilization",)
+    names += ("gpu_memory_utilization", "tensor_parallel_size")
     options = {name: getattr(args, name) for name in names}
     start = time.perf_counter()
     if args.model is None:
@@ -270,6 +275,8 @@ def main() -> None:
     name = f"{torch.get_num_threads()} CPU threads"
     if on_gpu:
         name = torch.cuda.get_device_name(device)
+    if args.tensor_parallel_size > 1:
+        name = f"{args.tensor_parallel_size} x {name}"
     print(f"nanovllm {__version__}, {args.model or args.shape}, {name}, torch {torch.__version__}")
     dtype = str(llm.config.torch_dtype).removeprefix("torch.")
     num_blocks = llm.model_runner.num_kvcache_blocks

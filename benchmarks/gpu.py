@@ -38,14 +38,22 @@ from typing import Any
 
 import torch
 
-from bench import H200_RATES, MINIATURE, Workload, dummy_llm, floor_seconds, measure_machine, run
+from bench import (
+    H200_RATES,
+    MINIATURE,
+    SHAPES,
+    Workload,
+    dummy_llm,
+    floor_seconds,
+    measure_machine,
+    run,
+)
 from benchmarks.host import host_seconds
 from benchmarks.peers import ENGINES, TEMPERATURE, time_calls
 from benchmarks.ready import STAGES, seconds_to_ready, write_checkpoint
 from nanovllm import LLM, __version__
 from nanovllm.config import Config
 
-SHAPE = "qwen3-0.6b"
 PARTS = ("mix", "batch", "prefill", "ready", "host", "scaling")
 UNITS = {"s": 1, "ms/step": 1e3, "us/step": 1e6}
 
@@ -138,7 +146,10 @@ class Bench:
         self.start = time.perf_counter()
         self.sizes = TINY if args.tiny else Sizes()
         self.changes = MINIATURE if args.tiny else {}
-        self.options = {"attention_backend": args.attention_backend}
+        self.options = {
+            "attention_backend": args.attention_backend,
+            "tensor_parallel_size": args.tensor_parallel_size,
+        }
         self.directory = directory
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.rows: list[Row] = []
@@ -172,8 +183,8 @@ class Bench:
                 name = f"scaling: batch {batch}"
                 yield Case.decode("by batch", batch, *self.sizes.scaling_len, name)
 
-    def llm(self, shape: str = SHAPE, **options: Any) -> LLM:
-        return dummy_llm(shape, self.changes, **self.options, **options)
+    def llm(self, shape: str | None = None, **options: Any) -> LLM:
+        return dummy_llm(shape or self.args.shape, self.changes, **self.options, **options)
 
     def renewed(self, case: Case, vocab_size: int) -> Workload:
         return case.workload.renewed(next(self.renewals), vocab_size)
@@ -252,7 +263,7 @@ class Bench:
         path = self.directory / "model"
         if not path.exists():
             self.progress("writing a checkpoint")
-            write_checkpoint(path, SHAPE, self.changes, self.device)
+            write_checkpoint(path, self.args.shape, self.changes, self.device)
         return path
 
     def peer(self, engine: str, parts: list[str]) -> None:
@@ -293,7 +304,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine", nargs="+", choices=engines, default=["nanovllm"])
     parser.add_argument("--engine-path", metavar="DIR", help="where nano-vllm's repository is")
     parser.add_argument("--runs", type=int, default=3, help="counted, after one that warms up")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b", help="of all but scaling")
     parser.add_argument("--attention-backend", default="auto", help="of nanovllm")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="of nanovllm")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--tiny", action="store_true", help="a miniature of all, to try it out")
     args = parser.parse_args(argv)
@@ -319,7 +332,8 @@ def main(argv: list[str] | None = None) -> None:
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU, miniature"
     read_rate, matmul_rate = bench.rates
     print(
-        f"{name}, torch {torch.__version__}; {bench.versions}; medians of {args.runs} runs\n"
+        f"{args.tensor_parallel_size} x {name}, torch {torch.__version__}; {bench.versions}; "
+        f"{args.shape}; medians of {args.runs} runs\n"
         f"floors by the rates measured here, {read_rate / 1e12:.2f} TB/s and "
         f"{matmul_rate / 1e12:.0f} TFLOP/s, and by an H200's, {H200_RATES[0] / 1e12:.2f} TB/s and "
         f"{H200_RATES[1] / 1e12:.0f} TFLOP/s\n"
