@@ -15,17 +15,22 @@ from nanovllm.kernels.launch import launch_dependents, pdl, wait
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, partials: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    partials: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """RMSNorm over the last dimension of `x` [rows, n], its mean in float32. Returns one like x.
+    """RMSNorm over the last dimension of `x` [rows, n], its mean in float32. Returns one like x, or
+    `out` if that is given.
 
-    `partials` [splits, rows, n] float32 are first added to `x`, in place.
+    `partials` [splits, rows, n] are first added to `x`, in place.
     """
     rows, n = x.shape
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if out is None else out
     block = triton.next_power_of_2(n)
     _rms_norm_kernel[(rows,)](
-        x, partials, weight, y, n, eps, rows * n,
+        x, partials, weight, y, n, eps, rows * n if partials is None else partials.stride(0),
         SPLITS=0 if partials is None else partials.shape[0], BLOCK=block,
         num_warps=min(8, max(1, block // 512)), **pdl(x),
     )  # fmt: skip

@@ -12,6 +12,7 @@ the addition after, where there is such a kernel (`kernels.linear` chooses), and
 elsewhere.
 """
 
+from collections.abc import Iterator
 from typing import Protocol, Union
 
 import torch
@@ -27,7 +28,12 @@ class Norm(Protocol):
     @property
     def weight(self) -> torch.Tensor: ...
 
-    def normalize(self, x: torch.Tensor, partials: torch.Tensor | None) -> torch.Tensor: ...
+    def normalize(
+        self,
+        x: torch.Tensor,
+        partials: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
 
 
 class Multiplier(Protocol):
@@ -37,7 +43,18 @@ class Multiplier(Protocol):
 
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor: ...
 
-    def multiply_add(self, x: Input, stream: torch.Tensor) -> torch.Tensor | None: ...
+    def multiply_add(
+        self, x: Input, stream: torch.Tensor
+    ) -> Union[torch.Tensor, "Arriving", None]: ...
+
+
+class Arriving(Protocol):
+    """Partial sums that come from elsewhere, piece by piece: see `parallel.part_copies`."""
+
+    partials: torch.Tensor  # [splits, tokens, hidden]
+
+    def pieces(self) -> Iterator[slice]:
+        """The tokens of each piece, once it is there."""
 
 
 class Stream:
@@ -48,16 +65,16 @@ class Stream:
 
     Args:
         x: [tokens, hidden].
-        partials: [splits, tokens, hidden] float32, still to be added to `x`; the norm that comes
-            next does it on its way.
+        partials: [splits, tokens, hidden], still to be added to `x`; the norm that comes next does
+            it on its way. They may still be arriving.
 
     Raises:
         RuntimeError: if it is used after something was added to it.
     """
 
-    def __init__(self, x: torch.Tensor, partials: torch.Tensor | None = None) -> None:
+    def __init__(self, x: torch.Tensor, partials: torch.Tensor | Arriving | None = None) -> None:
         self._x: torch.Tensor | None = x
-        self.partials = partials
+        self._partials = partials
 
     @property
     def x(self) -> torch.Tensor:
@@ -65,11 +82,30 @@ class Stream:
             raise RuntimeError("this stream was added to: use the sum in its place")
         return self._x
 
+    @property
+    def partials(self) -> torch.Tensor | None:
+        """All of them: here, if they were still arriving."""
+        if self._partials is None or isinstance(self._partials, torch.Tensor):
+            return self._partials
+        for _ in self._partials.pieces():
+            pass
+        return self._partials.partials
+
+    @property
+    def is_arriving(self) -> bool:
+        """Whether its partial sums are not all here yet, as far as is known."""
+        return not isinstance(self._partials, (torch.Tensor, type(None)))
+
+    def take_partials(self) -> torch.Tensor | Arriving | None:
+        """For who adds them to `x` now."""
+        partials, self._partials = self._partials, None
+        return partials
+
     def values(self) -> torch.Tensor:
         """[tokens, hidden], nothing left to be added."""
-        if self.partials is not None:
-            self.x.copy_(self.x.float() + self.partials.sum(dim=0))
-            self.partials = None
+        if (partials := self.partials) is not None:
+            self.x.copy_(self.x.float() + partials.sum(dim=0, dtype=torch.float32))
+            self._partials = None
         return self.x
 
     def __add__(self, update: Union["Product", torch.Tensor]) -> "Stream":
@@ -115,10 +151,26 @@ class Normed:
 
     def values(self) -> torch.Tensor:
         """[tokens, hidden]. The stream's partial sums are added to it on the way."""
-        if self._values is None:
-            partials, self.stream.partials = self.stream.partials, None
-            self._values = self.norm.normalize(self.stream.x, partials)
+        for _ in self.pieces():
+            pass
+        assert self._values is not None
         return self._values
+
+    def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(which tokens, their values), as what is still to be added to the stream arrives. They
+        are parts of `values`. Go through all of them."""
+        partials, x = self.stream.take_partials(), self.stream.x
+        if self._values is not None:
+            yield slice(len(x)), self._values
+        elif partials is None or isinstance(partials, torch.Tensor):
+            self._values = self.norm.normalize(x, partials)
+            yield slice(len(x)), self._values
+        else:
+            self._values = torch.empty_like(x)
+            for tokens in partials.pieces():
+                out = self._values[tokens]
+                self.norm.normalize(x[tokens], partials.partials[:, tokens], out)
+                yield tokens, out
 
 
 class Product:

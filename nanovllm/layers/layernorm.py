@@ -20,14 +20,20 @@ class RMSNorm(nn.Module):
         """The stream as a projection takes it, to be normalised then."""
         return Normed(self, stream)
 
-    def normalize(self, x: torch.Tensor, partials: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` [tokens, size] normalised, the mean in float32.
+    def normalize(
+        self,
+        x: torch.Tensor,
+        partials: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`x` [tokens, size] normalised, the mean in float32; in `out` if that is given.
 
-        `partials` [splits, tokens, size] float32 are first added to `x`, in place.
+        `partials` [splits, tokens, size] are first added to `x`, in place.
         """
         if has_kernels(x):
-            return kernels.rms_norm(x, self.weight, self.eps, partials)
-        return rms_norm(x, self.weight, self.eps, partials)
+            return kernels.rms_norm(x, self.weight, self.eps, partials, out)
+        y = rms_norm(x, self.weight, self.eps, partials)
+        return y if out is None else out.copy_(y)
 
 
 def rms_norm(
@@ -35,5 +41,5 @@ def rms_norm(
 ) -> torch.Tensor:
     """The formula in torch; see `RMSNorm.normalize`."""
     if partials is not None:
-        x.copy_(x.float() + partials.sum(dim=0))
+        x.copy_(x.float() + partials.sum(dim=0, dtype=torch.float32))
     return F.rms_norm(x, weight.shape, weight, eps)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.config import Config
+from nanovllm.parallel.part_copies import PartCopies
 from nanovllm.parallel.peer_memory import Peers, connect_peers
 from nanovllm.utils.kernels import kernels
 
@@ -37,12 +38,15 @@ class Group:
         rank, size: this one's number, and how many there are.
         device: of this rank.
         dtype: of the model, for the sums inside a step.
-        max_rows: of a step, as far as tokens are sampled.
+        max_rows: of a decode step.
+        max_tokens: of a prefill step.
+        hidden_size: of the model.
 
     Attributes:
         peers: for sums inside a step; None on CPUs, and where GPUs do not reach each other's
             memory.
         winner_peers: the same for sampled tokens.
+        copies: for larger sums, of two ranks; None as `peers`.
     """
 
     def __init__(
@@ -53,10 +57,13 @@ class Group:
         device: torch.device,
         dtype: torch.dtype,
         max_rows: int,
+        max_tokens: int,
+        hidden_size: int,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.peers: Peers | None = None
         self.winner_peers: Peers | None = None
+        self.copies: PartCopies | None = None
         self._close_peers = lambda: None
         timeout = timedelta(seconds=TIMEOUT)
         if device.type == "cpu":
@@ -77,19 +84,29 @@ class Group:
                 found = connect_peers(store, rank, size, device, sizes, self.least)
                 if found is not None:
                     (self.peers, self.winner_peers), self._close_peers = found
+                    if size == 2:
+                        capacity = max(max_tokens, max_rows) * hidden_size
+                        self.copies = PartCopies(store, rank, size, device, dtype, capacity)
+                        self.least(0)  # nobody writes before all are there
 
     @classmethod
     def of_config(cls, config: Config, store: dist.Store, rank: int) -> "Group":
         """That of an engine."""
         return cls(
             store, rank, config.tensor_parallel_size, config.torch_device, config.torch_dtype,
-            config.max_num_seqs,
+            config.max_num_seqs, config.max_num_batched_tokens, config.model_config.hidden_size,
         )  # fmt: skip
 
     def peers_for(self, x: torch.Tensor) -> Peers | None:
         """Those with whom to sum up a tensor by the own kernel; None if another way is better."""
         fits = self.peers is not None and x.numel() <= self.peers.capacity
         return self.peers if fits else None
+
+    def copies_for(self, x: torch.Tensor) -> PartCopies | None:
+        """By what to put the summands of a tensor side by side; None if another way is better."""
+        if self.copies is None or x.numel() > self.copies.capacity:
+            return None
+        return None if torch.cuda.is_current_stream_capturing() else self.copies
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in place."""
@@ -133,11 +150,15 @@ class Group:
         for peers in (self.peers, self.winner_peers):
             if peers is not None:
                 peers.abort.fill_(1)
+        if self.copies is not None:
+            self.copies.abort()
         self._backend.abort()
 
     def close(self) -> None:
         """Nothing may be under way."""
         self._backend.abort()
+        if self.copies is not None:
+            self.copies.close()
         self._close_peers()
 
     def _all_reduce(self, x: torch.Tensor, op: Any) -> None:

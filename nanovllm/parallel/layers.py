@@ -2,7 +2,8 @@
 
 import torch
 
-from nanovllm.layers.deferred import Input, values_of
+from nanovllm.layers.activation import activate_and_mul
+from nanovllm.layers.deferred import Arriving, Input, values_of
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.linear import Linear, MergedLinear
 from nanovllm.parallel.group import Group
@@ -24,6 +25,21 @@ class ColumnParallelLinear(MergedLinear):
         parts = {name: part.stop - part.start for name, part in slices.items()}
         super().__init__(whole.in_features, parts, whole.bias is not None)
         self.whole_parts, self.slices = whole.parts, slices
+
+    def multiply(self, x: Input, out: torch.Tensor | None = None) -> torch.Tensor:
+        if isinstance(x, torch.Tensor) or not x.stream.is_arriving:
+            return super().multiply(x, out)
+        if out is None:
+            out = x.x.new_empty(len(x.x), self.out_features)
+        for tokens, values in x.pieces():  # the next piece arrives meanwhile
+            super().multiply(values, out[tokens])
+        return out
+
+    def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
+        if isinstance(x, torch.Tensor) or not x.stream.is_arriving:
+            return super().multiply_gated(x, activation)
+        y = self.multiply(x)
+        return kernels.silu_and_mul(y) if activation == "silu" else activate_and_mul(y, activation)
 
     def checkpoint_views(self, path: str) -> dict[str, View]:
         views = super().checkpoint_views(path)
@@ -64,19 +80,25 @@ class RowParallelLinear(Linear):
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
         raise NotImplementedError("gate and up are columns: see ColumnParallelLinear")
 
-    def multiply_add(self, x: Input, stream: torch.Tensor) -> None:
-        """Add the sum over the ranks to `stream`, in place, which is then the same everywhere."""
-        peers = self.group.peers_for(stream)
-        if peers is not None and has_kernels(self.weight):
-            summands = kernels.summands(values_of(x), self.weight, self.bias)
-            kernels.all_reduce_add(stream, summands, peers)
-            return
+    def multiply_add(self, x: Input, stream: torch.Tensor) -> Arriving | None:
+        """Add the sum over the ranks to `stream`, in place, or return its summands."""
+        x = values_of(x)
+        if has_kernels(self.weight):
+            if (peers := self.group.peers_for(stream)) is not None:
+                summands = kernels.summands(x, self.weight, self.bias)
+                kernels.all_reduce_add(stream, summands, peers)
+                return None
+            if (copies := self.group.copies_for(stream)) is not None:
+                make = super().multiply
+                n = self.out_features
+                return copies.send(len(x), n, lambda rows, out: make(x[rows], out))
         if self.group.rank:
             stream.zero_()  # what it had before the sum gets from rank 0
         partials = super().multiply_add(x, stream)
-        if partials is not None:
+        if isinstance(partials, torch.Tensor):
             stream.copy_(stream + partials.sum(dim=0))
         self.group.all_reduce(stream)
+        return None
 
 
 class VocabParallelEmbedding(Embedding):

@@ -63,7 +63,7 @@ def connect_peers(
         The peers of each buffer, and a function that gives the memory back.
     """
     found: list[Peers] = []
-    mapping = _Mapping()
+    mapping = Mapping()
     for number, (dtype, num_bytes) in enumerate(sizes):
         block = kernels.PUSH_BLOCK
         capacity = -(-num_bytes // (dtype.itemsize * block)) * block
@@ -84,7 +84,7 @@ def connect_peers(
     return found, mapping.close
 
 
-class _Mapping:
+class Mapping:
     """Own memory, and that of others as it is mapped here. By the driver, in its current context:
     torch would map it for the device that owns it, with a context of its own there."""
 
@@ -122,34 +122,48 @@ class _Mapping:
         torch.cuda.synchronize(device)
         return addresses
 
+    @staticmethod
+    def tensor(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Memory of this device as [num_bytes] int8."""
+        return torch.as_tensor(_Array(address, num_bytes), device=device)
+
     def close(self) -> None:
         for address in self._opened:
-            _call("cuIpcCloseMemHandle", address)
+            call_driver("cuIpcCloseMemHandle", address)
         for address in self._own:
-            _call("cuMemFree_v2", address)
+            call_driver("cuMemFree_v2", address)
         self._own, self._opened = [], []
 
     def _allocate(self, num_bytes: int) -> bytes:
         address, handle = ctypes.c_uint64(), (ctypes.c_char * _HANDLE_BYTES)()
-        _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(num_bytes))
+        call_driver("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(num_bytes))
         self._own.append(address)
-        _call("cuMemsetD8_v2", address, ctypes.c_ubyte(255), ctypes.c_size_t(num_bytes))
-        _call("cuIpcGetMemHandle", ctypes.byref(handle), address)
+        call_driver("cuMemsetD8_v2", address, ctypes.c_ubyte(255), ctypes.c_size_t(num_bytes))
+        call_driver("cuIpcGetMemHandle", ctypes.byref(handle), address)
         return handle.raw
 
     def _open(self, handle: bytes) -> int:
         address = ctypes.c_uint64()
         by_value = _Handle.from_buffer_copy(handle)
-        _call("cuIpcOpenMemHandle_v2", ctypes.byref(address), by_value, _LAZY_PEER_ACCESS)
+        call_driver("cuIpcOpenMemHandle_v2", ctypes.byref(address), by_value, _LAZY_PEER_ACCESS)
         self._opened.append(address)
         return address.value
+
+
+class _Array:
+    """Memory that torch can take as a tensor, by the CUDA array interface."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,), "typestr": "|i1", "data": (address, False), "version": 2,
+        }  # fmt: skip
 
 
 class _Handle(ctypes.Structure):
     _fields_ = [("reserved", ctypes.c_char * _HANDLE_BYTES)]
 
 
-def _call(name: str, *args: Any) -> None:
+def call_driver(name: str, *args: Any) -> None:
     """Call a function of CUDA's driver.
 
     Raises:
