@@ -91,7 +91,8 @@ class RowParallelLinear(Linear):
             if (copies := self.group.copies_for(stream)) is not None:
                 make = super().multiply
                 n = self.out_features
-                return copies.send(len(x), n, lambda rows, out: make(x[rows], out))
+                pieces = 2 if self.in_features >= n else 4
+                return copies.send(len(x), n, lambda rows, out: make(x[rows], out), pieces)
         if self.group.rank:
             stream.zero_()  # what it had before the sum gets from rank 0
         partials = super().multiply_add(x, stream)

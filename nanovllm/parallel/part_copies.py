@@ -57,7 +57,11 @@ class PartCopies:
         self._calls = 0
 
     def send(
-        self, rows: int, n: int, make: Callable[[slice, torch.Tensor], object]
+        self,
+        rows: int,
+        n: int,
+        make: Callable[[slice, torch.Tensor], object],
+        pieces_at_most: int = _MOST_PIECES,
     ) -> "ArrivingParts":
         """Compute this rank's summand [rows, n], and send it to the others.
 
@@ -70,7 +74,7 @@ class PartCopies:
         buffer = self._buffers[self._calls % 2]
         self._calls += 1
         parts = buffer[: self.size * rows * n].view(self.size, rows, n)
-        step = -(-rows // max(1, min(_MOST_PIECES, rows // _LEAST_ROWS)))
+        step = -(-rows // max(1, min(pieces_at_most, rows // _LEAST_ROWS)))
         pieces = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         for number, piece in enumerate(pieces):
             own = parts[self.rank, piece]
@@ -130,9 +134,13 @@ class ArrivingParts:
         self._copies, self._pieces, self._first_number = copies, pieces, first_number
 
     def pieces(self) -> Iterator[slice]:
-        for number, piece in enumerate(self._pieces, self._first_number):
-            self._copies.wait(number)
-            yield piece
+        """Two halves: small pieces come early, but what is made of large ones takes fewer
+        kernels."""
+        middle = len(self._pieces) // 2
+        for half in (self._pieces[:middle], self._pieces[middle:]):
+            if half:
+                self._copies.wait(self._first_number + self._pieces.index(half[-1]))
+                yield slice(half[0].start, half[-1].stop)
 
 
 def _on_stream(function: str, stream: torch.cuda.Stream, address: int, value: int) -> None:

@@ -5,6 +5,7 @@ A rank's buffer has three slots for each sender, used in turns; see `kernels.all
 
 import ctypes
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -170,7 +171,11 @@ def call_driver(name: str, *args: Any) -> None:
         OSError: without such a driver.
         RuntimeError: if the call fails.
     """
-    driver = ctypes.CDLL("libcuda.so.1")
-    result = getattr(driver, name)(*args)
+    result = getattr(_driver(), name)(*args)
     if result != 0:
         raise RuntimeError(f"{name} returned error {result}")
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")

@@ -84,12 +84,12 @@ class LeadingRunner(RankRunner):
     def launch(self, batch: Batch) -> PendingStep:
         step = self.prepare(batch)
         inputs = self.inputs.hosts[step.buffer_index][: step.num_words].numpy()
-        try:
-            with _no_interrupt():  # it would leave the ranks at different steps
+        with _no_interrupt():  # it would leave the ranks at different steps
+            try:
                 self.ranks.send(step, inputs.data)
                 return self.run(step)
-        except BaseException as error:
-            raise self._fail_with(error) from error
+            except BaseException as error:
+                raise self._fail_with(error) from error
 
     def collect(self, step: PendingStep) -> list[int]:
         self.ranks.waits(True)

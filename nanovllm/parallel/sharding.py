@@ -25,26 +25,25 @@ def check_shardable(config: ModelConfig, size: int) -> None:
     """Raises:
     ValueError: if a model of this shape cannot be shared by `size` ranks.
     """
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    obstacle = None
-    if kv_heads % size and size % kv_heads:
-        obstacle = f"its {kv_heads} key-value heads are neither a multiple nor a divisor of it"
-    elif heads % size:
-        obstacle = f"its {heads} attention heads are not a multiple of it"
-    elif config.intermediate_size % size:
-        obstacle = f"its intermediate_size, {config.intermediate_size}, is not a multiple of it"
-    elif config.vocab_size < _TOKENS * size:
-        obstacle = (
-            f"each rank needs {_TOKENS} tokens of the vocabulary, which has {config.vocab_size}"
-        )
-    if obstacle is not None:
-        fitting = [
-            n for n in range(1, heads + 1) if not (heads % n or config.intermediate_size % n)
-        ]
-        fitting = [n for n in fitting if kv_heads % n == 0 or n % kv_heads == 0]
+    if (obstacle := _obstacle(config, size)) is not None:
+        sizes = range(1, config.num_attention_heads + 1)
+        fitting = [other for other in sizes if _obstacle(config, other) is None]
         raise ValueError(
             f"tensor_parallel_size={size} does not fit the model: {obstacle}; could be: {fitting}"
         )
+
+
+def _obstacle(config: ModelConfig, size: int) -> str | None:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if kv_heads % size and size % kv_heads:
+        return f"its {kv_heads} key-value heads are neither a multiple nor a divisor of it"
+    if heads % size:
+        return f"its {heads} attention heads are not a multiple of it"
+    if config.intermediate_size % size:
+        return f"its intermediate_size, {config.intermediate_size}, is not a multiple of it"
+    if config.vocab_size < _TOKENS * size:
+        return f"each rank needs {_TOKENS} tokens of the vocabulary, which has {config.vocab_size}"
+    return None
 
 
 def shard(model: CausalLM, group: Group) -> None:
