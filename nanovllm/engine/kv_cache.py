@@ -53,9 +53,11 @@ def num_fitting_blocks(
     device, itemsize = config.torch_device, config.torch_dtype.itemsize
     block_bytes = 2 * config.kvcache_block_size * itemsize * sum(h * d for h, d in specs)
     if device.type == "cpu":
-        # A quarter of what is there; never more than all sequences at full length could use.
+        # A quarter of what is there, for all ranks together; never more than all sequences at full
+        # length could use.
         wanted = config.max_num_seqs * -(-config.max_model_len // config.kvcache_block_size)
-        num_blocks = min(wanted, available_host_memory() // 4 // block_bytes)
+        share = available_host_memory() // 4 // config.tensor_parallel_size
+        num_blocks = min(wanted, share // block_bytes)
         way_out = "lower kvcache_block_size, give num_kvcache_blocks, or free memory"
     else:
         torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.connection import Connection
 from types import FrameType
 
@@ -81,6 +81,9 @@ class LeadingRunner(RankRunner):
                 group.close()
             raise explained from error
 
+    def on_device(self) -> AbstractContextManager:
+        return super().on_device() if self.on_gpu else _threads(self.ranks.num_threads)
+
     def launch(self, batch: Batch) -> PendingStep:
         step = self.prepare(batch)
         inputs = self.inputs.hosts[step.buffer_index][: step.num_words].numpy()
@@ -116,6 +119,17 @@ class LeadingRunner(RankRunner):
         explained = self.ranks.fail_with(error)
         self.close()
         return explained
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Let torch compute with so many, while the other ranks do on the same CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

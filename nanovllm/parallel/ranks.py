@@ -38,6 +38,7 @@ class Ranks:
 
     Attributes:
         store: by which the ranks find each other.
+        num_threads: that each rank computes with on a CPU.
         failure: which rank has failed, and why; None as long as all is well.
         abort: called from another thread when a rank has failed: it must let go of whatever rank 0
             waits for.
@@ -45,6 +46,7 @@ class Ranks:
 
     def __init__(self, config: Config) -> None:
         self.size = config.tensor_parallel_size
+        self.num_threads = max(1, torch.get_num_threads() // self.size)
         self.failure: str | None = None
         self.abort: Callable[[], None] = lambda: None
         self.store = dist.TCPStore(HOST, 0, self.size, is_master=True, wait_for_workers=False)
@@ -157,8 +159,7 @@ class Ranks:
         options["model"] = str(config.model_dir)
         if config.torch_device.type == "cuda":
             options["device"] = f"cuda:{(config.torch_device.index or 0) + rank}"
-        threads = max(1, torch.get_num_threads() // self.size)
-        connection.send((options, rank, self.store.port, threads))
+        connection.send((options, rank, self.store.port, self.num_threads))
 
     def _watch(self) -> None:
         """Until all connections have ended."""

@@ -19,6 +19,7 @@ from helpers.paths import ROOT
 from nanovllm import LLM, SamplingParams
 from nanovllm.parallel import group
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 LONG = SamplingParams(temperature=0, max_tokens=500)  # some seconds
 
 
