@@ -94,7 +94,6 @@ class Config:
             from nanovllm.parallel.sharding import check_shardable
 
             check_shardable(self.model_config, self.tensor_parallel_size)
-            self._check_devices()
         self.torch_dtype = _resolve_dtype(self.dtype, self.model_config, self.model_dir)
         self.max_model_len = min(self.max_model_len, self.model_config.max_position_embeddings)
         if self.max_model_len < 2:
@@ -131,16 +130,6 @@ class Config:
         _check_choice("dtype", self.dtype, ("auto", *DTYPES))
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         _check_choice("load_format", self.load_format, ("auto", "dummy"))
-
-    def _check_devices(self) -> None:
-        """That there is a GPU for each rank."""
-        if self.torch_device.type == "cuda":
-            first, size = self.torch_device.index, self.tensor_parallel_size
-            if first + size > torch.cuda.device_count():
-                raise ValueError(
-                    f"tensor_parallel_size={size} needs GPUs {first} to {first + size - 1}; torch "
-                    f"sees {torch.cuda.device_count()} CUDA devices"
-                )
 
     def _check_integer(self, name: str, at_least: int, below: int = 2**31) -> None:
         value = as_integer(name, getattr(self, name))

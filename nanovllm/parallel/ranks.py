@@ -36,6 +36,9 @@ class Ranks:
     Args:
         config: of the engine, as rank 0 has it.
 
+    Raises:
+        ValueError: if there is no GPU for each of them.
+
     Attributes:
         store: by which the ranks find each other.
         num_threads: that each rank computes with on a CPU.
@@ -46,6 +49,7 @@ class Ranks:
 
     def __init__(self, config: Config) -> None:
         self.size = config.tensor_parallel_size
+        _check_devices(config.torch_device, self.size)
         self.num_threads = max(1, torch.get_num_threads() // self.size)
         self.failure: str | None = None
         self.abort: Callable[[], None] = lambda: None
@@ -215,3 +219,11 @@ class Ranks:
         if code < 0:
             return f"{name} was killed by signal {-code} ({signal.Signals(-code).name})"
         return f"{name} ended with exit status {code}"
+
+
+def _check_devices(first: torch.device, size: int) -> None:
+    if first.type == "cuda" and first.index + size > torch.cuda.device_count():
+        raise ValueError(
+            f"tensor_parallel_size={size} needs GPUs {first.index} to {first.index + size - 1}; "
+            f"torch sees {torch.cuda.device_count()} CUDA devices"
+        )

@@ -10,14 +10,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from helpers.checkpoints import link_checkpoint, random_tokens
+from helpers.checkpoints import link_checkpoint, make_checkpoint, random_tokens
 from helpers.engines import GREEDY, PROMPTS, assert_empty, build, greedy
 from helpers.paths import ROOT
 from nanovllm import LLM, SamplingParams
 from nanovllm.parallel import group
+from nanovllm.parallel.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 LONG = SamplingParams(temperature=0, max_tokens=500)  # some seconds
@@ -93,7 +96,7 @@ def test_an_error_of_rank_0_in_a_step_ends_the_others(ranks: LLM):
 
 
 def test_a_rank_that_hangs_is_waited_for_only_so_long(tiny: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(group, "TIMEOUT", 2)
+    monkeypatch.setattr(group, "TIMEOUT", 5)
     with build(tiny, tensor_parallel_size=2) as llm:
         processes = pids(llm)
         os.kill(processes[0], signal.SIGSTOP)
@@ -177,6 +180,13 @@ def test_a_tensor_parallel_size_that_does_not_fit_starts_nothing(tiny: Path):
     assert children() == before
 
 
+def test_a_gpu_is_needed_for_each_rank(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = SimpleNamespace(tensor_parallel_size=2, torch_device=torch.device("cuda", 1))
+    with pytest.raises(ValueError, match="needs GPUs 1 to 2; torch sees 2 CUDA devices"):
+        Ranks(config)
+
+
 SCRIPT = """
 import sys
 print("started", flush=True)
@@ -257,3 +267,46 @@ def test_a_long_prompt_is_read_by_all_ranks(ranks: LLM):
     prompts = [random_tokens(590, seed=i) for i in range(24)]
     found = greedy(ranks, prompts, SamplingParams(temperature=0, max_tokens=2))
     assert [len(tokens) for tokens in found] == [2] * 24
+
+
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+
+
+@pytest.mark.gpu
+@needs_two_gpus
+@pytest.mark.parametrize("max_tokens", [1, 400], ids=["prefill", "decode"])
+def test_a_gpu_waits_for_no_rank_that_is_gone(tmp_path: Path, max_tokens: int):
+    """Its kernels and its stream let go, its memory is free again, and a new engine works."""
+    path = make_checkpoint(tmp_path / "model", hidden_size=2048, max_position_embeddings=2048)
+    options = {
+        "device": "cuda", "dtype": "bfloat16", "tensor_parallel_size": 2, "kvcache_block_size": 256,
+        "num_kvcache_blocks": 100, "max_model_len": 2048,
+    }  # fmt: skip
+    prompts = [random_tokens(1500, seed=i) for i in range(8)]
+    for seed in range(2):
+        with build(path, **options) as llm:
+            processes = pids(llm)
+            llm.generate(prompts, GREEDY, use_tqdm=False)
+            taken = torch.cuda.memory_allocated()
+            after(random.Random(seed).uniform(0, 1), lambda: os.kill(processes[0], signal.SIGKILL))
+            with pytest.raises(RuntimeError, match="rank 1 of 2 was killed by signal 9"):
+                for turn in range(1000):
+                    fresh = [[turn % 128, *prompt] for prompt in prompts]  # none is in the cache
+                    params = SamplingParams(max_tokens=max_tokens)
+                    llm.generate(fresh, params, use_tqdm=False)
+            assert_ended(llm, processes)
+            gc.collect()
+            assert torch.cuda.memory_allocated() < taken / 4
+
+
+@pytest.mark.gpu
+@needs_two_gpus
+def test_a_gpu_without_room_is_named(tiny: Path):
+    free, _ = torch.cuda.mem_get_info(1)
+    hog = torch.empty(free - 2**30, dtype=torch.int8, device="cuda:1")
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2 failed: .*memory"):
+        build(tiny, device="cuda", tensor_parallel_size=2)
+    del hog
+    torch.cuda.empty_cache()
+    with build(tiny, device="cuda", tensor_parallel_size=2) as llm:
+        assert len(greedy(llm, PROMPTS)) == len(PROMPTS)
