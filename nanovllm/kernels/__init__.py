@@ -13,7 +13,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
 from nanovllm.kernels.activation import silu_and_mul
 from nanovllm.kernels.all_reduce import BLOCK as PUSH_BLOCK
 from nanovllm.kernels.all_reduce import SLOTS as PUSH_SLOTS
-from nanovllm.kernels.all_reduce import all_reduce, all_reduce_add, best_of_ranks
+from nanovllm.kernels.all_reduce import all_reduce, all_reduce_add, best_of_ranks, wait_for
 from nanovllm.kernels.decode_attention import num_decode_ranges, paged_decode
 from nanovllm.kernels.decode_plan import DecodePlan, max_plan_words, plan_decode
 from nanovllm.kernels.embedding import embed
@@ -30,5 +30,5 @@ __all__ = [
     "all_reduce_add", "best_of_ranks", "embed", "gated_matmul", "gumbel_sample", "gumbel_winners",
     "matmul", "max_plan_words", "num_decode_ranges", "paged_decode", "paged_prefill", "plan_decode",
     "qk_norm_rope_store", "rms_norm", "silu_and_mul", "summands", "tile_tokens",
-    "truncation_thresholds",
+    "truncation_thresholds", "wait_for",
 ]  # fmt: skip

@@ -83,6 +83,18 @@ def best_of_ranks(
     )  # fmt: skip
 
 
+def wait_for(flags: torch.Tensor, number: int, peers: Peers) -> None:
+    """Let the stream wait until the flags of all other ranks have reached a number.
+
+    Args:
+        flags: [size] int32, which the other ranks write, each its own. They only grow, modulo 2^32.
+    """
+    _wait_kernel[(1,)](
+        flags, number, peers.abort, RANK=peers.rank, SIZE=peers.size, LOOK_EVERY=_LOOK_EVERY,
+        num_warps=1,
+    )  # fmt: skip
+
+
 _NO_PEERS = (None, None, None, 0)
 
 
@@ -165,6 +177,22 @@ def _best_of_ranks_kernel(
     token = 0xFFFFFFFF - (best & 0xFFFFFFFF)
     tl.store(out_ptr + row, token, mask=mask)
     tl.store(host_ptr + tl.load(buffer_index_ptr) * host_stride + row, token, mask=mask)
+
+
+@triton.jit(do_not_specialize=["number"])
+def _wait_kernel(
+    flags_ptr, number, abort_ptr, RANK: tl.constexpr, SIZE: tl.constexpr,
+    LOOK_EVERY: tl.constexpr,
+):  # fmt: skip
+    for sender in tl.static_range(SIZE):
+        if sender != RANK:
+            missing = number - tl.load(flags_ptr + sender, volatile=True)
+            readings = 0
+            while missing > 0:
+                missing = number - tl.load(flags_ptr + sender, volatile=True)
+                readings += 1
+                if readings % LOOK_EVERY == 0:
+                    missing = tl.where(tl.load(abort_ptr, volatile=True) == 0, missing, 0)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ knows nothing of another.
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -65,6 +66,7 @@ class Group:
         self.winner_peers: Peers | None = None
         self.copies: PartCopies | None = None
         self._close_peers = lambda: None
+        self._lock, self._is_aborted = threading.Lock(), False
         timeout = timedelta(seconds=TIMEOUT)
         if device.type == "cpu":
             gloo: Any = dist.ProcessGroupGloo
@@ -86,7 +88,7 @@ class Group:
                     (self.peers, self.winner_peers), self._close_peers = found
                     if size == 2:
                         capacity = max(max_tokens, max_rows) * hidden_size
-                        self.copies = PartCopies(store, rank, size, device, dtype, capacity)
+                        self.copies = PartCopies(store, self.peers, device, capacity)
                         self.least(0)  # nobody writes before all are there
 
     @classmethod
@@ -150,15 +152,17 @@ class Group:
         for peers in (self.peers, self.winner_peers):
             if peers is not None:
                 peers.abort.fill_(1)
-        if self.copies is not None:
-            self.copies.abort()
-        self._backend.abort()
+        with self._lock:
+            if not self._is_aborted:
+                self._is_aborted = True
+                self._backend.abort()
 
     def close(self) -> None:
-        """Nothing may be under way."""
-        self._backend.abort()
+        """Give memory back; nothing may be under way. Calling it again does nothing."""
+        self.abort()
         if self.copies is not None:
             self.copies.close()
+            self.copies = None
         self._close_peers()
 
     def _all_reduce(self, x: torch.Tensor, op: Any) -> None:

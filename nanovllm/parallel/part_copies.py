@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
-from nanovllm.parallel.peer_memory import Mapping, call_driver
+from nanovllm.parallel.peer_memory import Mapping, Peers, call_driver
+from nanovllm.utils.kernels import kernels
 
 _MOST_PIECES, _LEAST_ROWS = 4, 512
 _FLAG_BYTES = 1024  # at the end of the memory: one int32 for each sender
@@ -25,35 +26,29 @@ class PartCopies:
 
     Args:
         store: by which ranks exchange handles.
-        rank, size, device: of this rank.
-        dtype: of the summands.
-        capacity: elements of the largest.
+        peers: of the dtype of the summands.
+        device: of this rank.
+        capacity: elements of the largest summand.
 
     Raises:
         OSError, RuntimeError: if the GPUs do not reach each other's memory.
     """
 
     def __init__(
-        self,
-        store: dist.Store,
-        rank: int,
-        size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        capacity: int,
+        self, store: dist.Store, peers: Peers, device: torch.device, capacity: int
     ) -> None:
-        self.rank, self.size, self.dtype, self.capacity = rank, size, dtype, capacity
+        self.capacity = capacity
+        self._peers, rank, size = peers, peers.rank, peers.size
         self._mapping = Mapping()
-        self._buffer_bytes = size * capacity * dtype.itemsize
+        self._buffer_bytes = size * capacity * peers.dtype.itemsize
         num_bytes = 2 * self._buffer_bytes + _FLAG_BYTES
         self._addresses = self._mapping.share(store, "parts", rank, size, device, num_bytes)
         memory = self._mapping.tensor(self._addresses[rank], num_bytes, device)
-        self._buffers = memory[: 2 * self._buffer_bytes].view(dtype).view(2, -1)
+        self._buffers = memory[: 2 * self._buffer_bytes].view(peers.dtype).view(2, -1)
         self._flags = memory[2 * self._buffer_bytes :].view(torch.int32)
         self._flags.zero_()
         torch.cuda.synchronize(device)
-        # None of the two may wait for the other: torch hands out the same streams again later.
-        self._stream, self._abort_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)
         self._calls = 0
 
     def send(
@@ -71,57 +66,50 @@ class PartCopies:
         Returns:
             The summands of all ranks, [size, rows, n], which hold until the next call but one.
         """
+        rank, size = self._peers.rank, self._peers.size
         buffer = self._buffers[self._calls % 2]
         self._calls += 1
-        parts = buffer[: self.size * rows * n].view(self.size, rows, n)
+        parts = buffer[: size * rows * n].view(size, rows, n)
         step = -(-rows // max(1, min(pieces_at_most, rows // _LEAST_ROWS)))
         pieces = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         for number, piece in enumerate(pieces):
-            own = parts[self.rank, piece]
+            own = parts[rank, piece]
             make(piece, own)
             self._stream.wait_stream(torch.cuda.current_stream())
-            for other in self._others():
-                self._copy(own, other)
-                flag = self._flag_address(other, sender=self.rank)
-                _on_stream("cuStreamWriteValue32_v2", self._stream, flag, self._number(number))
+            for other in range(size):
+                if other != rank:
+                    self._copy(own, other)
+                    self._set_flag(other, self._number(number))
         return ArrivingParts(self, parts, pieces, self._number(0))
 
     def wait(self, number: int) -> None:
         """Let the current stream wait for the piece of a number, from all ranks."""
-        stream = torch.cuda.current_stream()
-        for other in self._others():
-            flag = self._flag_address(self.rank, sender=other)
-            _on_stream("cuStreamWaitValue32_v2", stream, flag, number)
-
-    def abort(self) -> None:
-        """Let this GPU wait for nobody any more. From any thread."""
-        with torch.cuda.stream(self._abort_stream):
-            self._flags.fill_((self._number(2**29) + 2**31) % 2**32 - 2**31)
+        kernels.wait_for(self._flags, number, self._peers)
 
     def close(self) -> None:
         del self._buffers, self._flags
         self._mapping.close()
 
-    def _others(self) -> list[int]:
-        return [other for other in range(self.size) if other != self.rank]
-
     def _copy(self, own: torch.Tensor, other: int) -> None:
         """Copy memory of this rank to the same place in that of another."""
-        offset = own.data_ptr() - self._addresses[self.rank]
+        offset = own.data_ptr() - self._addresses[self._peers.rank]
         call_driver(
             "cuMemcpyAsync", ctypes.c_uint64(self._addresses[other] + offset),
             ctypes.c_uint64(own.data_ptr()), ctypes.c_size_t(own.numel() * own.element_size()),
             ctypes.c_void_p(self._stream.cuda_stream),
         )  # fmt: skip
 
-    def _number(self, piece: int) -> int:
-        """Of a piece of this call, among those of all calls: numbers grow, and compare as they are
-        modulo 2^32."""
-        return self._calls * _MOST_PIECES + piece
+    def _set_flag(self, other: int, number: int) -> None:
+        """Tell another rank, after what was copied to it before, the number of the last piece."""
+        address = self._addresses[other] + 2 * self._buffer_bytes + 4 * self._peers.rank
+        call_driver(
+            "cuStreamWriteValue32_v2", ctypes.c_void_p(self._stream.cuda_stream),
+            ctypes.c_uint64(address), ctypes.c_uint32(number), ctypes.c_uint(0),
+        )  # fmt: skip
 
-    def _flag_address(self, rank: int, sender: int) -> int:
-        """Of the flag in the memory of `rank` that has the number of the last piece of `sender`."""
-        return self._addresses[rank] + 2 * self._buffer_bytes + 4 * sender
+    def _number(self, piece: int) -> int:
+        """Of a piece of this call, among those of all calls, as an int32."""
+        return (self._calls * _MOST_PIECES + piece + 2**31) % 2**32 - 2**31
 
 
 class ArrivingParts:
@@ -141,11 +129,3 @@ class ArrivingParts:
             if half:
                 self._copies.wait(self._first_number + self._pieces.index(half[-1]))
                 yield slice(half[0].start, half[-1].stop)
-
-
-def _on_stream(function: str, stream: torch.cuda.Stream, address: int, value: int) -> None:
-    """Write a value there, or wait until it or a higher one is there, in the order of a stream."""
-    call_driver(
-        function, ctypes.c_void_p(stream.cuda_stream), ctypes.c_uint64(address),
-        ctypes.c_uint32(value), ctypes.c_uint(0),
-    )  # fmt: skip

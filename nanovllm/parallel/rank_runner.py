@@ -68,17 +68,18 @@ class LeadingRunner(RankRunner):
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._finalizer = weakref.finalize(self, ranks.close)
-        group = None
+        # Also where it is dropped, or the program ends, without close().
+        self._finalizer = weakref.finalize(self, _end, ranks, None)
         try:
             group = ranks.watched(lambda: Group.of_config(config, ranks.store, 0))
+            self._finalizer.detach()
+            self._finalizer = weakref.finalize(self, _end, ranks, group)
             ranks.abort = group.abort
             super().__init__(config, group)
             ranks.wait_until_ready()
         except BaseException as error:
             explained = ranks.fail_with(error)
-            if group is not None:
-                group.close()
+            self._finalizer()
             raise explained from error
 
     def on_device(self) -> AbstractContextManager:
@@ -113,12 +114,18 @@ class LeadingRunner(RankRunner):
         if not self.is_closed:
             super().close()
             self._finalizer()
-            self.group.close()
 
     def _fail_with(self, error: BaseException) -> BaseException:
         explained = self.ranks.fail_with(error)
         self.close()
         return explained
+
+
+def _end(ranks: Ranks, group: Group | None) -> None:
+    """End the other ranks, and what this one has of the group. Nothing waits then."""
+    ranks.close()
+    if group is not None:
+        group.close()
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from nanovllm.parallel.group import HOST, TIMEOUT
 
 _T = TypeVar("_T")
 _POLL = 0.5  # seconds between looks at how long rank 0 has been waiting
+_PATIENCE = 30  # seconds for what should take none
 READY = "ready"  # what a rank says when it can run steps; all else is why it cannot
 
 
@@ -61,14 +62,12 @@ class Ranks:
         self._lock = threading.Lock()
         self._news = threading.Condition()
         self._ready: set[int] = set()
+        self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
         try:
             for rank in range(1, self.size):
                 self._start(rank, config)
-        except BaseException:
-            self.close()
-            raise
-        self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
-        self._watcher.start()
+        finally:  # it ends with the processes that there are
+            self._watcher.start()
 
     def send(self, step: Step, inputs: memoryview) -> None:
         """Let all ranks run a step.
@@ -144,6 +143,8 @@ class Ranks:
             with suppress(OSError):
                 connection.send(None)
         self._end(patience=10 if self.failure is None else 0)
+        if threading.current_thread() is not self._watcher:
+            self._watcher.join(_PATIENCE)  # it may still be busy with a failure
 
     def _start(self, rank: int, config: Config) -> None:
         ours, theirs = socket.socketpair()
@@ -195,8 +196,8 @@ class Ranks:
             if self.failure is not None or self._is_closing:
                 return
             self.failure = f"{reason}. All ranks have been ended: build a new LLM"
+        self.abort()  # first: a process may not end as long as a GPU waits for it
         self._end(patience=0)
-        self.abort()
         with self._news:
             self._news.notify_all()
 
@@ -208,7 +209,9 @@ class Ranks:
                 process.wait(max(0.0, deadline - time.monotonic()))
         for process in self._processes.values():
             process.kill()
-            process.wait()
+        for process in self._processes.values():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_PATIENCE)
 
     def _how_it_ended(self, rank: int) -> str:
         name, process = f"rank {rank} of {self.size}", self._processes[rank]

@@ -7,7 +7,7 @@ import torch
 
 from helpers.kernel_inputs import FP16, FP32, interpreted, normal
 from helpers.peers import Inbox
-from nanovllm.kernels.all_reduce import all_reduce, all_reduce_add, best_of_ranks
+from nanovllm.kernels.all_reduce import all_reduce, all_reduce_add, best_of_ranks, wait_for
 
 pytestmark = [interpreted, pytest.mark.usefixtures("poison")]
 SHAPES = [(1, 96), (3, 700), (2, 1024), (5, 1000)]
@@ -111,3 +111,13 @@ def test_the_largest_key_of_the_ranks_gives_the_token(rows: int) -> None:
     assert torch.equal(inbox.sent_to(0, (rows,)), keys[1])
     best_of_ranks(keys.amax(dim=0), None, out.zero_(), host.zero_(), index)
     assert torch.equal(out, expected) and torch.equal(host[1, :rows], expected)
+
+
+@pytest.mark.parametrize("number", [5, 2**31 - 1, -(2**31)])
+def test_flags_are_waited_for_as_they_grow_past_the_largest_integer(number: int) -> None:
+    peers = Inbox(1, 3, torch.int64, capacity=1024).peers
+    reached = torch.tensor([number, 0, number], dtype=torch.int32)
+    wait_for(reached, number, peers)
+    wait_for(reached + 1, number, peers)  # from 2^31 - 1 to -2^31 too
+    peers.abort.fill_(1)
+    wait_for(reached - 1, number, peers)  # it would never return

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -288,7 +289,8 @@ def test_a_gpu_waits_for_no_rank_that_is_gone(tmp_path: Path, max_tokens: int):
             processes = pids(llm)
             llm.generate(prompts, GREEDY, use_tqdm=False)
             taken = torch.cuda.memory_allocated()
-            after(random.Random(seed).uniform(0, 1), lambda: os.kill(processes[0], signal.SIGKILL))
+            kill = partial(os.kill, processes[0], signal.SIGKILL)
+            after(random.Random(seed).uniform(0, 1), kill)
             with pytest.raises(RuntimeError, match="rank 1 of 2 was killed by signal 9"):
                 for turn in range(1000):
                     fresh = [[turn % 128, *prompt] for prompt in prompts]  # none is in the cache
@@ -297,6 +299,16 @@ def test_a_gpu_waits_for_no_rank_that_is_gone(tmp_path: Path, max_tokens: int):
             assert_ended(llm, processes)
             gc.collect()
             assert torch.cuda.memory_allocated() < taken / 4
+
+
+@pytest.mark.gpu
+@needs_two_gpus
+def test_a_program_on_gpus_may_end_without_close(tiny: Path):
+    process = script(tiny)
+    output, _ = process.communicate(SCRIPT.replace('"cpu"', '"cuda"'), timeout=120)
+    _, processes, tokens = output.splitlines()
+    assert process.returncode == 0 and len(tokens.split()) == 5
+    assert_gone([int(pid) for pid in processes.split()])
 
 
 @pytest.mark.gpu
