@@ -45,16 +45,21 @@ class Multiplier(Protocol):
 
     def multiply_add(
         self, x: Input, stream: torch.Tensor
-    ) -> Union[torch.Tensor, "Arriving", None]: ...
+    ) -> Union[torch.Tensor, "PendingSum", None]: ...
 
 
-class Arriving(Protocol):
-    """Partial sums that come from elsewhere, piece by piece: see `parallel.part_copies`."""
+class PendingSum(Protocol):
+    """What is still to be added to a stream, and comes from elsewhere: see `parallel`."""
 
-    partials: torch.Tensor  # [splits, tokens, hidden]
+    @property
+    def num_pieces(self) -> int: ...
 
-    def pieces(self) -> Iterator[slice]:
-        """The tokens of each piece, once it is there."""
+    def add_to(self, x: torch.Tensor) -> None:
+        """Add it to `x` [tokens, hidden], in place."""
+
+    def add_and_normalize(self, x: torch.Tensor, norm: Norm, out: torch.Tensor) -> Iterator[slice]:
+        """The same, and the sum through the norm into `out` [tokens, hidden]; yields which tokens
+        are there, piece by piece."""
 
 
 class Stream:
@@ -65,14 +70,16 @@ class Stream:
 
     Args:
         x: [tokens, hidden].
-        partials: [splits, tokens, hidden], still to be added to `x`; the norm that comes next does
-            it on its way. They may still be arriving.
+        partials: [splits, tokens, hidden], or what is not even here yet, still to be added to `x`;
+            the norm that comes next does it on its way.
 
     Raises:
         RuntimeError: if it is used after something was added to it.
     """
 
-    def __init__(self, x: torch.Tensor, partials: torch.Tensor | Arriving | None = None) -> None:
+    def __init__(
+        self, x: torch.Tensor, partials: Union[torch.Tensor, "PendingSum", None] = None
+    ) -> None:
         self._x: torch.Tensor | None = x
         self._partials = partials
 
@@ -84,22 +91,31 @@ class Stream:
 
     @property
     def partials(self) -> torch.Tensor | None:
-        """All of them: here, if they were still arriving."""
-        if self._partials is None or isinstance(self._partials, torch.Tensor):
-            return self._partials
-        for _ in self._partials.pieces():
-            pass
-        return self._partials.partials
+        """[splits, tokens, hidden]. What was not here is added to `x` at the latest now."""
+        if (pending := self.pending) is not None:
+            self._partials = None
+            pending.add_to(self.x)
+            return None
+        assert self._partials is None or isinstance(self._partials, torch.Tensor)
+        return self._partials
 
     @property
-    def is_arriving(self) -> bool:
-        """Whether its partial sums are not all here yet, as far as is known."""
-        return not isinstance(self._partials, (torch.Tensor, type(None)))
+    def pending(self) -> PendingSum | None:
+        """What is still to be added and is not here yet."""
+        return None if isinstance(self._partials, torch.Tensor) else self._partials
 
-    def take_partials(self) -> torch.Tensor | Arriving | None:
-        """For who adds them to `x` now."""
-        partials, self._partials = self._partials, None
+    def take_partials(self) -> torch.Tensor | None:
+        """`partials`, for who adds them to `x` now."""
+        partials = self.partials
+        self._partials = None
         return partials
+
+    def take_pending(self) -> PendingSum | None:
+        """`pending`, for who adds it to `x` now."""
+        pending = self.pending
+        if pending is not None:
+            self._partials = None
+        return pending
 
     def values(self) -> torch.Tensor:
         """[tokens, hidden], nothing left to be added."""
@@ -159,18 +175,15 @@ class Normed:
     def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """(which tokens, their values), as what is still to be added to the stream arrives. They
         are parts of `values`. Go through all of them."""
-        partials, x = self.stream.take_partials(), self.stream.x
-        if self._values is not None:
-            yield slice(len(x)), self._values
-        elif partials is None or isinstance(partials, torch.Tensor):
-            self._values = self.norm.normalize(x, partials)
-            yield slice(len(x)), self._values
-        else:
+        x, pending = self.stream.x, self.stream.take_pending()
+        if pending is not None:
             self._values = torch.empty_like(x)
-            for tokens in partials.pieces():
-                out = self._values[tokens]
-                self.norm.normalize(x[tokens], partials.partials[:, tokens], out)
-                yield tokens, out
+            for tokens in pending.add_and_normalize(x, self.norm, self._values):
+                yield tokens, self._values[tokens]
+            return
+        if self._values is None:
+            self._values = self.norm.normalize(x, self.stream.take_partials())
+        yield slice(len(x)), self._values
 
 
 class Product:

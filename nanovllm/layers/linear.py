@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.layers.activation import activate_and_mul
-from nanovllm.layers.deferred import Arriving, Input, Product, values_of
+from nanovllm.layers.deferred import Input, PendingSum, Product, values_of
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import View
 
@@ -48,7 +48,7 @@ class Linear(nn.Module):
             return kernels.gated_matmul(x, self.weight, self.bias)
         return activate_and_mul(self.multiply(x), activation)
 
-    def multiply_add(self, x: Input, stream: torch.Tensor) -> torch.Tensor | Arriving | None:
+    def multiply_add(self, x: Input, stream: torch.Tensor) -> torch.Tensor | PendingSum | None:
         """Add y to `stream` [tokens, out_features], in place.
 
         Returns:

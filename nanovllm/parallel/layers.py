@@ -1,12 +1,16 @@
 """Linear layers and the embedding, of which a rank has a part; see `parallel.sharding`."""
 
+from collections.abc import Iterator
+from typing import TypeGuard
+
 import torch
 
 from nanovllm.layers.activation import activate_and_mul
-from nanovllm.layers.deferred import Arriving, Input, values_of
+from nanovllm.layers.deferred import Input, Norm, Normed, PendingSum, values_of
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.linear import Linear, MergedLinear
 from nanovllm.parallel.group import Group
+from nanovllm.parallel.peer_memory import Peers
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import View
 
@@ -27,7 +31,7 @@ class ColumnParallelLinear(MergedLinear):
         self.whole_parts, self.slices = whole.parts, slices
 
     def multiply(self, x: Input, out: torch.Tensor | None = None) -> torch.Tensor:
-        if isinstance(x, torch.Tensor) or not x.stream.is_arriving:
+        if not _comes_in_pieces(x):
             return super().multiply(x, out)
         if out is None:
             out = x.x.new_empty(len(x.x), self.out_features)
@@ -36,7 +40,7 @@ class ColumnParallelLinear(MergedLinear):
         return out
 
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
-        if isinstance(x, torch.Tensor) or not x.stream.is_arriving:
+        if not _comes_in_pieces(x):
             return super().multiply_gated(x, activation)
         y = self.multiply(x)
         return kernels.silu_and_mul(y) if activation == "silu" else activate_and_mul(y, activation)
@@ -48,6 +52,16 @@ class ColumnParallelLinear(MergedLinear):
         for (name, view), (size, cut) in zip(views.items(), cuts, strict=True):
             views[name] = View(view.memory, (size, *view.shape[1:]), (cut, *view.part[1:]))
         return views
+
+
+def _comes_in_pieces(x: Input) -> TypeGuard[Normed]:
+    """Whether the norm is to be applied piece by piece. If not, and no product's kernel takes it
+    along, it is applied here, in one kernel with the sum before it."""
+    if isinstance(x, torch.Tensor) or (pending := x.stream.pending) is None:
+        return False
+    if pending.num_pieces == 1 and not kernels.may_take_norm(len(x.x)):
+        x.values()
+    return pending.num_pieces > 1
 
 
 class RowParallelLinear(Linear):
@@ -80,17 +94,14 @@ class RowParallelLinear(Linear):
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
         raise NotImplementedError("gate and up are columns: see ColumnParallelLinear")
 
-    def multiply_add(self, x: Input, stream: torch.Tensor) -> Arriving | None:
-        """Add the sum over the ranks to `stream`, in place, or return its summands."""
+    def multiply_add(self, x: Input, stream: torch.Tensor) -> PendingSum | None:
+        """Add the sum over the ranks to `stream`, in place, or return what is still to be added."""
         x = values_of(x)
         if has_kernels(self.weight):
             if (peers := self.group.peers_for(stream)) is not None:
-                summands = kernels.summands(x, self.weight, self.bias)
-                kernels.all_reduce_add(stream, summands, peers)
-                return None
+                return SumOverRanks(kernels.summands(x, self.weight, self.bias), peers)
             if (copies := self.group.copies_for(stream)) is not None:
-                make = super().multiply
-                n = self.out_features
+                make, n = super().multiply, self.out_features
                 pieces = 2 if self.in_features >= n else 4
                 return copies.send(len(x), n, lambda rows, out: make(x[rows], out), pieces)
         if self.group.rank:
@@ -100,6 +111,26 @@ class RowParallelLinear(Linear):
             stream.copy_(stream + partials.sum(dim=0))
         self.group.all_reduce(stream)
         return None
+
+
+class SumOverRanks:
+    """A sum by `kernels.all_reduce`; see `layers.deferred.PendingSum`."""
+
+    num_pieces = 1
+
+    def __init__(self, summands: torch.Tensor, peers: Peers) -> None:
+        self._summands, self._peers = summands, peers
+
+    def add_to(self, x: torch.Tensor) -> None:
+        kernels.all_reduce_add(x, self._summands, self._peers)
+
+    def add_and_normalize(self, x: torch.Tensor, norm: Norm, out: torch.Tensor) -> Iterator[slice]:
+        if kernels.can_normalize_sum(x):
+            kernels.all_reduce_norm(x, self._summands, self._peers, norm.weight, norm.eps, out)
+        else:
+            self.add_to(x)
+            norm.normalize(x, None, out)
+        yield slice(len(x))
 
 
 class VocabParallelEmbedding(Embedding):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
+from nanovllm.layers.deferred import Norm
 from nanovllm.parallel.peer_memory import Mapping, Peers, call_driver
 from nanovllm.utils.kernels import kernels
 
@@ -113,17 +114,28 @@ class PartCopies:
 
 
 class ArrivingParts:
-    """The summands of all ranks; see `layers.deferred.Arriving`."""
+    """The summands of all ranks; see `layers.deferred.PendingSum`."""
 
     def __init__(
-        self, copies: PartCopies, partials: torch.Tensor, pieces: list[slice], first_number: int
+        self, copies: PartCopies, parts: torch.Tensor, pieces: list[slice], first_number: int
     ) -> None:
-        self.partials = partials
+        self.parts = parts  # [size, tokens, hidden]
+        self.num_pieces = len(pieces)
         self._copies, self._pieces, self._first_number = copies, pieces, first_number
 
-    def pieces(self) -> Iterator[slice]:
-        """Two halves: small pieces come early, but what is made of large ones takes fewer
-        kernels."""
+    def add_to(self, x: torch.Tensor) -> None:
+        for tokens in self._arrivals():
+            piece = x[tokens]
+            piece.copy_(piece.float() + self.parts[:, tokens].sum(dim=0, dtype=torch.float32))
+
+    def add_and_normalize(self, x: torch.Tensor, norm: Norm, out: torch.Tensor) -> Iterator[slice]:
+        for tokens in self._arrivals():
+            norm.normalize(x[tokens], self.parts[:, tokens], out[tokens])
+            yield tokens
+
+    def _arrivals(self) -> Iterator[slice]:
+        """The tokens that are there, in two halves: small pieces come early, but what is made of
+        large ones takes fewer kernels."""
         middle = len(self._pieces) // 2
         for half in (self._pieces[:middle], self._pieces[middle:]):
             if half:

@@ -5,9 +5,24 @@ is there already, and what it writes to them is looked at. parallel/ has tests o
 import pytest
 import torch
 
-from helpers.kernel_inputs import FP16, FP32, interpreted, normal
+from helpers.kernel_inputs import (
+    FP16,
+    FP32,
+    TOLERANCE,
+    interpreted,
+    normal,
+    relative_error,
+    rms_norm_float64,
+)
 from helpers.peers import Inbox
-from nanovllm.kernels.all_reduce import all_reduce, all_reduce_add, best_of_ranks, wait_for
+from nanovllm.kernels.all_reduce import (
+    all_reduce,
+    all_reduce_add,
+    all_reduce_norm,
+    best_of_ranks,
+    can_normalize_sum,
+    wait_for,
+)
 
 pytestmark = [interpreted, pytest.mark.usefixtures("poison")]
 SHAPES = [(1, 96), (3, 700), (2, 1024), (5, 1000)]
@@ -111,6 +126,35 @@ def test_the_largest_key_of_the_ranks_gives_the_token(rows: int) -> None:
     assert torch.equal(inbox.sent_to(0, (rows,)), keys[1])
     best_of_ranks(keys.amax(dim=0), None, out.zero_(), host.zero_(), index)
     assert torch.equal(out, expected) and torch.equal(host[1, :rows], expected)
+
+
+@pytest.mark.parametrize(("blocks", "splits"), [(1, 1), (3, 2), (5, 1)])
+def test_the_norm_of_the_sum_comes_along(blocks: int, splits: int) -> None:
+    """After, and before, sums that use other blocks of the same memory."""
+    rows, n, eps = 3, 1024 * blocks, 1e-6
+    inbox = Inbox(1, 2, FP16, capacity=rows * n)
+    weight = normal(n, dtype=FP16, seed=5)
+    for call in range(4):
+        stream, other = (normal(rows, n, dtype=FP16, seed=10 * call + s) for s in (1, 2))
+        own = normal(splits, rows, n, dtype=FP32 if splits > 1 else FP16, seed=10 * call + 3)
+        expected, out = stream.clone(), torch.full_like(stream, float("nan"))
+        inbox.fill({0: other})
+        all_reduce_norm(stream, own, inbox.peers, weight, eps, out)
+        rounded = own.float().sum(dim=0).half()
+        expected = (expected.float() + other.float() + rounded.float()).half()
+        torch.testing.assert_close(stream, expected, rtol=1e-3, atol=1e-3)
+        assert torch.equal(inbox.sent_to(0, (rows, n)), rounded)
+        assert relative_error(out, rms_norm_float64(stream, weight, eps)) < TOLERANCE[FP16]
+        small = normal(1, 700, dtype=FP16, seed=call)
+        inbox.fill({0: small})
+        summed = small.clone()
+        all_reduce(summed, inbox.peers)
+        assert torch.equal(summed, small + small)
+
+
+@pytest.mark.parametrize(("n", "can"), [(1024, True), (5120, True), (9216, False), (2560, False)])
+def test_which_rows_are_normalised_with_the_sum(n: int, can: bool) -> None:
+    assert can_normalize_sum(torch.empty(3, n)) == can
 
 
 @pytest.mark.parametrize("number", [5, 2**31 - 1, -(2**31)])
