@@ -1,0 +1,142 @@
+"""Layers of which a rank has a part. What comes from the others is played by the test."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovllm.layers.activation import activate_and_mul
+from nanovllm.layers.deferred import Norm, Normed, Stream
+from nanovllm.layers.embed_head import Embedding
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import Linear, MergedLinear
+from nanovllm.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+
+
+class Pending:
+    """Summands that come in pieces; notes what has been asked of it."""
+
+    def __init__(self, parts: torch.Tensor, pieces: list[slice]) -> None:
+        self.parts, self.pieces, self.num_pieces = parts, pieces, len(pieces)
+        self.asked: list[str] = []
+
+    def add_to(self, x: torch.Tensor) -> None:
+        self.asked.append("sum")
+        x.add_(self.parts.sum(dim=0))
+
+    def add_and_normalize(self, x: torch.Tensor, norm: Norm, out: torch.Tensor) -> Iterator[slice]:
+        for tokens in self.pieces:
+            self.asked.append("norm")
+            norm.normalize(x[tokens], self.parts[:, tokens], out[tokens])
+            yield tokens
+
+
+class Case:
+    """A stream of 7 tokens with summands of two ranks under way, and its norm."""
+
+    def __init__(self, *cuts: int) -> None:
+        generator = torch.Generator().manual_seed(len(cuts))
+        self.x, self.parts = (
+            torch.randn(shape, generator=generator) for shape in ((7, 8), (2, 7, 8))
+        )
+        bounds = [0, *cuts, 7]
+        self.pending = Pending(self.parts, [slice(a, b) for a, b in pairwise(bounds)])
+        self.stream = Stream(self.x.clone(), self.pending)
+        self.norm = RMSNorm(8, 1e-6)
+        self.norm.weight.data.uniform_(0.5, 1.5, generator=generator)
+        self.total = self.x + self.parts.sum(dim=0)
+        self.normed = F.rms_norm(self.total, (8,), self.norm.weight, 1e-6)
+        self.linear = ColumnParallelLinear(
+            MergedLinear(8, {"gate": 10, "up": 10}), {"gate": slice(0, 4), "up": slice(0, 4)}
+        )
+        self.linear.weight.data.normal_(generator=generator)
+        self.expected = F.linear(self.normed, self.linear.weight)
+
+
+@pytest.mark.parametrize("cuts", [(), (3,), (2, 4)])
+@pytest.mark.parametrize("gives_out", [False, True])
+@torch.inference_mode()
+def test_a_product_is_made_as_its_input_arrives(cuts: tuple[int, ...], gives_out: bool):
+    case = Case(*cuts)
+    out = torch.full((7, 8), float("nan")) if gives_out else None
+    x = case.norm(case.stream)
+    torch.testing.assert_close(case.linear.multiply(x, out), case.expected)
+    assert case.pending.asked == ["norm"] * (len(cuts) + 1)
+    torch.testing.assert_close(case.stream.values(), case.total)
+    torch.testing.assert_close(x.values(), case.normed)
+    assert len(case.pending.asked) == len(cuts) + 1, "added twice"
+
+
+@pytest.mark.parametrize("cuts", [(), (2, 4)])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@torch.inference_mode()
+def test_gate_and_up_likewise(cuts: tuple[int, ...], activation: str):
+    case = Case(*cuts)
+    found = case.linear.multiply_gated(case.norm(case.stream), activation)
+    torch.testing.assert_close(found, activate_and_mul(case.expected, activation))
+
+
+@torch.inference_mode()
+def test_who_knows_nothing_of_ranks_gets_the_sum():
+    case = Case(3)
+    whole = Linear(8, 5)
+    whole.weight.data.normal_()
+    torch.testing.assert_close(
+        whole(case.norm(case.stream)).values(), F.linear(case.normed, whole.weight)
+    )
+    case = Case(3)
+    assert case.stream.partials is None and case.pending.asked == ["sum"]
+    torch.testing.assert_close(case.stream.x, case.total)
+    case = Case(3)
+    torch.testing.assert_close(case.stream[2:5].x, case.total[2:5])
+    case = Case(3)
+    torch.testing.assert_close((case.stream + torch.ones(7, 8)).x, case.total + 1)
+
+
+def one_of_two(rank: int, sums: list[torch.Tensor]) -> SimpleNamespace:
+    """A group whose sums are noted, and left as they are."""
+
+    def all_reduce(x: torch.Tensor) -> torch.Tensor:
+        sums.append(x.clone())
+        return x
+
+    return SimpleNamespace(rank=rank, size=2, all_reduce=all_reduce)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_the_stream_and_the_bias_are_summed_up_once(bias: bool):
+    whole = Linear(6, 4, bias)
+    for parameter in whole.parameters():
+        parameter.data.normal_()
+    x, stream = torch.randn(3, 6), torch.randn(3, 4)
+    sums: list[torch.Tensor] = []
+    for rank, part in enumerate((slice(0, 2), slice(2, 6))):
+        linear = RowParallelLinear(whole, part, one_of_two(rank, sums))
+        for name, view in linear.checkpoint_views("o_proj").items():
+            view.memory.copy_(getattr(whole, name.rpartition(".")[2])[view.part])
+        assert linear.multiply_add(x[:, part].contiguous(), stream.clone()) is None
+    torch.testing.assert_close(sums[0] + sums[1], stream + whole.multiply(x))
+
+
+@torch.inference_mode()
+def test_each_token_is_embedded_by_one_rank():
+    whole = Embedding(40, 8)
+    whole.weight.data.normal_()
+    whole.weight.data[32] = float("nan")  # the first of the second rank: no token of this text
+    token_ids = torch.tensor([0, 31, -1, 39, -3], dtype=torch.int32)
+    sampled = torch.tensor([33, 7, 5])
+    sums: list[torch.Tensor] = []
+    for rank, tokens in enumerate((slice(0, 32), slice(32, 40))):
+        embedding = VocabParallelEmbedding(whole, tokens, one_of_two(rank, sums))
+        embedding.weight.data.copy_(whole.weight[tokens])
+        embedding(token_ids, sampled)
+    assert torch.equal(sums[0] + sums[1], whole(token_ids, sampled))
+    assert isinstance(Case().norm(Case().stream), Normed)
