@@ -5,7 +5,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,9 +20,11 @@ from nanovllm.entrypoints.common import (
     chat_template_kwargs,
     given_options,
     load_llm,
+    model_settings,
     print_message,
     sampling_params,
 )
+from nanovllm.entrypoints.rows import RowParser, parse_object, reason
 from nanovllm.outputs import RequestOutput
 
 HELP = """\
@@ -50,8 +52,6 @@ example:
   echo '{"messages": [{"role": "user", "content": "Why is it blue?"}]}' >> prompts.jsonl
   python -m nanovllm generate Qwen/Qwen3-0.6B --input prompts.jsonl --output answers.jsonl
 """
-
-PROMPT_TYPES = {"prompt": str, "prompt_token_ids": list, "messages": list}
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ class Generation:
         progress: tqdm,
     ) -> None:
         options = {"seed": 0} | given_options(args, SAMPLING_OPTIONS)
-        self.seed = options["seed"]
-        self.params = sampling_params(llm, options)
-        self.template_kwargs = chat_template_kwargs(args)
-        settings = asdict(self.params) | self.template_kwargs | _model_settings(args)
+        params = sampling_params(llm, options)
+        template_kwargs = chat_template_kwargs(args)
+        self.parser = RowParser(llm, params, template_kwargs, options["seed"])
+        settings = asdict(params) | template_kwargs | model_settings(args)
         self.settings = json.dumps(settings, sort_keys=True).encode()
         self.llm = llm
         self.digests = digests
@@ -163,10 +163,7 @@ class Generation:
             id_, prompt, params = self.parse(line)
             request_id = self.llm.add_request(prompt, params)
         except (TypeError, ValueError) as error:
-            reason = str(error)
-            if reason.startswith("prompt 0"):  # the engine counts prompts, and was given only this
-                reason = "the prompt" + reason.removeprefix("prompt 0")
-            self.report_bad(line.number, reason)
+            self.report_bad(line.number, reason(error))
         else:
             self.pending[request_id] = id_, line
 
@@ -176,52 +173,9 @@ class Generation:
         Raises:
             TypeError, ValueError: if the line is invalid.
         """
-        item = _parse_object(line.content)
-        id_ = item.get("id", line.number)
-        try:
-            json.dumps(id_, allow_nan=False)
-        except ValueError:
-            raise ValueError("id must be a JSON value, and has nan or an infinite number") from None
-        keys = [key for key in PROMPT_TYPES if item.get(key) is not None]
-        if len(keys) != 1:
-            found = " and ".join(keys) or "none"
-            raise ValueError(f"it needs one of {', '.join(PROMPT_TYPES)}, and has {found}")
-        (key,) = keys
-        prompt, expected = item[key], PROMPT_TYPES[key]
-        if not isinstance(prompt, expected):
-            what = "a string" if expected is str else "a list"
-            raise TypeError(f"{key} must be {what}, got {_shortened(prompt)}")
-        if key == "messages":
-            prompt = self.llm.chat_prompt(prompt, chat_template_kwargs=self.template_kwargs)
-        return id_, prompt, self.line_params(item.get("sampling_params"), line.number)
-
-    def line_params(self, given: Any, line_number: int) -> SamplingParams:
-        """The sampling parameters of a line: those given in it, and the command's for the rest.
-
-        Raises:
-            TypeError, ValueError: if a given one is invalid.
-        """
-        if given is None:
-            given = {}
-        if not isinstance(given, dict):
-            raise TypeError(f"sampling_params must be an object, got {_shortened(given)}")
-        known = [field.name for field in fields(SamplingParams)]
-        for name in given:
-            if name not in known:
-                raise ValueError(f"sampling_params has {name!r}; it takes {', '.join(known)}")
-        options = dict(given)
-        if isinstance(options.get("logit_bias"), dict):  # its keys are strings, as always in JSON
-            bias = options["logit_bias"].items()
-            options["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in bias}
-        if options.get("seed") in (None, -1):
-            options["seed"] = _line_seed(self.seed, line_number)
-        params = replace(self.params, **options)
-        if params.n != 1 or params.logprobs is not None or params.prompt_logprobs is not None:
-            raise ValueError(
-                "n, logprobs and prompt_logprobs have no place in the output: repeat the line for "
-                "more answers, or use LLM.generate"
-            )
-        return params
+        item = parse_object(line.content)
+        prompt, params = self.parser.parse(item, line.number)
+        return item.get("id", line.number), prompt, params
 
     def write(self, output: RequestOutput) -> None:
         """Append an answer to the output file."""
@@ -231,11 +185,11 @@ class Generation:
         self.counts.answered += 1
         self.progress.update()
 
-    def report_bad(self, line_number: int, reason: str) -> None:
+    def report_bad(self, line_number: int, why: str) -> None:
         """Tell the user why a line gets no answer."""
         self.counts.bad += 1
         self.progress.update()
-        tqdm.write(f"line {line_number}: {reason}", file=sys.stderr)
+        tqdm.write(f"line {line_number}: {why}", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -264,39 +218,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if counts.bad else 0
 
 
-def _model_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What determines the model's logits. The device is left out: a run may continue on another."""
-    path = Path(args.model)
-    name = str(path.resolve()) if path.is_dir() else args.model
-    return {"model": name} | given_options(args, ("dtype", "max_model_len"))
-
-
 def _count_lines(path: Path) -> int | None:
     """The number of lines that are not blank; None for a pipe, which can be read only once."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
         return sum(not line.isspace() for line in file)
-
-
-def _parse_object(content: bytes) -> dict[str, Any]:
-    try:
-        item = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg}, at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(item, dict):
-        raise ValueError('not a JSON object, such as {"prompt": "Hello"}')
-    return item
-
-
-def _line_seed(seed: int, line_number: int) -> int:
-    """The seed of a line that gives none. It is the same in every run."""
-    digest = hashlib.sha256(f"{seed} {line_number}".encode()).digest()
-    return int.from_bytes(digest[:8], "little")
-
-
-def _shortened(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
