@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm import LLM, SamplingParams
 
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed")
-ENGINE_OPTIONS = ("device", "dtype", "max_model_len")
+ENGINE_OPTIONS = ("device", "dtype", "max_model_len", "tensor_parallel_size")
 
 
 class CommandError(Exception):

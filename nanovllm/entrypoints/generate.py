@@ -45,12 +45,21 @@ and the options), "text", "token_ids" and "finish_reason".
 If a run is stopped, in whatever way, the same command continues it: lines that the output answers
 are skipped. Lines that cannot be answered are reported, and the run goes on; the exit status is
 then 1.
+
+With --ray, several engines share the work (pip install 'nanovllm[ray]'). --input is then a JSONL or
+Parquet file, a directory of such files, or the URL of either, such as s3://bucket/prompts. --output
+is a directory or its URL. It gets files of the input's kind, one when a batch is complete, so that
+what a stopped run loses is the batches that it was at. Answers also have "file" and "error". A row
+that cannot be answered is written too, with the reason in "error" and null in place of an answer,
+and is not tried again. A row that has changed in the input is answered anew, and the answer to what
+it was before stays. In Parquet "id" is a string.
 """
 EXAMPLE = """\
 example:
   echo '{"id": "sky", "prompt": "The sky is", "sampling_params": {"stop": "."}}' > prompts.jsonl
   echo '{"messages": [{"role": "user", "content": "Why is it blue?"}]}' >> prompts.jsonl
   python -m nanovllm generate Qwen/Qwen3-0.6B --input prompts.jsonl --output answers.jsonl
+  python -m nanovllm generate Qwen/Qwen3-0.6B --input prompts --output answers --ray --replicas 8
 """
 
 
@@ -194,16 +203,23 @@ class Generation:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
+    if args.ray:
+        from nanovllm.entrypoints import ray_generate  # Ray is an extra, and takes long to import
+
+        return ray_generate.run(args)
+    if args.replicas is not None or args.batch_size is not None:
+        raise CommandError("--replicas and --batch-size go with --ray: add it, or leave them out")
     counts = Counts()
+    input_path, output_path = Path(args.input), Path(args.output)
     try:
-        with args.input.open("rb") as input_file:
-            if args.output.exists() and args.output.samefile(args.input):
+        with input_path.open("rb") as input_file:
+            if output_path.exists() and output_path.samefile(input_path):
                 raise CommandError("--output is the input: give it another name")
-            digests = read_digests(args.output)
+            digests = read_digests(output_path)
             with (
-                args.output.open("ab") as output_file,
+                output_path.open("ab") as output_file,
                 load_llm(args) as llm,
-                tqdm(total=_count_lines(args.input), desc="Answering", mininterval=0.5) as progress,
+                tqdm(total=_count_lines(input_path), desc="Answering", mininterval=0.5) as progress,
                 DeferredInterrupt() as interrupt,
             ):
                 generation = Generation(args, llm, digests, output_file, counts, progress)
@@ -211,6 +227,11 @@ def run(args: argparse.Namespace) -> int:
                 interrupted = interrupt.received
     except KeyboardInterrupt:
         interrupted = True
+    return end(counts, interrupted)
+
+
+def end(counts: Counts, interrupted: bool) -> int:
+    """Tell the user how a run ended, and return the exit status."""
     if interrupted:
         print_message(f"Interrupted: {counts}. To go on from here, give the same command again.")
         return 130
