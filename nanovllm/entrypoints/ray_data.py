@@ -124,8 +124,7 @@ class LLMPredictor:
         """
         item = {key: row.get(key) for key in ("prompt", "prompt_token_ids")}
         for key in ("messages", "sampling_params"):
-            value = row.get(key)
-            item[key] = json.loads(value) if isinstance(value, str) else without_nulls(value)
+            item[key] = _from_json(key, row.get(key))
         if (name := row.get("id")) is None:
             content = json.dumps(item | {"sampling_params": None}, sort_keys=True)
             name = xxhash.xxh3_128_hexdigest(content.encode())
@@ -144,7 +143,7 @@ class LLMPredictor:
             while not self.llm.is_finished():
                 outputs += self.llm.step()
         except Exception:
-            if self._has_answered and ray.get_runtime_context().get_actor_id() is not None:
+            if self._has_answered and _is_in_actor():
                 traceback.print_exc()
                 os._exit(1)
             raise
@@ -201,3 +200,18 @@ def replica_arguments(replicas: int, batch_size: int, options: dict[str, Any]) -
         "num_cpus": 0,
         "num_gpus": options.get("tensor_parallel_size", 1) if on_gpu else 0,
     }
+
+
+def _is_in_actor() -> bool:
+    # The runtime context would start Ray where it does not run.
+    return ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+
+
+def _from_json(key: str, value: Any) -> Any:
+    """What JSON text says, or what a struct had when it was made."""
+    if not isinstance(value, str):
+        return without_nulls(value)
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{key} is text, and not JSON: {error}") from error

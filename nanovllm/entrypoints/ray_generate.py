@@ -85,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
     prefix = f"part-{xxhash.xxh3_64_hexdigest(settings)}"
     source, root, files = _input_files(args.input)
     target, directory = _output_directory(args.output, source, root)
-    parts = _parts(target, directory, prefix, args.output)
     options = engine | {
         "sampling_params": sampling,
         "chat_template_kwargs": template,
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     counts = Counts()
     try:
         _connect()
-        written = _written_digests(target, parts)
+        written = _written_digests(target, _parts(target, directory, prefix, args.output))
         counts.skipped = len(written)
         counted = (
             _files(files, root)
