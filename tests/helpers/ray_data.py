@@ -17,7 +17,7 @@ ENGINE = {
     "device": "cpu", "dtype": "float32", "kvcache_block_size": 16, "num_kvcache_blocks": 2048,
     "max_model_len": 64,
 }  # fmt: skip
-POISON = 777  # the id of a row
+POISON = 250  # the id of a row
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def local_ray() -> Iterator[None]:
 def number_prompts(count: int) -> list[dict[str, Any]]:
     """Rows whose answers end after different numbers of tokens."""
     return [
-        {"id": i, "prompt": f"{i}, {i + 1},", "sampling_params": {"max_tokens": 2 + i % 5}}
+        {"id": i, "prompt": f"{i}, {i + 1},", "sampling_params": {"max_tokens": 1 + i % 2}}
         for i in range(count)
     ]
 
