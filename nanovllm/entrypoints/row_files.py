@@ -68,7 +68,10 @@ def list_files(filesystem: FileSystem, path: str) -> list[str]:
         FileNotFoundError: if there is none.
         ValueError: if there are files of both kinds.
     """
-    if filesystem.get_file_info(path).type is not FileType.Directory:
+    kind = filesystem.get_file_info(path).type
+    if kind is FileType.NotFound:
+        raise FileNotFoundError(f"there is no {path}")
+    if kind is not FileType.Directory:
         return [path]
     found = filesystem.get_file_info(FileSelector(path, recursive=True))
     files = sorted(
