@@ -126,7 +126,7 @@ def test_batches_that_cannot_be_answered(ours: LLMPredictor):
 
 
 def test_an_engine_that_fails_here_raises(tmp_path: Path):
-    faulty = FaultyPredictor(str(DEMO), fault="engine", journal=tmp_path, **ENGINE)
+    faulty = FaultyPredictor(str(DEMO), faults=["engine"], journal=tmp_path, **ENGINE)
     batch = pa.Table.from_pylist(number_prompts(3))
     with faulty.llm:
         faulty(batch)
@@ -150,22 +150,20 @@ def test_gpus_of_a_replica(
     assert (arguments["compute"].min_size, arguments["compute"].max_size) == (3, 3)
 
 
-@pytest.mark.parametrize(("fault", "count"), [("killed", 2000), ("engine", 400)])
-def test_nothing_is_lost_or_doubled_when_an_actor_dies(
-    fault: str, count: int, local: None, ours: LLMPredictor, tmp_path: Path
+def test_nothing_is_lost_or_doubled_when_actors_die(
+    local: None, ours: LLMPredictor, tmp_path: Path
 ):
-    rows = number_prompts(count)
-    answers = ray.data.from_items(rows, override_num_blocks=count // 100).map_batches(
+    rows, faults = number_prompts(2000), ["killed", "engine"]
+    answers = ray.data.from_items(rows, override_num_blocks=20).map_batches(
         FaultyPredictor,
-        fn_constructor_args=(str(DEMO),),
-        fn_constructor_kwargs=ENGINE
-        | {"sampling_params": {"temperature": 1.0}, "fault": fault, "journal": tmp_path},
+        fn_constructor_args=(str(DEMO), {"temperature": 1.0}),
+        fn_constructor_kwargs=ENGINE | {"faults": faults, "journal": tmp_path},
         **replica_arguments(2, 100, ENGINE),
     )
     found = sorted(answers.take_all(), key=lambda row: row["id"])
-    assert (tmp_path / "fault").exists()
-    assert len(list(tmp_path.glob("process-*"))) == 3  # two, and one in place of the dead one
-    assert [row["id"] for row in found] == [*range(count)]
+    assert all((tmp_path / fault).exists() for fault in faults)
+    assert len(list(tmp_path.glob("process-*"))) == 4  # two, and one in place of each dead one
+    assert [row["id"] for row in found] == [*range(2000)]
     expected = ours(pa.Table.from_pylist(rows)).to_pylist()
     assert [[*row["token_ids"]] for row in found] == [row["token_ids"] for row in expected]
     assert [row["text"] for row in found] == [row["text"] for row in expected]
@@ -175,7 +173,7 @@ def test_a_block_that_fails_in_a_fresh_engine_too_ends_the_run(local: None, tmp_
     answers = ray.data.from_items(number_prompts(300), override_num_blocks=3).map_batches(
         FaultyPredictor,
         fn_constructor_args=(str(DEMO),),
-        fn_constructor_kwargs=ENGINE | {"fault": "poison", "journal": tmp_path},
+        fn_constructor_kwargs=ENGINE | {"faults": None, "journal": tmp_path},
         **replica_arguments(1, 100, ENGINE),
     )
     with pytest.raises(ray.exceptions.RayError, match="this block fails in every engine"):

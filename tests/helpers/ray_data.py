@@ -49,17 +49,19 @@ def predictor(**options: Any) -> LLMPredictor:
 
 
 class FaultyPredictor(LLMPredictor):
-    """Fails in the middle of its second batch.
+    """Fails in the middle of its second batch, or whenever it gets the row POISON.
 
     Args:
-        fault: "killed": its process is; "engine": a step raises; "poison": each step of a batch
-            with the row POISON raises, and no other. The first two happen once in a run.
-        journal: an empty directory, which gets a file for each process and one for the fault.
+        faults: "killed": its process is; "engine": a step raises. Each happens once, whatever the
+            number of actors. None: every step of a batch with the row POISON raises.
+        journal: an empty directory, which gets a file for each process and for each fault.
     """
 
-    def __init__(self, model: str, *, fault: str, journal: Path, **options: Any) -> None:
-        super().__init__(model, **options)
-        self.fault, self.journal = fault, journal
+    def __init__(
+        self, *arguments: Any, faults: list[str] | None, journal: Path, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.faults, self.journal = faults, journal
         self.batches = self.steps = 0
         self.is_poisoned = False
         self.step, self.llm.step = self.llm.step, self.faulty_step
@@ -67,22 +69,24 @@ class FaultyPredictor(LLMPredictor):
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         self.batches, self.steps = self.batches + 1, 0
-        self.is_poisoned = self.fault == "poison" and POISON in batch["id"].to_pylist()
+        self.is_poisoned = self.faults is None and POISON in batch["id"].to_pylist()
         return super().__call__(batch)
 
     def faulty_step(self) -> list[Any]:
         self.steps += 1
         if self.is_poisoned:
             raise RuntimeError("this block fails in every engine")
-        if self.fault != "poison" and self.batches == 2 and self.steps == 2 and self.is_first():
-            if self.fault == "killed":
+        if self.faults and self.batches == 2 and self.steps == 2:
+            fault = next(filter(self.is_first, self.faults), None)
+            if fault == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise RuntimeError("the engine has failed")
+            if fault == "engine":
+                raise RuntimeError("the engine has failed")
         return self.step()
 
-    def is_first(self) -> bool:
+    def is_first(self, fault: str) -> bool:
         try:
-            (self.journal / "fault").touch(exist_ok=False)
+            (self.journal / fault).touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
