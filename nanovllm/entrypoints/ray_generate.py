@@ -103,7 +103,11 @@ def run(args: argparse.Namespace) -> int:
         counts.skipped = len(written)
         counted = (
             _files(files, root)
-            .map_batches(_row_reader(source, written), batch_size=1, batch_format="pyarrow")
+            # With the one CPU of a repartition, Ray would make one task of both, which gives out
+            # its first rows when it has read the whole file.
+            .map_batches(
+                _row_reader(source, written), batch_size=1, batch_format="pyarrow", num_cpus=0.5
+            )
             # The work of a replica, and all that is done again if it dies, is one batch.
             .repartition(target_num_rows_per_block=batch_size)
             .map_batches(
