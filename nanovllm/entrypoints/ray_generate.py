@@ -170,6 +170,8 @@ def _parts(filesystem: FileSystem, directory: str, prefix: str, location: str) -
         files = row_files.list_files(filesystem, directory)
     except FileNotFoundError:
         return []
+    except ValueError as error:
+        raise CommandError(f"--output {location} is not of this command: {error}") from error
     for file in files:
         if not Path(file).name.startswith(prefix):
             raise CommandError(

@@ -176,6 +176,9 @@ def test_places_that_cannot_be_used(run: Run, tmp_path: Path):
     (tmp_path / "other" / "notes.json").touch()
     status, message = run(source, tmp_path / "other")
     assert status == 2 and "has notes.json, which is of another model" in message
+    (tmp_path / "other" / "notes.parquet").touch()
+    status, message = run(source, tmp_path / "other")
+    assert status == 2 and "has both JSONL and Parquet files" in message
     status, message = run(source, tmp_path / "out", "--replicas", "0")
     assert (status, message) == (2, "error: --replicas must be at least 1, got 0")
 
