@@ -1,6 +1,7 @@
 """What a newcomer runs first: example.py, and the README's code."""
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 
@@ -32,6 +33,13 @@ def test_example_streams() -> None:
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def _ray() -> AbstractContextManager[None]:
+    pytest.importorskip("ray")
+    from helpers.ray_data import local_ray
+
+    return local_ray()
+
+
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
 def test_readme_code_runs(
     code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -39,7 +47,8 @@ def test_readme_code_runs(
     if "lm_eval" in code:
         pytest.importorskip("lm_eval")
     monkeypatch.chdir(ROOT)
-    exec(code.replace("Qwen/Qwen3-0.6B", str(DEMO)), {})
+    with _ray() if "import ray" in code else nullcontext():
+        exec(code.replace("Qwen/Qwen3-0.6B", str(DEMO)), {})
     assert capsys.readouterr().out.strip()
 
 

@@ -28,6 +28,11 @@ def encode_answer(id_: Any, line_number: int, digest: str, output: RequestOutput
         "token_ids": output["token_ids"],
         "finish_reason": output["finish_reason"],
     }
+    return encode_line(record)
+
+
+def encode_line(record: dict[str, Any]) -> bytes:
+    """A line of JSON."""
     # An id may have half of a surrogate pair, which UTF-8 cannot encode. The error handler writes
     # \uXXXX, as JSON does.
     text = json.dumps(record, ensure_ascii=False)

@@ -3,7 +3,6 @@
 import argparse
 import io
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -51,11 +50,25 @@ def _build_parser() -> argparse.ArgumentParser:
 
     command = _add_command(commands, "generate", "answer a file of prompts", generate)
     command.add_argument(
-        "--input", required=True, type=Path, metavar="FILE", help="prompts: one JSON object a line"
+        "--input", required=True, metavar="FILE", help="prompts: one JSON object a line"
     )
     command.add_argument(
-        "--output", required=True, type=Path, metavar="FILE",
+        "--output", required=True, metavar="FILE",
         help="answers are appended to it; a prompt that it already answers is skipped",
+    )  # fmt: skip
+    cluster = command.add_argument_group("Ray", "See above for what changes with --ray.")
+    cluster.add_argument(
+        "--ray", action="store_true",
+        help="answer with several engines, on the Ray cluster of RAY_ADDRESS or else this machine",
+    )  # fmt: skip
+    cluster.add_argument(
+        "--replicas", type=int, metavar="N",
+        help="engines, each on --tensor-parallel-size GPUs (default: 1)",
+    )  # fmt: skip
+    cluster.add_argument(
+        "--batch-size", type=int, metavar="N",
+        help="rows that an engine answers together and writes as one file; they are lost if it "
+        "dies, and done again (default: 1024)",
     )  # fmt: skip
     _add_options(
         command,
@@ -120,4 +133,8 @@ def _add_options(command: argparse.ArgumentParser, max_tokens: str, seed: str) -
         "--max-model-len", type=int, metavar="N",
         help="the most tokens of prompt and answer together (default: 4096, or the model's limit "
         "if that is lower)",
+    )  # fmt: skip
+    engine.add_argument(
+        "--tensor-parallel-size", type=int, metavar="N",
+        help="GPUs over which the model is split (default: 1)",
     )  # fmt: skip

@@ -4,13 +4,14 @@ import argparse
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from nanovllm import LLM, SamplingParams
 
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed")
-ENGINE_OPTIONS = ("device", "dtype", "max_model_len")
+ENGINE_OPTIONS = ("device", "dtype", "max_model_len", "tensor_parallel_size")
 
 
 class CommandError(Exception):
@@ -76,3 +77,10 @@ def given_options(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str,
 
 def chat_template_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     return {"enable_thinking": False} if args.no_thinking else {}
+
+
+def model_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What determines the model's logits. The device is left out: a run may continue on another."""
+    path = Path(args.model)
+    name = str(path.resolve()) if path.is_dir() else args.model
+    return {"model": name} | given_options(args, ("dtype", "max_model_len"))

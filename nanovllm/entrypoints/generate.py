@@ -5,7 +5,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,9 +20,11 @@ from nanovllm.entrypoints.common import (
     chat_template_kwargs,
     given_options,
     load_llm,
+    model_settings,
     print_message,
     sampling_params,
 )
+from nanovllm.entrypoints.rows import RowParser, parse_object, reason
 from nanovllm.outputs import RequestOutput
 
 HELP = """\
@@ -43,15 +45,24 @@ and the options), "text", "token_ids" and "finish_reason".
 If a run is stopped, in whatever way, the same command continues it: lines that the output answers
 are skipped. Lines that cannot be answered are reported, and the run goes on; the exit status is
 then 1.
+
+With --ray, several engines share the work (pip install 'nanovllm[ray]'). --input is then a JSONL or
+Parquet file, a directory of such files, or the URL of either, such as s3://bucket/prompts. --output
+is a directory or its URL. It gets files of the input's kind, one when a batch is complete, so that
+what a stopped run loses is the batches that it was at. Answers also have "file" and "error". A row
+that cannot be answered is written too, with the reason in "error" and null in place of an answer,
+and is not tried again. A row that has changed in the input is answered anew, and the answer to what
+it was before stays. In Parquet "id" is a string. Continue a run that was stopped when all of its
+processes have ended, so that none of them writes any more. On a cluster all paths must be ones that
+every node has.
 """
 EXAMPLE = """\
 example:
   echo '{"id": "sky", "prompt": "The sky is", "sampling_params": {"stop": "."}}' > prompts.jsonl
   echo '{"messages": [{"role": "user", "content": "Why is it blue?"}]}' >> prompts.jsonl
   python -m nanovllm generate Qwen/Qwen3-0.6B --input prompts.jsonl --output answers.jsonl
+  python -m nanovllm generate Qwen/Qwen3-0.6B --input prompts --output answers --ray --replicas 8
 """
-
-PROMPT_TYPES = {"prompt": str, "prompt_token_ids": list, "messages": list}
 
 
 @dataclass(frozen=True)
@@ -102,10 +113,10 @@ class Generation:
         progress: tqdm,
     ) -> None:
         options = {"seed": 0} | given_options(args, SAMPLING_OPTIONS)
-        self.seed = options["seed"]
-        self.params = sampling_params(llm, options)
-        self.template_kwargs = chat_template_kwargs(args)
-        settings = asdict(self.params) | self.template_kwargs | _model_settings(args)
+        params = sampling_params(llm, options)
+        template_kwargs = chat_template_kwargs(args)
+        self.parser = RowParser(llm, params, template_kwargs, options["seed"])
+        settings = asdict(params) | template_kwargs | model_settings(args)
         self.settings = json.dumps(settings, sort_keys=True).encode()
         self.llm = llm
         self.digests = digests
@@ -163,10 +174,7 @@ class Generation:
             id_, prompt, params = self.parse(line)
             request_id = self.llm.add_request(prompt, params)
         except (TypeError, ValueError) as error:
-            reason = str(error)
-            if reason.startswith("prompt 0"):  # the engine counts prompts, and was given only this
-                reason = "the prompt" + reason.removeprefix("prompt 0")
-            self.report_bad(line.number, reason)
+            self.report_bad(line.number, reason(error))
         else:
             self.pending[request_id] = id_, line
 
@@ -176,52 +184,9 @@ class Generation:
         Raises:
             TypeError, ValueError: if the line is invalid.
         """
-        item = _parse_object(line.content)
-        id_ = item.get("id", line.number)
-        try:
-            json.dumps(id_, allow_nan=False)
-        except ValueError:
-            raise ValueError("id must be a JSON value, and has nan or an infinite number") from None
-        keys = [key for key in PROMPT_TYPES if item.get(key) is not None]
-        if len(keys) != 1:
-            found = " and ".join(keys) or "none"
-            raise ValueError(f"it needs one of {', '.join(PROMPT_TYPES)}, and has {found}")
-        (key,) = keys
-        prompt, expected = item[key], PROMPT_TYPES[key]
-        if not isinstance(prompt, expected):
-            what = "a string" if expected is str else "a list"
-            raise TypeError(f"{key} must be {what}, got {_shortened(prompt)}")
-        if key == "messages":
-            prompt = self.llm.chat_prompt(prompt, chat_template_kwargs=self.template_kwargs)
-        return id_, prompt, self.line_params(item.get("sampling_params"), line.number)
-
-    def line_params(self, given: Any, line_number: int) -> SamplingParams:
-        """The sampling parameters of a line: those given in it, and the command's for the rest.
-
-        Raises:
-            TypeError, ValueError: if a given one is invalid.
-        """
-        if given is None:
-            given = {}
-        if not isinstance(given, dict):
-            raise TypeError(f"sampling_params must be an object, got {_shortened(given)}")
-        known = [field.name for field in fields(SamplingParams)]
-        for name in given:
-            if name not in known:
-                raise ValueError(f"sampling_params has {name!r}; it takes {', '.join(known)}")
-        options = dict(given)
-        if isinstance(options.get("logit_bias"), dict):  # its keys are strings, as always in JSON
-            bias = options["logit_bias"].items()
-            options["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in bias}
-        if options.get("seed") in (None, -1):
-            options["seed"] = _line_seed(self.seed, line_number)
-        params = replace(self.params, **options)
-        if params.n != 1 or params.logprobs is not None or params.prompt_logprobs is not None:
-            raise ValueError(
-                "n, logprobs and prompt_logprobs have no place in the output: repeat the line for "
-                "more answers, or use LLM.generate"
-            )
-        return params
+        item = parse_object(line.content)
+        prompt, params = self.parser.parse(item, line.number)
+        return item.get("id", line.number), prompt, params
 
     def write(self, output: RequestOutput) -> None:
         """Append an answer to the output file."""
@@ -231,25 +196,32 @@ class Generation:
         self.counts.answered += 1
         self.progress.update()
 
-    def report_bad(self, line_number: int, reason: str) -> None:
+    def report_bad(self, line_number: int, why: str) -> None:
         """Tell the user why a line gets no answer."""
         self.counts.bad += 1
         self.progress.update()
-        tqdm.write(f"line {line_number}: {reason}", file=sys.stderr)
+        tqdm.write(f"line {line_number}: {why}", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
+    if args.ray:
+        from nanovllm.entrypoints import ray_generate  # Ray is an extra, and takes long to import
+
+        return ray_generate.run(args)
+    if args.replicas is not None or args.batch_size is not None:
+        raise CommandError("--replicas and --batch-size go with --ray: add it, or leave them out")
     counts = Counts()
+    input_path, output_path = Path(args.input), Path(args.output)
     try:
-        with args.input.open("rb") as input_file:
-            if args.output.exists() and args.output.samefile(args.input):
+        with input_path.open("rb") as input_file:
+            if output_path.exists() and output_path.samefile(input_path):
                 raise CommandError("--output is the input: give it another name")
-            digests = read_digests(args.output)
+            digests = read_digests(output_path)
             with (
-                args.output.open("ab") as output_file,
+                output_path.open("ab") as output_file,
                 load_llm(args) as llm,
-                tqdm(total=_count_lines(args.input), desc="Answering", mininterval=0.5) as progress,
+                tqdm(total=_count_lines(input_path), desc="Answering", mininterval=0.5) as progress,
                 DeferredInterrupt() as interrupt,
             ):
                 generation = Generation(args, llm, digests, output_file, counts, progress)
@@ -257,18 +229,16 @@ def run(args: argparse.Namespace) -> int:
                 interrupted = interrupt.received
     except KeyboardInterrupt:
         interrupted = True
+    return end(counts, interrupted)
+
+
+def end(counts: Counts, interrupted: bool) -> int:
+    """Tell the user how a run ended, and return the exit status."""
     if interrupted:
         print_message(f"Interrupted: {counts}. To go on from here, give the same command again.")
         return 130
     print_message(f"Done: {counts}.")
     return 1 if counts.bad else 0
-
-
-def _model_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What determines the model's logits. The device is left out: a run may continue on another."""
-    path = Path(args.model)
-    name = str(path.resolve()) if path.is_dir() else args.model
-    return {"model": name} | given_options(args, ("dtype", "max_model_len"))
 
 
 def _count_lines(path: Path) -> int | None:
@@ -277,26 +247,3 @@ def _count_lines(path: Path) -> int | None:
         return None
     with path.open("rb") as file:
         return sum(not line.isspace() for line in file)
-
-
-def _parse_object(content: bytes) -> dict[str, Any]:
-    try:
-        item = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg}, at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(item, dict):
-        raise ValueError('not a JSON object, such as {"prompt": "Hello"}')
-    return item
-
-
-def _line_seed(seed: int, line_number: int) -> int:
-    """The seed of a line that gives none. It is the same in every run."""
-    digest = hashlib.sha256(f"{seed} {line_number}".encode()).digest()
-    return int.from_bytes(digest[:8], "little")
-
-
-def _shortened(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
