@@ -146,7 +146,7 @@ def recorded(llm: LLM, letters: dict[int, str]) -> Iterator[list[Step]]:
     scheduler, runner = llm.scheduler, llm.model_runner
     manager, buffers = scheduler.block_manager, runner.inputs
     schedule, postprocess = scheduler.schedule, scheduler.postprocess
-    launch, collect, send = runner.launch, runner.collect, buffers.send
+    launch, collect, fill = runner.launch, runner.collect, buffers.fill
     steps: list[Step] = []
     shapes: list[StepShape] = []
 
@@ -177,9 +177,10 @@ def recorded(llm: LLM, letters: dict[int, str]) -> Iterator[list[Step]]:
         )  # fmt: skip
         return batch
 
-    def recorded_send(*args: Any, **options: Any) -> StepShape:
-        shapes.append(send(*args, **options))
-        return shapes[-1]
+    def recorded_fill(*args: Any, **options: Any) -> tuple[StepShape, int]:
+        shape, num_words = fill(*args, **options)
+        shapes.append(shape)
+        return shape, num_words
 
     def recorded_launch(batch: Batch) -> PendingStep:
         pending = launch(batch)
@@ -204,11 +205,11 @@ def recorded(llm: LLM, letters: dict[int, str]) -> Iterator[list[Step]]:
         return counted
 
     scheduler.schedule, scheduler.postprocess = recorded_schedule, recorded_postprocess
-    runner.launch, runner.collect, buffers.send = recorded_launch, recorded_collect, recorded_send
+    runner.launch, runner.collect, buffers.fill = recorded_launch, recorded_collect, recorded_fill
     try:
         yield steps
     finally:  # those of the classes are back
-        del scheduler.schedule, scheduler.postprocess, runner.launch, runner.collect, buffers.send
+        del scheduler.schedule, scheduler.postprocess, runner.launch, runner.collect, buffers.fill
 
 
 def listing(steps: list[Step], texts: dict[int, str]) -> str:
