@@ -17,6 +17,7 @@ from nanovllm.engine.input_processor import (
 )
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.stats import StepStats
+from nanovllm.engine.tokenizer import Tokenizer
 from nanovllm.outputs import RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -168,6 +169,16 @@ class LLM(LLMEngine):
             return self.tokenizer.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeError) as error:
             raise ValueError(f"a message is not valid Unicode text: {error}") from error
+
+    def get_tokenizer(self) -> Tokenizer:
+        """transformers' tokenizer.
+
+        Raises:
+            ValueError: if the checkpoint has none.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.config.model_dir} has no tokenizer: add its files")
+        return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Those that the checkpoint's generation_config.json recommends: greedy if it says that

@@ -87,6 +87,7 @@ class OutputProcessor:
             num_prompt_tokens=first.num_prompt_tokens,
             num_cached_tokens=first.num_cached_tokens or 0,
             outputs=completions,
+            finished=True,
             metrics=_metrics(request),
         )
 
