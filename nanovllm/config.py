@@ -11,10 +11,15 @@ import torch
 
 from nanovllm.models import CausalLM, find_model_class
 from nanovllm.models.config import ModelConfig
+from nanovllm.other_options import settle
 from nanovllm.utils.loader import checkpoint_dtype
 from nanovllm.utils.validation import as_integer, as_number
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Other names of these that are in use.
+_DTYPE_NAMES: dict[Any, str] = {
+    "half": "float16", "float": "float32", **{dtype: name for name, dtype in DTYPES.items()},
+}  # fmt: skip
 ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "torch")
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
@@ -34,10 +39,18 @@ class Config:
         kvcache_block_size: tokens per KV block, a multiple of 16 (of 256 with flash-attn).
         num_kvcache_blocks: size of the KV cache; None computes it from the memory that is free.
         device: "auto" (cuda if there is one, else cpu), or any torch device string of these two.
-        dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
+        dtype: "auto" (the checkpoint's), "bfloat16", "float16" ("half") or "float32" ("float"), or
+            torch's own.
         attention_backend: "auto", "flash-attn", "triton" or "torch".
-        load_format: "auto" (safetensors), or "dummy": random weights in the shape of config.json.
+        load_format: "auto" or "safetensors"; "dummy" for random weights in the shape of
+            config.json.
         seed: what the random choices of requests without a seed of their own are drawn from.
+        enable_prefix_caching: let requests with the same prefix share its KV blocks.
+        tokenizer: the directory of another tokenizer, or its hub id; None: the checkpoint's.
+        skip_tokenizer_init: have no tokenizer: prompts are token ids, and outputs have no text.
+        hf_overrides: entries of config.json in place of the checkpoint's, such as `rope_scaling`.
+        revision: of the checkpoint, if `model` is a hub id.
+        download_dir: where checkpoints from the hub are kept; None: the hub's own cache.
         tensor_parallel_size: how many GPUs, or processes on a CPU, share each step, with a part of
             each layer (see `parallel`). With `device` "cuda:N" they are the GPUs from N on.
         async_scheduling: plan and launch a step before the last one's tokens are read, so that the
@@ -63,8 +76,15 @@ class Config:
     seed: int = 0
     async_scheduling: bool | None = None
     tensor_parallel_size: int = 1
+    enable_prefix_caching: bool = True
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    hf_overrides: dict[str, Any] | None = None
+    revision: str | None = None
+    download_dir: str | None = None
 
     model_dir: Path = field(init=False)
+    tokenizer_dir: Path = field(init=False)
     model_class: type[CausalLM] = field(init=False)
     model_config: ModelConfig = field(init=False)
     torch_device: torch.device = field(init=False)
@@ -74,11 +94,10 @@ class Config:
 
     @classmethod
     def from_options(cls, model: str | os.PathLike[str], options: dict[str, Any]) -> "Config":
-        """Build a Config, refusing options that do not exist."""
+        """Build a Config. Options of None have their default; those of vLLM that change nothing are
+        taken, and all others that do not exist are refused: see `other_options`."""
         known = [f.name for f in fields(cls) if f.init and f.name != "model"]
-        for name in options:
-            if name not in known:
-                raise TypeError(f"unknown engine option {name!r}; the options are {known}")
+        options = settle(options, known)
         if not isinstance(model, (str, os.PathLike)):
             raise TypeError(f"model must be a directory or a hub id, got {model!r}")
         return cls(model=str(model), **options)
@@ -86,8 +105,11 @@ class Config:
     def __post_init__(self) -> None:
         self._check_options()
         self.torch_device = _resolve_device(self.device)
-        self.model_dir = _resolve_model(self.model)
-        content = _load_config_json(self.model_dir)
+        self.model_dir = self._resolve_model(self.model)
+        self.tokenizer_dir = self.model_dir
+        if self.tokenizer is not None and not self.skip_tokenizer_init:
+            self.tokenizer_dir = self._resolve_model(str(self.tokenizer))
+        content = _load_config_json(self.model_dir) | (self.hf_overrides or {})
         self.model_class = find_model_class(content)
         self.model_config = self.model_class.config_class.from_json(content)
         if self.tensor_parallel_size > 1:
@@ -109,6 +131,9 @@ class Config:
         if self.async_scheduling is None:
             self.async_scheduling = self.torch_device.type == "cuda"
 
+    def _resolve_model(self, model: str) -> Path:
+        return _resolve_model(model, self.revision, self.download_dir)
+
     def _check_options(self) -> None:
         for name in ("max_num_batched_tokens", "kvcache_block_size"):
             self._check_integer(name, at_least=1)
@@ -127,9 +152,17 @@ class Config:
             raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {share}")
         _check_choice("enforce_eager", self.enforce_eager, (True, False))
         _check_choice("async_scheduling", self.async_scheduling, (None, True, False))
+        if isinstance(self.dtype, (str, torch.dtype)):
+            self.dtype = _DTYPE_NAMES.get(self.dtype, self.dtype)
         _check_choice("dtype", self.dtype, ("auto", *DTYPES))
+        _check_choice("enable_prefix_caching", self.enable_prefix_caching, (True, False))
+        _check_choice("skip_tokenizer_init", self.skip_tokenizer_init, (True, False))
+        if not isinstance(self.hf_overrides, (dict, type(None))):
+            raise TypeError(
+                f"hf_overrides must be a dict of entries of config.json, got {self.hf_overrides!r}"
+            )
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        _check_choice("load_format", self.load_format, ("auto", "dummy"))
+        _check_choice("load_format", self.load_format, ("auto", "safetensors", "dummy"))
 
     def _check_integer(self, name: str, at_least: int, below: int = 2**31) -> None:
         value = as_integer(name, getattr(self, name))
@@ -165,7 +198,7 @@ def _resolve_device(name: str) -> torch.device:
     return device
 
 
-def _resolve_model(model: str) -> Path:
+def _resolve_model(model: str, revision: str | None, download_dir: str | None) -> Path:
     """The local directory of a checkpoint, fetched from the hub if `model` is a hub id."""
     if not model:
         raise ValueError("model is empty: give a checkpoint directory or a hub id")
@@ -183,7 +216,11 @@ def _resolve_model(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=CHECKPOINT_FILES))
+        return Path(
+            snapshot_download(
+                model, revision=revision, cache_dir=download_dir, allow_patterns=CHECKPOINT_FILES
+            )
+        )
     except Exception as error:
         raise FileNotFoundError(
             f"model {model!r} is neither a local directory nor could it be fetched from the hub "

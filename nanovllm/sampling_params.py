@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import InitVar, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nanovllm.utils.validation import as_integer, as_number
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Dividing by a smaller temperature could overflow. Above the largest, all tokens are equally likely
 # in float32 anyway.
@@ -15,13 +18,31 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e30
 MAX_N = 16384
 
 
-@dataclass(frozen=True, kw_only=True)
+# vLLM's other parameters: what says what is the case anyway, and what to do about the rest.
+_OTHERS: dict[str, tuple[tuple[object, ...], str]] = {
+    "best_of": ((), "sample n completions, and choose among them by cumulative_logprob"),
+    "use_beam_search": ((False,), "beam search is not served"),
+    "length_penalty": ((1, 1.0), "beam search is not served"),
+    "early_stopping": ((False,), "beam search is not served"),
+    "detokenize": ((True,), "LLM(skip_tokenizer_init=True) makes no text"),
+    "spaces_between_special_tokens": ((True,), "it is always True"),
+    "logits_processors": ((), "see logit_bias and allowed_token_ids"),
+    "bad_words": ((), "see logit_bias, which takes -100 for a token"),
+    "guided_decoding": ((), "structured outputs are not served"),
+    "structured_outputs": ((), "structured outputs are not served"),
+    "truncate_prompt_tokens": ((), "cut the prompt's token ids before"),
+    "extra_args": ((), "leave it out"),
+}
+
+
+@dataclass(kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen, when it ends, and what comes back.
 
-    Names, defaults and meanings are vLLM's, except that `max_tokens` is 64. Applied in
-    this order: `allowed_token_ids`, `min_tokens` and `logit_bias`, then the penalties,
-    `temperature`, `min_p`, `top_k`, `top_p`.
+    Names, defaults and meanings are vLLM's, except that `max_tokens` is 64. What vLLM has besides
+    is taken where it is None, empty, or what is the case. Fields may be assigned between requests,
+    and are checked again when they are used. Applied in this order: `allowed_token_ids`,
+    `min_tokens` and `logit_bias`, then the penalties, `temperature`, `min_p`, `top_k`, `top_p`.
 
     Attributes:
         temperature: logits are divided by it before sampling; 0 picks the most likely token
@@ -74,7 +95,25 @@ class SamplingParams:
     allowed_token_ids: list[int] | tuple[int, ...] | None = None
     skip_special_tokens: bool = True
 
-    def __post_init__(self) -> None:
+    best_of: InitVar[Any] = None
+    use_beam_search: InitVar[Any] = None
+    length_penalty: InitVar[Any] = None
+    early_stopping: InitVar[Any] = None
+    detokenize: InitVar[Any] = None
+    spaces_between_special_tokens: InitVar[Any] = None
+    logits_processors: InitVar[Any] = None
+    bad_words: InitVar[Any] = None
+    guided_decoding: InitVar[Any] = None
+    structured_outputs: InitVar[Any] = None
+    truncate_prompt_tokens: InitVar[Any] = None
+    extra_args: InitVar[Any] = None
+
+    def __post_init__(self, *others: Any) -> None:
+        for (name, (values, way_out)), value in zip(_OTHERS.items(), others, strict=True):
+            is_nothing = value is None or (isinstance(value, (list, tuple, dict)) and not value)
+            is_n = name == "best_of" and value == self.n
+            if not (is_nothing or is_n or value in values):
+                raise ValueError(f"{name}={value!r}: {way_out}")
         self._number("temperature", 0, what="0 (greedy) or above")
         self._number("top_p", 0, 1, what="above 0 and at most 1")
         if self.top_p == 0:
@@ -112,6 +151,7 @@ class SamplingParams:
                 raise ValueError("allowed_token_ids is empty: no token could be sampled")
         if self.logit_bias is not None:
             self._set("logit_bias", self._bias())
+        self._checked = {name: value for name, value in vars(self).items() if name != "_checked"}
 
     @property
     def effective_temperature(self) -> float:
@@ -132,12 +172,25 @@ class SamplingParams:
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
         return penalties != (0, 0, 1)
 
+    def clone(self) -> "Self":
+        """A copy, checked anew."""
+        return replace(self)
+
+    def checked(self) -> "Self":
+        """These, or a checked copy if a field was assigned since.
+
+        Raises:
+            TypeError, ValueError: for a value that cannot work.
+        """
+        now = {name: value for name, value in vars(self).items() if name != "_checked"}
+        return self if now == self._checked else self.clone()
+
     def is_below_min_tokens(self, num_generated: int) -> bool:
         """Whether after so many generated tokens nothing may end the request yet."""
         return num_generated < self.min_tokens
 
     def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
+        setattr(self, name, value)
 
     def _number(self, name: str, low: float, high: float = math.inf, *, what: str) -> None:
         value = as_number(name, getattr(self, name))

@@ -18,20 +18,21 @@ from nanovllm.config import Config
 BAD_OPTIONS = [
     ("max_num_batched_tokens", 0), ("max_num_batched_tokens", -1), ("max_num_batched_tokens", 1.5),
     ("max_num_seqs", 0), ("max_num_seqs", "8"), ("max_num_seqs", True),
-    ("max_model_len", 1), ("max_model_len", 0), ("max_model_len", None),
+    ("max_model_len", 1), ("max_model_len", 0),
     ("gpu_memory_utilization", 0), ("gpu_memory_utilization", 1.01),
     ("gpu_memory_utilization", math.nan), ("gpu_memory_utilization", "all"),
     ("gpu_memory_utilization", True),
-    ("enforce_eager", 1), ("enforce_eager", "yes"), ("enforce_eager", None),
+    ("enforce_eager", 1), ("enforce_eager", "yes"),
     ("kvcache_block_size", 0), ("kvcache_block_size", 17), ("kvcache_block_size", 16.0),
     ("num_kvcache_blocks", 0), ("num_kvcache_blocks", -5), ("num_kvcache_blocks", 2.5),
     ("device", "tpu"), ("device", "meta"), ("device", ""), ("device", "cuda:99"),
-    ("device", None), ("device", 3), ("device", "cpu:x"),
-    ("dtype", "int8"), ("dtype", "half"), ("dtype", torch.float32), ("dtype", None),
-    ("attention_backend", "cuda"), ("attention_backend", None), ("attention_backend", "Triton"),
-    ("load_format", "pt"), ("load_format", None),
-    ("seed", -1), ("seed", 0.5), ("seed", None),
-    ("async_scheduling", 1), ("async_scheduling", "auto"),
+    ("device", 3), ("device", "cpu:x"),
+    ("dtype", "int8"), ("dtype", torch.int8), ("dtype", 16),
+    ("attention_backend", "cuda"), ("attention_backend", "Triton"),
+    ("load_format", "pt"),
+    ("seed", -1), ("seed", 0.5),
+    ("async_scheduling", 1), ("async_scheduling", "auto"), ("enable_prefix_caching", 1),
+    ("skip_tokenizer_init", "no"), ("hf_overrides", "rope_scaling"),
 ]  # fmt: skip
 
 
@@ -110,13 +111,14 @@ def test_hub_id_is_fetched_when_no_such_directory_exists(
 
     asked = []
 
-    def fetch(name: str, allow_patterns: list[str]) -> str:
+    def fetch(name: str, allow_patterns: list[str], **where: object) -> str:
         asked.append(name)
         assert "*.safetensors" in allow_patterns
+        assert where == {"revision": "v2", "cache_dir": "here"}
         return str(tiny)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    with build("some/model") as llm:
+    with build("some/model", revision="v2", download_dir="here") as llm:
         assert asked == ["some/model"]
         assert len(llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0]["token_ids"]) == 12
 

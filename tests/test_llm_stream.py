@@ -190,7 +190,6 @@ def test_more_than_one_completion_is_refused(llm: LLM, tiny_reference: Reference
 
 def test_bad_requests_are_refused_before_the_first_piece_is_asked_for(llm: LLM):
     for prompts, params, error in (
-        ([], GREEDY, "prompts is empty"),
         ([[1], [999]], GREEDY, "prompt 1 has token id 999"),
         ([[1], []], GREEDY, "prompt 1 is empty"),
         ([[1], [2]], [GREEDY], "2 prompts need as many"),

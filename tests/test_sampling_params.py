@@ -1,11 +1,12 @@
 """SamplingParams: what they refuse, each by its name."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from nanovllm import SamplingParams
+from nanovllm import LLM, SamplingParams
 
 NAN, INF = math.nan, math.inf
 BAD_PARAMS = [
@@ -51,8 +52,37 @@ def test_an_impossible_value_is_refused_by_name(name: str, value: object, error:
 
 
 def test_unknown_sampling_param_is_refused():
-    with pytest.raises(TypeError, match="best_of"):
-        SamplingParams(best_of=2)
+    with pytest.raises(TypeError, match="temprature"):
+        SamplingParams(temprature=0.5)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"best_of": None}, {"best_of": 2, "n": 2},
+        {"use_beam_search": False, "length_penalty": 1.0},
+        {"early_stopping": False, "detokenize": True, "spaces_between_special_tokens": True},
+        {"logits_processors": [], "bad_words": (), "guided_decoding": None, "extra_args": {}},
+    ],
+)  # fmt: skip
+def test_what_changes_nothing_is_taken(others: dict):
+    n = others.get("n", 1)
+    assert SamplingParams(**others) == SamplingParams(n=n)
+    assert replace(SamplingParams(**others), top_k=3) == SamplingParams(n=n, top_k=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "way_out"),
+    [
+        ("best_of", 4, "cumulative_logprob"), ("use_beam_search", True, "beam search"),
+        ("detokenize", False, "skip_tokenizer_init"), ("logits_processors", [print], "logit_bias"),
+        ("bad_words", ["no"], "-100"), ("guided_decoding", {"json": "{}"}, "structured outputs"),
+        ("truncate_prompt_tokens", 5, "token ids before"), ("length_penalty", 0.8, "beam search"),
+    ],
+)  # fmt: skip
+def test_what_is_not_served_is_refused_with_the_way_out(name: str, value: object, way_out: str):
+    with pytest.raises(ValueError, match=f"{name}=.*{way_out}"):
+        SamplingParams(**{name: value})
 
 
 def test_more_completions_than_anyone_wants_are_refused():
@@ -73,7 +103,7 @@ def test_min_tokens_may_be_max_tokens_and_no_more():
         SamplingParams(min_tokens=6, max_tokens=5)
 
 
-def test_params_cannot_be_changed_afterwards_and_copy_what_they_are_given():
+def test_params_copy_what_they_are_given():
     stops, bias = [5, 6], {5: 1.0}
     params = SamplingParams(stop_token_ids=stops, allowed_token_ids=stops, logit_bias=bias)
     stops.append(-1)
@@ -81,8 +111,19 @@ def test_params_cannot_be_changed_afterwards_and_copy_what_they_are_given():
     assert params == SamplingParams(
         stop_token_ids=[5, 6], allowed_token_ids=(5, 6), logit_bias={5: 1}
     )
-    with pytest.raises(AttributeError):
-        params.top_k = 3
+
+
+def test_fields_that_are_assigned_later_are_checked_when_used(llm: LLM):
+    params = SamplingParams(temperature=0, max_tokens=3)
+    assert params.checked() is params and params.clone() is not params
+    params.max_tokens, params.stop_token_ids = 5, [7, 7]
+    (output,) = llm.generate([1, 2, 3], params, use_tqdm=False)
+    assert len(output.token_ids) == 5
+    params.top_p = 0
+    with pytest.raises(ValueError, match="top_p must be above 0"):
+        llm.generate([1, 2, 3], params)
+    params.top_p = 1.0
+    assert len(llm.generate([1, 2, 3], params, use_tqdm=False)[0].token_ids) == 5
 
 
 def test_params_have_names():

@@ -52,12 +52,15 @@ def hash_block(prefix_hash: int, token_ids: list[int]) -> int:
 class BlockManager:
     """Hands out the blocks of a KV cache of `num_blocks` blocks of `block_size` tokens.
 
+    With `shares_prefixes` off, no sequence finds the blocks of another.
+
     Attributes:
         fewest_free: the least number of free blocks that there ever was.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, shares_prefixes: bool = True) -> None:
         self.block_size = block_size
+        self.shares_prefixes = shares_prefixes
         self.fewest_free = num_blocks
         self._content_ids = count(EMPTY_PREFIX + 1)
         self._clear(num_blocks)
@@ -78,7 +81,7 @@ class BlockManager:
         assert not seq.block_table and not seq.num_pending_tokens
         if headroom >= self.num_free_blocks:  # at least one block is a new one: spare the hashing
             return False
-        cached = self._cached_prefix(seq.token_ids) if use_cache else []
+        cached = self._cached_prefix(seq.token_ids) if use_cache and self.shares_prefixes else []
         num_blocks = -(-len(seq.token_ids) // self.block_size)
         # A cached block that nobody holds leaves the free blocks, too.
         num_taken = num_blocks - sum(block.ref_count > 0 for block in cached)
@@ -115,6 +118,8 @@ class BlockManager:
         all keys and values before it reads any (`AttentionBackend.attend`). Blocks of generated
         tokens are registered when their tokens are known.
         """
+        if not self.shares_prefixes:
+            return
         blocks = [self.blocks[i] for i in seq.block_table[: num_tokens // self.block_size]]
         first_new = len(blocks)  # those before it are registered already
         while first_new > 0 and not blocks[first_new - 1].is_registered:

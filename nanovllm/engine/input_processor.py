@@ -35,22 +35,22 @@ class Request:
 
 
 def prompt_list(prompts: Prompts) -> list[Prompt]:
-    """One prompt or many -> a list of prompts. A list that begins with an integer is one prompt.
+    """One prompt or many -> a list of prompts. What begins with a number is one prompt. Any
+    sequence will do: a list, an array, a column of a table.
 
     Raises:
-        TypeError, ValueError: if there is none.
+        TypeError: for something else.
     """
     if isinstance(prompts, (str, collections.abc.Mapping)):
         return [prompts]
-    if not isinstance(prompts, (list, tuple)):
+    prompts = _as_list(prompts)
+    if not isinstance(prompts, list):
         raise TypeError(
             "prompts must be a string, a list of token ids, or a list of these, got "
             f"{reprlib.repr(prompts)}"
         )
-    if not prompts:
-        raise ValueError("prompts is empty: give at least one prompt")
-    is_many = isinstance(prompts[0], (str, list, tuple, collections.abc.Mapping))
-    return list(prompts) if is_many else [list(prompts)]
+    is_many = not prompts or hasattr(prompts[0], "__len__")
+    return prompts if is_many else [prompts]
 
 
 def params_list(params: Params, num_prompts: int) -> list[SamplingParams]:
@@ -70,7 +70,7 @@ def params_list(params: Params, num_prompts: int) -> list[SamplingParams]:
     for index, one in enumerate(many):
         if one is not None and not isinstance(one, SamplingParams):
             raise TypeError(f"prompt {index}: sampling_params must be SamplingParams, got {one!r}")
-    return [SamplingParams() if one is None else one for one in many]
+    return [SamplingParams() if one is None else one.checked() for one in many]
 
 
 class InputProcessor:
@@ -195,13 +195,29 @@ class InputProcessor:
         return token_ids
 
 
+def _as_list(value: Any) -> Any:
+    """A list of what a sequence has: a tuple, a NumPy array, a column of pandas or datasets."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    is_sequence = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    is_text = isinstance(value, (str, bytes, collections.abc.Mapping))
+    return list(value) if is_sequence and not is_text else value
+
+
 def _unwrapped(prompt: Prompt, name: str) -> str | TokenIds:
-    """What a dict stands for, by its key."""
+    """What a dict stands for: its token ids if it has any, else its text. Entries of None do not
+    count."""
     if not isinstance(prompt, collections.abc.Mapping):
-        return prompt
-    for key, kind in (("prompt", str), ("prompt_token_ids", (list, tuple))):
-        if [*prompt] == [key] and isinstance(prompt[key], kind):
-            return prompt[key]
+        return _as_list(prompt)
+    given = {key: value for key, value in prompt.items() if value is not None}
+    token_ids = _as_list(given.get("prompt_token_ids"))
+    others = given.keys() - {"prompt", "prompt_token_ids"}
+    if not others and isinstance(token_ids, list):
+        return token_ids
+    if not others and token_ids is None and isinstance(given.get("prompt"), str):
+        return given["prompt"]
     raise ValueError(
         f"{name} must have a string as 'prompt' or a list as 'prompt_token_ids', and nothing else, "
         f"got {reprlib.repr(prompt)}"

@@ -53,7 +53,9 @@ class LLMEngine:
                 # A GPU gets ready while this thread imports; an error ModelRunner meets again.
                 if self.config.torch_device.type == "cuda":
                     pool.submit(load_libraries, self.config.torch_device, self.config.torch_dtype)
-                self.tokenizer = load_tokenizer(self.config.model_dir)
+                self.tokenizer = None
+                if not self.config.skip_tokenizer_init:
+                    self.tokenizer = load_tokenizer(self.config.tokenizer_dir)
             if self.config.tensor_parallel_size > 1:
                 from nanovllm.parallel.rank_runner import LeadingRunner
 
@@ -64,7 +66,11 @@ class LLMEngine:
         self._fit_to_cache(self.model_runner.num_kvcache_blocks)
         eos_token_ids = self._eos_token_ids()
         self.scheduler = Scheduler(
-            BlockManager(self.model_runner.num_kvcache_blocks, self.config.kvcache_block_size),
+            BlockManager(
+                self.model_runner.num_kvcache_blocks,
+                self.config.kvcache_block_size,
+                self.config.enable_prefix_caching,
+            ),
             self.config.max_num_seqs,
             self.config.max_num_batched_tokens,
         )

@@ -141,6 +141,11 @@ def _rope_parameters(content: dict[str, Any], default_theta: float) -> dict[str,
         raise refusal("rope_scaling", given)
     if any(isinstance(value, dict) for value in given.values()):
         raise ValueError(f"config.json has rope parameters for kinds of layers: {given}")
+    # A scaling that was added by hand may have no theta of its own.
+    beside = (
+        content.get("rope_parameters") if isinstance(content.get("rope_parameters"), dict) else {}
+    )
+    default_theta = (beside or {}).get("rope_theta", default_theta)
     theta = given.get("rope_theta") or content.get("rope_theta", default_theta)
     if not _is_number(theta) or theta == 0:
         raise refusal("rope_theta", theta)

@@ -161,7 +161,7 @@ class Ranks:
             )  # fmt: skip
         connection = self._connections[rank] = Connection(ours.detach())
         options = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
-        options["model"] = str(config.model_dir)
+        options |= {"model": str(config.model_dir), "tokenizer": None}
         if config.torch_device.type == "cuda":
             options["device"] = f"cuda:{(config.torch_device.index or 0) + rank}"
         connection.send((options, rank, self.store.port, self.num_threads))

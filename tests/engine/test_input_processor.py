@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
+import torch
 
 from helpers.checkpoints import VOCAB_SIZE, Reference, random_tokens
 from helpers.engines import BOTH_ORDERS, assert_empty, build
@@ -51,9 +52,49 @@ def test_any_mapping_may_stand_for_what_it_holds(llm: LLM):
     assert len({tuple(output["token_ids"]) for (output,) in tokens}) == 1
 
 
+class Column:
+    """As tables have them: neither a list nor a tuple."""
+
+    def __init__(self, *values: object) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> object:
+        return self.values[index]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        np.array([[1, 2, 3], [4, 5, 6]]), [np.array([1, 2, 3]), np.array([4, 5, 6])],
+        torch.tensor([[1, 2, 3], [4, 5, 6]]), np.array(["t1 t2 t3", "t4 t5 t6"]),
+        np.array(["t1 t2 t3", "t4 t5 t6"], dtype=object), Column("t1 t2 t3", [4, 5, 6]),
+        [{"prompt": "t9", "prompt_token_ids": [1, 2, 3]}, {"prompt_token_ids": np.arange(4, 7)}],
+        [{"prompt": "t1 t2 t3", "prompt_token_ids": None}, {"prompt": "t4 t5 t6", "extra": None}],
+    ],
+    ids=["array", "arrays", "tensor", "strings", "objects", "column", "both", "None"],
+)  # fmt: skip
+def test_any_sequence_is_a_list_of_prompts(llm: LLM, prompts: object):
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [output.prompt_token_ids for output in outputs] == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_one_array_of_tokens_is_one_prompt(llm: LLM):
+    (output,) = llm.generate(np.array([1, 2, 3]), GREEDY, use_tqdm=False)
+    assert output.prompt_token_ids == [1, 2, 3]
+    assert {type(token) for token in output.prompt_token_ids} == {int}
+
+
+def test_no_prompts_give_no_outputs(llm: LLM):
+    for nothing in ([], (), np.empty(0)):
+        assert llm.generate(nothing, GREEDY, use_tqdm=False) == []
+        assert list(llm.stream(nothing, GREEDY)) == []
+
+
 BAD_PROMPTS = {
     "empty string": ("", ValueError, "prompt 0 is empty"),
-    "no prompts": ([], ValueError, "prompts is empty"),
     "empty token list": ([[]], ValueError, "prompt 0 is empty"),
     "token beyond the vocabulary": ([1, VOCAB_SIZE], ValueError, "token id 128, outside"),
     "negative token": ([1, -1, 2], ValueError, "token id -1, outside"),
@@ -71,10 +112,11 @@ BAD_PROMPTS = {
     "None": (None, TypeError, "prompts must be a string, a list"),
     "integer": (7, TypeError, "prompts must be a string, a list"),
     "bytes": (b"t1", TypeError, "prompts must be a string, a list"),
-    "dict of both": ({"prompt": "t1", "prompt_token_ids": [1]}, ValueError, "prompt 0 must have a"),
+    "dict of nothing": ({"prompt": None}, ValueError, "prompt 0 must have a"),
+    "dict of more": ({"prompt": "t1", "multi_modal_data": 5}, ValueError, "and nothing else"),
     "dict of neither": ([{"text": "t1"}], ValueError, "prompt 0 must have a string as 'prompt'"),
     "dict of another type": ([{"prompt": [1]}], ValueError, "prompt 0 must have a string as"),
-    "float array": (np.ones(3), TypeError, "prompts must be a string, a list"),
+    "float array": (np.ones(3), TypeError, r"token 0 must be an integer, got 1\.0"),
     "as long as max_model_len": (random_tokens(64), ValueError, "has 64 tokens, and at most 63"),
     "longer than max_model_len": (random_tokens(99), ValueError, "has 99 tokens, and at most 63"),
     "long string": (" ".join(["t1"] * 64), ValueError, "has 64 tokens, and at most 63"),
