@@ -6,6 +6,8 @@ import torch
 
 from nanovllm.engine.step_inputs import StepShape
 
+Graphs = dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor]]  # and the logits of each
+
 
 def graph_rows(rows: int, max_rows: int) -> int:
     """The batch size whose graph runs `rows` rows: 1, 2, 4, 8 or a multiple of 16, at the most
@@ -32,7 +34,7 @@ class CudaGraphs:
     ) -> None:
         self.device = device
         self.run_step = run_step
-        self.graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.graphs: Graphs = {}
         # One pool, one stream: every new stream would bring a cuBLAS workspace.
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
@@ -66,7 +68,23 @@ class CudaGraphs:
             graph.capture_begin(self._pool)
             try:
                 logits = self.run_step(shape)
-            finally:  # a stream left capturing would refuse everything after
-                graph.capture_end()
+            except BaseException:
+                try:  # a stream left capturing would refuse everything after
+                    graph.capture_end()
+                finally:
+                    graph.reset()  # the exception's traceback would keep it
+                raise
+            graph.capture_end()
         torch.cuda.synchronize(self.device)
         self.graphs[shape] = graph, logits
+
+    def close(self) -> None:
+        """Give up all graphs."""
+        release(self.graphs)
+
+
+def release(graphs: Graphs) -> None:
+    """Give up graphs, whoever may still refer to one."""
+    for graph, _ in graphs.values():
+        graph.reset()
+    graphs.clear()

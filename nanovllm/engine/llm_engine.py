@@ -90,11 +90,11 @@ class LLMEngine:
 
     def close(self) -> None:
         """Drop all requests and give the device's memory back. Calling it again does nothing."""
-        if not self.is_closed:
-            try:
+        try:
+            if not self.is_closed:
                 self._drop_all()
-            finally:
-                self.model_runner.close()
+        finally:
+            self.model_runner.close()
 
     @property
     def is_closed(self) -> bool:

@@ -246,9 +246,14 @@ class ModelRunner:
         self._launched_rows = {}
 
     def close(self) -> None:
-        """Give all memory back. The runner is of no use afterwards."""
+        """Give all memory back. The runner is of no use afterwards; calling it again does
+        nothing."""
+        if self.is_closed:
+            return
         self.reset()
         self.is_closed = True
+        if self.graphs is not None:
+            self.graphs.close()
         del self.graphs, self.model, self.kv_cache, self.cos_sin, self.sampler, self.inputs
         del self.logits
         gc.collect()

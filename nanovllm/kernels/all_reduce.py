@@ -31,7 +31,7 @@ from nanovllm.kernels.launch import launch_dependents, pdl, wait
 BLOCK = 1024
 SLOTS = 3
 _MOST_BLOCKS = 8  # of a row that a program normalises: its elements stay in registers
-_LOOK_EVERY = 4096  # readings of a slot for each one of `abort`
+_LOOK_EVERY = 1024  # readings of a slot for each one of `abort`
 
 
 class Peers(Protocol):

@@ -22,6 +22,7 @@ from nanovllm.utils.kernels import kernels
 
 HOST = "127.0.0.1"
 TIMEOUT = 300  # seconds that a rank waits for another
+_PATIENCE = 10  # seconds for what should take none
 # NCCL's and torch's settings, for this project's groups only: no NVLink multicast, and no watchdog
 # that ends the process, which is the caller's.
 _SETTINGS = {
@@ -66,7 +67,8 @@ class Group:
         self.winner_peers: Peers | None = None
         self.copies: PartCopies | None = None
         self._close_peers = lambda: None
-        self._lock, self._is_aborted = threading.Lock(), False
+        self._lock = threading.Lock()
+        self._aborting: threading.Thread | None = None
         timeout = timedelta(seconds=TIMEOUT)
         if device.type == "cpu":
             gloo: Any = dist.ProcessGroupGloo
@@ -148,22 +150,31 @@ class Group:
         return int(found)
 
     def abort(self) -> None:
-        """Let everything that waits for another rank give up. From any thread."""
+        """Let everything that waits for another rank give up. From any thread; waits for nothing.
+
+        NCCL's abort waits itself until all CUDA Graphs with its calls are gone, which the thread
+        that owns them may do only later.
+        """
         for peers in (self.peers, self.winner_peers):
             if peers is not None:
                 peers.abort.fill_(1)
         with self._lock:
-            if not self._is_aborted:
-                self._is_aborted = True
-                self._backend.abort()
+            if self._aborting is None:
+                self._aborting = threading.Thread(target=self._backend.abort, daemon=True)
+                self._aborting.start()
 
     def close(self) -> None:
-        """Give memory back; nothing may be under way. Calling it again does nothing."""
+        """Give memory back, when the graphs are gone. Calling it again does nothing."""
         self.abort()
-        if self.copies is not None:
-            self.copies.close()
-            self.copies = None
-        self._close_peers()
+        assert self._aborting is not None
+        self._aborting.join(_PATIENCE)
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                torch.cuda.synchronize()
+                if self.copies is not None:
+                    self.copies.close()
+                    self.copies = None
+                self._close_peers()
 
     def _all_reduce(self, x: torch.Tensor, op: Any) -> None:
         options = dist.AllreduceOptions()

@@ -65,7 +65,8 @@ class PartCopies:
             make: computes some rows of it, into the memory given.
 
         Returns:
-            The summands of all ranks, [size, rows, n], which hold until the next call but one.
+            The summands of all ranks, [size, rows, n], which hold until the next call but one, and
+            must be used before the next call.
         """
         rank, size = self._peers.rank, self._peers.size
         buffer = self._buffers[self._calls % 2]

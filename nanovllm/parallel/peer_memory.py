@@ -5,6 +5,7 @@ A rank's buffer has three slots for each sender, used in turns; see `kernels.all
 
 import ctypes
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -129,10 +130,13 @@ class Mapping:
         return torch.as_tensor(_Array(address, num_bytes), device=device)
 
     def close(self) -> None:
-        for address in self._opened:
-            call_driver("cuIpcCloseMemHandle", address)
-        for address in self._own:
-            call_driver("cuMemFree_v2", address)
+        """Nothing may use the memory any more."""
+        for function, addresses in (
+            ("cuIpcCloseMemHandle", self._opened), ("cuMemFree_v2", self._own)
+        ):  # fmt: skip
+            for address in addresses:
+                with suppress(RuntimeError):  # of a device that is lost
+                    call_driver(function, address)
         self._own, self._opened = [], []
 
     def _allocate(self, num_bytes: int) -> bytes:

@@ -11,6 +11,7 @@ from types import FrameType
 import torch
 
 from nanovllm.config import Config
+from nanovllm.engine.cuda_graphs import Graphs, release
 from nanovllm.engine.model_runner import ModelRunner, PendingStep, Step
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import StepShape
@@ -68,19 +69,22 @@ class LeadingRunner(RankRunner):
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.ranks = ranks
-        # Also where it is dropped, or the program ends, without close().
-        self._finalizer = weakref.finalize(self, _end, ranks, None)
+        self.graphs = None
+        group = None
         try:
             group = ranks.watched(lambda: Group.of_config(config, ranks.store, 0))
-            self._finalizer.detach()
-            self._finalizer = weakref.finalize(self, _end, ranks, group)
             ranks.abort = group.abort
             super().__init__(config, group)
             ranks.wait_until_ready()
         except BaseException as error:
             explained = ranks.fail_with(error)
-            self._finalizer()
+            if self.graphs is not None:
+                self.graphs.close()
+            _end(ranks, group, {})
             raise explained from error
+        # Also where it is dropped, or the program ends, without close().
+        graphs: Graphs = {} if self.graphs is None else self.graphs.graphs
+        self._finalizer = weakref.finalize(self, _end, ranks, group, graphs)
 
     def on_device(self) -> AbstractContextManager:
         return super().on_device() if self.on_gpu else _threads(self.ranks.num_threads)
@@ -111,9 +115,12 @@ class LeadingRunner(RankRunner):
             super().reset()
 
     def close(self) -> None:
-        if not self.is_closed:
+        try:
             super().close()
-            self._finalizer()
+        finally:  # a second call goes on where the first was interrupted
+            if (pending := self._finalizer.peek()) is not None:
+                _end(*pending[2])
+                self._finalizer.detach()
 
     def _fail_with(self, error: BaseException) -> BaseException:
         explained = self.ranks.fail_with(error)
@@ -121,10 +128,12 @@ class LeadingRunner(RankRunner):
         return explained
 
 
-def _end(ranks: Ranks, group: Group | None) -> None:
-    """End the other ranks, and what this one has of the group. Nothing waits then."""
+def _end(ranks: Ranks, group: Group | None, graphs: Graphs) -> None:
+    """End the other ranks, then give up this one's graphs, and what it has of the group."""
     ranks.close()
-    if group is not None:
+    if group is not None and ranks.is_mine:
+        group.abort()
+        release(graphs)
         group.close()
 
 

@@ -6,6 +6,7 @@ a rank ends, says that it has failed, or keeps the others waiting too long, all 
 and what rank 0 waits for gives up.
 """
 
+import os
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -49,7 +51,7 @@ class Ranks:
     """
 
     def __init__(self, config: Config) -> None:
-        self.size = config.tensor_parallel_size
+        self.size, self._pid = config.tensor_parallel_size, os.getpid()
         _check_devices(config.torch_device, self.size)
         self.num_threads = max(1, torch.get_num_threads() // self.size)
         self.failure: str | None = None
@@ -66,8 +68,15 @@ class Ranks:
         try:
             for rank in range(1, self.size):
                 self._start(rank, config)
-        finally:  # it ends with the processes that there are
-            self._watcher.start()
+        except BaseException:
+            self._end(patience=0)
+            raise
+        self._watcher.start()
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this process has started the ranks, and is no fork of that one."""
+        return os.getpid() == self._pid
 
     def send(self, step: Step, inputs: memoryview) -> None:
         """Let all ranks run a step.
@@ -80,8 +89,8 @@ class Ranks:
             try:
                 connection.send(step)
                 connection.send_bytes(inputs)
-            except OSError:
-                self._fail(self._how_it_ended(rank))
+            except (OSError, TypeError):  # the watcher may just have closed it
+                self._has_ended(rank)
         self.check()
 
     def check(self) -> None:
@@ -136,7 +145,9 @@ class Ranks:
         return RuntimeError(self.failure)
 
     def close(self) -> None:
-        """End all processes. Calling it again does nothing."""
+        """End all processes. Calling it again does nothing; nor does a fork of this process."""
+        if not self.is_mine:
+            return
         with self._lock:
             self._is_closing = True
         for connection in self._connections.values():
@@ -149,8 +160,9 @@ class Ranks:
     def _start(self, rank: int, config: Config) -> None:
         ours, theirs = socket.socketpair()
         # Nothing of the caller's program is imported there, so it needs no guard.
+        paths = [str(Path(__file__).parents[2]), *sys.path]  # this package, wherever it runs
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"import sys; sys.path[:] = {paths!r}; "
             f"from nanovllm.parallel.worker import main; main({theirs.fileno()})"
         )
         with theirs:
@@ -179,7 +191,7 @@ class Ranks:
                     del ranks[connection]
                     connection.close()
                     if not self._is_closing:
-                        self._fail(self._how_it_ended(rank))
+                        self._has_ended(rank)
                     continue
                 if message == READY:
                     with self._news:
@@ -191,15 +203,21 @@ class Ranks:
             if since is not None and time.monotonic() - since > TIMEOUT:
                 self._fail(f"a step has not ended after {TIMEOUT} s: some rank hangs")
 
+    def _has_ended(self, rank: int) -> None:
+        self.abort()  # before it is waited for: it may not end as long as a GPU waits for it
+        self._fail(self._how_it_ended(rank))
+
     def _fail(self, reason: str) -> None:
         with self._lock:
             if self.failure is not None or self._is_closing:
                 return
             self.failure = f"{reason}. All ranks have been ended: build a new LLM"
-        self.abort()  # first: a process may not end as long as a GPU waits for it
-        self._end(patience=0)
-        with self._news:
-            self._news.notify_all()
+        try:
+            self.abort()
+        finally:
+            self._end(patience=0)
+            with self._news:
+                self._news.notify_all()
 
     def _end(self, patience: float) -> None:
         """End the processes, after some seconds in which they may do it by themselves."""

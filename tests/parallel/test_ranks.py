@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from helpers.engines import GREEDY, PROMPTS, assert_empty, build, greedy
 from helpers.paths import ROOT
 from nanovllm import LLM, SamplingParams
 from nanovllm.parallel import group
+from nanovllm.parallel.rank_runner import _end
 from nanovllm.parallel.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
@@ -139,6 +141,80 @@ def test_engines_one_after_another_and_side_by_side(tiny: Path):
         assert greedy(first, PROMPTS) == expected
     assert_gone(processes)
     first.close()  # does nothing
+
+
+def test_what_ctrl_c_has_left_a_second_close_ends(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    llm = build(tiny, tensor_parallel_size=2)
+    processes = pids(llm)
+
+    def interrupted(patience: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.model_runner.ranks, "_end", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.close()
+    llm.close()
+    assert_gone(processes)
+
+
+def test_a_fork_of_the_caller_ends_nothing(ranks: LLM):
+    expected = greedy(ranks, PROMPTS)
+    if (pid := os.fork()) == 0:
+        ranks.model_runner._finalizer()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert greedy(ranks, PROMPTS) == expected
+
+
+class Backend:
+    """Behaves as NCCL does: its abort waits until no graph has calls of it."""
+
+    def __init__(self, backend: object, graphs: list) -> None:
+        self.backend, self.graphs = backend, graphs
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.backend, name)
+
+    def abort(self) -> None:
+        while any(graph() is not None for graph in self.graphs):
+            time.sleep(0.01)
+        self.backend.abort()
+
+
+class Graph:
+    def reset(self) -> None:
+        self.is_reset = True
+
+
+@pytest.mark.parametrize("way", ["close", "drop", "kill", "error"])
+def test_nccl_is_not_waited_for_before_the_graphs_are_gone(tiny: Path, way: str):
+    llm = build(tiny, tensor_parallel_size=2)
+    runner, processes, graph = llm.model_runner, pids(llm), Graph()
+    runner.group._backend = Backend(runner.group._backend, [weakref.ref(graph)])
+    runner._finalizer.detach()
+    graphs = {None: (graph, None)}
+    del graph
+    runner._finalizer = weakref.finalize(runner, _end, runner.ranks, runner.group, graphs)
+    group, start = runner.group, time.monotonic()
+    del runner
+    if way == "kill":
+        after(0.3, partial(os.kill, processes[0], signal.SIGKILL))
+        with pytest.raises(RuntimeError, match="rank 1 of 2 was killed by signal 9"):
+            for _ in range(100):
+                llm.generate(PROMPTS, LONG, use_tqdm=False)
+    elif way == "error":
+        llm.model_runner.run = lambda step: 1 / 0
+        with pytest.raises(RuntimeError, match="rank 0 of 2 failed: ZeroDivisionError"):
+            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    elif way == "close":
+        llm.close()
+    else:
+        del llm
+        gc.collect()
+    assert_gone(processes)
+    assert not group._aborting.is_alive()
+    assert time.monotonic() - start < 8
 
 
 def test_an_engine_that_is_dropped_ends_its_ranks(tiny: Path):
