@@ -58,7 +58,8 @@ is a directory or its URL. It gets files of the input's kind, one when a batch i
 what a stopped run loses is the batches that it was at. Answers also have "file" and "error". A row
 that cannot be answered is written too, with the reason in "error" and null in place of an answer,
 and is not tried again. A row that has changed in the input is answered anew, and the answer to what
-it was before stays. In Parquet "id" is a string. Continue a run that was stopped when all of its
+it was before stays. In Parquet the answers' "id" is a string, and arguments of SamplingParams are
+read from the column "sampling_params" alone. Continue a run that was stopped when all of its
 processes have ended, so that none of them writes any more. On a cluster all paths must be ones that
 every node has.
 """

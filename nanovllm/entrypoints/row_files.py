@@ -18,9 +18,12 @@ import xxhash
 from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, PyFileSystem
 
 from nanovllm.entrypoints.answer_file import encode_line
-from nanovllm.entrypoints.rows import ROW_KEYS
+from nanovllm.entrypoints.rows import PROMPT_TYPES, TEMPLATE_TYPES
 
 ROWS_AT_ONCE = 1000
+# What is read of a Parquet file. A data set may have columns of any name: "n" or "seed" need not
+# be a sampling parameter's.
+ROW_COLUMNS = ("id", *PROMPT_TYPES, *TEMPLATE_TYPES, "sampling_params")
 ROW_SCHEMA = pa.schema(
     [
         ("file", pa.string()),  # below the input directory; a single file's name
@@ -176,7 +179,7 @@ def _contents(filesystem: FileSystem, path: str) -> Iterator[bytes]:
     if is_parquet(path):
         with filesystem.open_input_file(path) as file:
             parquet = pq.ParquetFile(file)
-            columns = [name for name in ROW_KEYS if name in parquet.schema_arrow.names]
+            columns = [name for name in ROW_COLUMNS if name in parquet.schema_arrow.names]
             for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=columns):
                 for row in batch.to_pylist():
                     yield json.dumps(without_nulls(row), default=str).encode()
