@@ -9,6 +9,7 @@ from nanovllm import LLM, SamplingParams
 
 PROMPT_TYPES = {"prompt": str, "prompt_token_ids": list, "messages": list}
 TEMPLATE_TYPES = {"tools": list, "chat_template_kwargs": dict}
+JSON_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
 SAMPLING_KEYS = tuple(field.name for field in fields(SamplingParams))
 ROW_KEYS = ("id", *PROMPT_TYPES, *TEMPLATE_TYPES, "sampling_params", *SAMPLING_KEYS)
 
@@ -128,8 +129,7 @@ def reason(error: Exception) -> str:
 
 def _checked(key: str, value: Any, expected: type) -> Any:
     if not isinstance(value, expected):
-        what = {"str": "a string", "list": "a list", "dict": "an object"}[expected.__name__]
-        raise TypeError(f"{key} must be {what}, got {_shortened(value)}")
+        raise TypeError(f"{key} must be {JSON_NAMES[expected]}, got {_shortened(value)}")
     return value
 
 
