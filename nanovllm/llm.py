@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nanovllm.engine.chat_messages import Message, check_messages, for_template
 from nanovllm.engine.input_processor import (
     Params,
     Prompt,
@@ -20,8 +21,6 @@ from nanovllm.engine.stats import StepStats
 from nanovllm.engine.tokenizer import Tokenizer
 from nanovllm.outputs import RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
-
-Message = dict[str, Any]  # of a chat: "role" and "content", and whatever else the template knows
 
 
 class LLM(LLMEngine):
@@ -113,15 +112,22 @@ class LLM(LLMEngine):
         Args:
             messages: dicts with "role" and "content"; or a list of such lists.
             sampling_params, use_tqdm: as in `generate`.
-            **template: see `chat_prompt`.
+            **template: see `chat_text`, whose text is each output's `prompt`.
         """
         conversations: list[Any] = [messages]
         if _is_list(messages) and messages and not isinstance(messages[0], dict):
             conversations = list(messages)
-        prompts = [self.chat_prompt(conversation, **template) for conversation in conversations]
-        return self.generate(prompts, sampling_params, use_tqdm)
+        texts = [self.chat_text(conversation, **template) for conversation in conversations]
+        outputs = self.generate([self._encode(text) for text in texts], sampling_params, use_tqdm)
+        for output, text in zip(outputs, texts, strict=True):
+            output["prompt"] = text
+        return outputs
 
-    def chat_prompt(
+    def chat_prompt(self, messages: Sequence[Message], **template: Any) -> list[int]:
+        """The token ids of a conversation; see `chat_text` for the arguments and errors."""
+        return self._encode(self.chat_text(messages, **template))
+
+    def chat_text(
         self,
         messages: Sequence[Message],
         *,
@@ -130,11 +136,12 @@ class LLM(LLMEngine):
         tools: list[Any] | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> list[int]:
-        """The token ids of a conversation.
+    ) -> str:
+        """The text that the chat template makes of a conversation.
 
         Args:
-            messages: dicts with "role" and "content".
+            messages: dicts with "role" and "content": a string, or a list of OpenAI's text parts,
+                which are joined by newlines if the template takes only strings.
             add_generation_prompt: end where the answer is to begin.
             continue_final_message: end inside of the last message, to have it completed.
             tools: functions, or their JSON schemas, that the model may call.
@@ -145,30 +152,30 @@ class LLM(LLMEngine):
             ValueError: if there is no chat template, or it does not take these messages.
         """
         self._check_open()
-        has_own = self.tokenizer is not None and self.tokenizer.chat_template is not None
-        if self.tokenizer is None or not (has_own or chat_template):
-            what = "chat template" if self.tokenizer is not None else "tokenizer"
+        tokenizer = self.tokenizer
+        if tokenizer is None or not (tokenizer.chat_template is not None or chat_template):
+            what = "chat template" if tokenizer is not None else "tokenizer"
             raise ValueError(
                 f"{self.config.model_dir} has no {what}: pass chat_template, or write the prompt "
                 "yourself and use generate"
             )
-        is_chat = _is_list(messages) and all(isinstance(message, dict) for message in messages)
-        if not is_chat or not messages:
-            raise ValueError(f"messages must be a list of dicts, got {reprlib.repr(messages)}")
+        checked = check_messages(messages)
         if continue_final_message:
             add_generation_prompt = False
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, chat_template=chat_template, tokenize=False,
+
+        def render(messages: list[Message]) -> str:
+            text = tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=chat_template, tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message, **(chat_template_kwargs or {}),
             )  # fmt: skip
+            assert isinstance(text, str)  # since tokenize=False
+            return text
+
+        try:
+            return render(for_template(checked, render))
         except Exception as error:  # of jinja, and whatever a template raises
             raise ValueError(f"the chat template does not take these messages: {error}") from error
-        try:
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeError) as error:
-            raise ValueError(f"a message is not valid Unicode text: {error}") from error
 
     def get_tokenizer(self) -> Tokenizer:
         """transformers' tokenizer.
@@ -196,6 +203,14 @@ class LLM(LLMEngine):
         return SamplingParams(
             **{ours: found[name] for name, ours in names.items() if found.get(name) is not None}
         )
+
+    def _encode(self, text: str) -> list[int]:
+        """The tokens of what a chat template made, which has the special tokens already."""
+        assert self.tokenizer is not None  # since it has applied the template
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeError) as error:
+            raise ValueError(f"a message is not valid Unicode text: {error}") from error
 
     def _pieces(self, requests: list[Request]) -> Generator[StreamOutput, None, None]:
         self._check_idle("stream")  # again, as it begins when the first piece is asked for

@@ -44,6 +44,10 @@ def load_tokenizer(model_dir: Path) -> Tokenizer | None:
             raise ValueError(f"{path.name} is not an object")
         name = _CLASSES.get(str(content.get("tokenizer_class")), "AutoTokenizer")
         tokenizer_class = getattr(transformers, name)
-        return tokenizer_class.from_pretrained(model_dir, local_files_only=True)
+        tokenizer = tokenizer_class.from_pretrained(model_dir, local_files_only=True)
     except Exception as error:
         raise ValueError(f"the tokenizer in {model_dir} cannot be read: {error}") from error
+    # It would warn once of a text longer than the model takes. The engine refuses such a prompt.
+    warned = getattr(tokenizer, "deprecation_warnings", {})  # some of Mistral's have none
+    warned["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer

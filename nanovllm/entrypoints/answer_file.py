@@ -5,10 +5,15 @@ It also tells which answers are there already when a run that was stopped is sta
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nanovllm.entrypoints.common import CommandError
 from nanovllm.outputs import RequestOutput
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def encode_answer(id_: Any, line_number: int, digest: str, output: RequestOutput) -> bytes:
@@ -37,6 +42,24 @@ def encode_line(record: dict[str, Any]) -> bytes:
     # \uXXXX, as JSON does.
     text = json.dumps(record, ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def lock(file: BinaryIO) -> None:
+    """Keep other runs off an open output file, until it is closed or the process ends.
+
+    Raises:
+        CommandError: if another run has it.
+    """
+    if fcntl is None or not Path(file.name).is_file():  # a pipe, or /dev/null, may be shared
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CommandError(
+            f"another run is writing to {file.name}: wait for its end, or give another --output"
+        ) from None
+    except OSError:  # a file system that has no locks
+        return
 
 
 def read_digests(path: Path) -> dict[int, str]:

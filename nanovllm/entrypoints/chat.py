@@ -18,13 +18,18 @@ from nanovllm.entrypoints.common import (
     sampling_params,
 )
 
-HELP = """\
-Chat with a model in the terminal. The model sees all that was said so far.
-
+COMMANDS = """\
   /reset    begins a new conversation
-  /exit     ends the chat; so does the end of the input (Ctrl-D)
+  /exit     ends the chat; so do /quit and the end of the input (Ctrl-D)
+  /help     shows these lines
+  //...     sends a message that begins with one /
   Ctrl-C    stops the current answer; if there is none, ends the chat
 """
+HELP = f"""\
+Chat with a model in the terminal. The model sees all that was said so far. When that outgrows
+--max-model-len, the oldest messages and answers are dropped; the system message stays.
+
+{COMMANDS}"""
 EXAMPLE = """\
 example:
   python -m nanovllm chat Qwen/Qwen3-0.6B --system "Answer in one sentence." --temperature 0.6
@@ -63,11 +68,20 @@ class Chat:
             while True:
                 line = input("> " if sys.stdin.isatty() else "")
                 command = line.strip()
-                if command == "/exit":
+                if command in ("/exit", "/quit"):
                     return
                 if command == "/reset":
                     self.messages = list(self.system_messages)
                     print_message("The conversation is forgotten.")
+                elif command == "/help":
+                    print_message(COMMANDS.rstrip())
+                elif command.startswith("//"):
+                    self.answer(line.replace("/", "", 1))
+                elif command.startswith("/"):
+                    print_message(
+                        f"There is no command {command}, and nothing was sent: /help shows all. "
+                        "To send it as a message, begin with //."
+                    )
                 elif command:
                     self.answer(line)
         except (EOFError, KeyboardInterrupt):
@@ -79,18 +93,22 @@ class Chat:
 
         A message that cannot be answered is reported, and not added.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
+        max_model_len = self.llm.config.max_model_len
         try:
-            prompt = self.encode(messages)
-            max_model_len = self.llm.config.max_model_len
+            messages, prompt = self.with_message(text)
             room = max_model_len - len(prompt)
             if room < 1:
                 print_message(
-                    f"The conversation with this message has {len(prompt)} tokens, and at most "
-                    f"{max_model_len - 1} fit: the message was left out. Use /reset, write a "
-                    "shorter message, or start with a larger --max-model-len if the model allows."
+                    f"This message has {len(prompt)} tokens by itself, and at most "
+                    f"{max_model_len - 1} fit: it was left out. Write a shorter one, or start with "
+                    "a larger --max-model-len if the model allows."
                 )
                 return
+            if dropped := (len(self.messages) + 1 - len(messages)) // 2:
+                print_message(
+                    f"[the conversation outgrew its {max_model_len} tokens: the oldest {dropped} "
+                    "of your messages and their answers are forgotten]"
+                )
             pieces = self.llm.stream([prompt], self.params)
         except (TypeError, ValueError) as error:
             print_message(f"This message cannot be answered, and was left out: {error}")
@@ -113,6 +131,19 @@ class Chat:
         elif finish_reason == "length":
             print_message("[cut at --max-tokens]")
 
+    def with_message(self, text: str) -> tuple[list[dict[str, str]], list[int]]:
+        """The conversation with a new message of the user, and its token ids. The oldest turns are
+        left out if they would leave too little of max_model_len for the answer."""
+        max_model_len = self.llm.config.max_model_len
+        least_room = min(max_model_len // 4, self.params.max_tokens or max_model_len)
+        turns = self.messages[len(self.system_messages) :]
+        while True:
+            messages = [*self.system_messages, *turns, {"role": "user", "content": text}]
+            prompt = self.encode(messages)
+            if max_model_len - len(prompt) >= least_room or not turns:
+                return messages, prompt
+            del turns[:2]  # a message and its answer
+
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
         """The token ids of the conversation, up to where the answer begins."""
         return self.llm.chat_prompt(messages, chat_template_kwargs=self.template_kwargs)
@@ -133,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
             chat.check_template()
             print_message(
                 f"Chat with {args.model}. /reset forgets the conversation, /exit ends the chat, "
-                "Ctrl-C stops an answer."
+                "/help shows more, Ctrl-C stops an answer."
             )
             chat.run()
     except KeyboardInterrupt:  # before the chat began

@@ -21,6 +21,7 @@ from itertools import islice
 from typing import Any
 
 import jinja2
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -43,6 +44,26 @@ logger = logging.getLogger(__name__)
 # always generates.
 EXTRA_TOKENS = 2
 NO_LIMIT = 2**31 - 1  # a max_model_len that the engine lowers to the model's limit
+
+# Arguments of the harness's other backends, with the value that says what the engine does anyway.
+GIVEN_ANYWAY = {
+    "data_parallel_size": 1,
+    "disable_log_stats": True,
+    "distributed_executor_backend": "mp",
+    "enable_chunked_prefill": True,
+    "enable_lora": False,
+    "enable_prefix_caching": True,
+    "kv_cache_dtype": "auto",
+    "lora_local_path": None,
+    "parallelize": False,
+    "pipeline_parallel_size": 1,
+    "quantization": None,
+    "revision": "main",
+    "tokenizer": None,
+    "tokenizer_mode": "auto",
+    "tokenizer_revision": "main",
+    "truncation_side": "left",
+}
 
 # A text to score: the key of its score in the harness's cache (None: do not cache it), the token
 # ids of the context, and those of the continuation, which are scored.
@@ -69,7 +90,10 @@ class NanoVLLM(TemplateLM):
         batch_size, max_batch_size: ignored, since the engine forms batches by `max_num_seqs` and
             `max_num_batched_tokens`.
         trust_remote_code: ignored, since the engine never runs code from a checkpoint.
-        **options: engine options, see :class:`nanovllm.config.Config`.
+        **options: engine options, see :class:`nanovllm.config.Config`. A GPU that is not there is
+            replaced by the CPU, with a warning, since the harness asks for one by default.
+            Arguments of its vLLM backend that say what the engine does anyway, such as
+            data_parallel_size=1, are taken too.
 
     Raises:
         TypeError, ValueError: for an invalid argument.
@@ -313,8 +337,9 @@ class NanoVLLM(TemplateLM):
             TypeError, ValueError: for an argument that the engine does not have, or a bad value.
         """
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
-        until = handle_stop_sequences(kwargs.pop("until", None), eos=self._eos_text)
-        stop_strings = [stop for stop in until if stop]
+        until = _strings("until", kwargs.pop("until", None))
+        until += _strings("stop", kwargs.pop("stop", None))  # vLLM's name
+        stop_strings = [stop for stop in handle_stop_sequences(until, self._eos_text) if stop]
         max_tokens = kwargs.pop("max_gen_toks")
         if max_tokens >= self.max_length:
             raise ValueError(
@@ -358,6 +383,14 @@ class NanoVLLM(TemplateLM):
         return text
 
 
+def _strings(name: str, value: Any) -> list[str]:
+    """A string, several, or None -> a list."""
+    strings = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(one, str) for one in strings):
+        raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
+    return [*strings]
+
+
 def _load_llm(
     pretrained: str | os.PathLike[str] | LLM, max_length: int | None, options: dict[str, Any]
 ) -> LLM:
@@ -366,11 +399,34 @@ def _load_llm(
         if given:
             raise ValueError(f"{given} come too late: the engine is built already")
         return pretrained
+    options = _without_what_is_anyway(options)
+    device = options.get("device")
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("device=%s, and there is no GPU that torch can use: using the CPU", device)
+        options["device"] = "auto"
     if max_length is not None:
         if "max_model_len" in options:
             raise ValueError("give max_length or max_model_len, not both")
         options["max_model_len"] = max_length + EXTRA_TOKENS
     return LLM(pretrained, **{"max_model_len": NO_LIMIT} | options)
+
+
+def _without_what_is_anyway(options: dict[str, Any]) -> dict[str, Any]:
+    """The options less those that are None, the default, or ask for what the engine does anyway.
+
+    Raises:
+        ValueError: for a value in `GIVEN_ANYWAY` that is another one.
+    """
+    left = {}
+    for name, value in options.items():
+        if value is None or (name in GIVEN_ANYWAY and value == GIVEN_ANYWAY[name]):
+            continue
+        if name in GIVEN_ANYWAY:
+            raise ValueError(
+                f"{name}={value!r} is not supported: leave it out, or give {GIVEN_ANYWAY[name]!r}"
+            )
+        left[name] = value
+    return left
 
 
 def _continuation_logprobs(output: RequestOutput, continuation: list[int]) -> list[Logprob]:

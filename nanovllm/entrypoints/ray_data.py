@@ -20,7 +20,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.entrypoints.row_files import without_nulls
-from nanovllm.entrypoints.rows import RowParser, reason
+from nanovllm.entrypoints.rows import TEMPLATE_TYPES, RowParser, reason
 
 ANSWER_FIELDS = [
     pa.field("text", pa.string()),
@@ -35,8 +35,9 @@ class LLMPredictor:
 
     A row has one of the columns `prompt` (a string), `prompt_token_ids` (a list of integers) and
     `messages` (a list of {"role", "content"} structs), the others being null, and maybe
-    `sampling_params` (a struct). A null inside a struct counts as not given, since all structs of a
-    column have the same fields; `messages` and `sampling_params` may instead be JSON text, which is
+    `sampling_params` (a struct) and, with messages, `tools` (a list of structs) and
+    `chat_template_kwargs` (a struct). A null inside a struct counts as not given, since all structs
+    of a column have the same fields; the four columns of structs may instead be JSON text, which is
     taken as it stands. All columns are kept, and four come to them:
 
     - `text` (string), `token_ids` (list of int32), `finish_reason` (string), as `LLM.generate`
@@ -125,6 +126,9 @@ class LLMPredictor:
         item = {key: row.get(key) for key in ("prompt", "prompt_token_ids")}
         for key in ("messages", "sampling_params"):
             item[key] = _from_json(key, row.get(key))
+        for key in TEMPLATE_TYPES:
+            if row.get(key) is not None:  # rows without it keep the seeds that they always had
+                item[key] = _from_json(key, row[key])
         if (name := row.get("id")) is None:
             content = json.dumps(item | {"sampling_params": None}, sort_keys=True)
             name = xxhash.xxh3_128_hexdigest(content.encode())

@@ -8,6 +8,7 @@ sorted array in Ray's object store, and the tasks that read the input drop the r
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from nanovllm.entrypoints.common import (
     given_options,
     model_settings,
 )
-from nanovllm.entrypoints.generate import Counts, end
-from nanovllm.entrypoints.rows import parse_object
+from nanovllm.entrypoints.generate import Counts, end, unknown_key_message
+from nanovllm.entrypoints.rows import parse_object, unknown_keys
 
 try:
     import numpy as np
@@ -54,9 +55,11 @@ class RowAnswerer(LLMPredictor):
         super().__init__(model, **options)
         self.write_to = write_to
         self.has_one_file = has_one_file
+        self.unknown_keys: set[str] = set()  # of all rows so far
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Write the answers, and return a row that counts them: `answered` and `bad`."""
+        """Write the answers, and return a row that counts them, `answered` and `bad`, and has the
+        `unknown_keys` of all rows so far."""
         rows = batch.to_pylist()
         answers = [
             answer
@@ -67,11 +70,15 @@ class RowAnswerer(LLMPredictor):
         table = pa.Table.from_pylist(answers, row_files.ANSWER_SCHEMA)
         row_files.write_answers(answers=table, **self.write_to)
         bad = sum(answer["error"] is not None for answer in answers)
-        return pa.table({"answered": [len(answers) - bad], "bad": [bad]})
+        unknown = pa.array([sorted(self.unknown_keys)], pa.list_(pa.string()))
+        counts = {"answered": [len(answers) - bad], "bad": [bad]}
+        return pa.table(counts | {"unknown_keys": unknown})
 
     def request(self, row: dict[str, Any]) -> tuple[str | list[int], SamplingParams]:
         name = row["line"] if self.has_one_file else f"{row['file']}:{row['line']}"
-        return self.parser.parse(parse_object(row["row"]), name)
+        item = parse_object(row["row"])
+        self.unknown_keys.update(unknown_keys(item))
+        return self.parser.parse(item, name)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
             "extension": "parquet" if row_files.is_parquet(files[0]) else "jsonl",
         },
     }
-    counts = Counts()
+    counts, reported_keys = Counts(), set[str]()
     try:
         _connect()
         written = _written_digests(target, _parts(target, directory, prefix, args.output))
@@ -122,6 +129,9 @@ def run(args: argparse.Namespace) -> int:
                 counts.answered += row["answered"]
                 counts.bad += row["bad"]
                 progress.update(row["answered"] + row["bad"])
+                for key in sorted({*row["unknown_keys"]} - reported_keys):
+                    reported_keys.add(key)
+                    tqdm.write(unknown_key_message(key, "a row"), file=sys.stderr)
     except KeyboardInterrupt:
         return end(counts, interrupted=True)
     except ray.exceptions.RayError as error:

@@ -18,10 +18,12 @@ import xxhash
 from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, PyFileSystem
 
 from nanovllm.entrypoints.answer_file import encode_line
+from nanovllm.entrypoints.rows import PROMPT_TYPES, TEMPLATE_TYPES
 
 ROWS_AT_ONCE = 1000
-# What is read of a Parquet file.
-ROW_COLUMNS = ("id", "prompt", "prompt_token_ids", "messages", "sampling_params")
+# What is read of a Parquet file. A data set may have columns of any name: "n" or "seed" need not
+# be a sampling parameter's.
+ROW_COLUMNS = ("id", *PROMPT_TYPES, *TEMPLATE_TYPES, "sampling_params")
 ROW_SCHEMA = pa.schema(
     [
         ("file", pa.string()),  # below the input directory; a single file's name

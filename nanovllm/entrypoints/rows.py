@@ -8,6 +8,10 @@ from typing import Any
 from nanovllm import LLM, SamplingParams
 
 PROMPT_TYPES = {"prompt": str, "prompt_token_ids": list, "messages": list}
+TEMPLATE_TYPES = {"tools": list, "chat_template_kwargs": dict}
+JSON_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
+SAMPLING_KEYS = tuple(field.name for field in fields(SamplingParams))
+ROW_KEYS = ("id", *PROMPT_TYPES, *TEMPLATE_TYPES, "sampling_params", *SAMPLING_KEYS)
 
 
 class RowParser:
@@ -32,8 +36,9 @@ class RowParser:
         """The prompt and the sampling parameters of a row.
 
         Args:
-            row: has one of `prompt`, `prompt_token_ids` and `messages`, and maybe
-                `sampling_params`, a dict; other keys do not matter.
+            row: has one of `prompt`, `prompt_token_ids` and `messages`; maybe `tools` and
+                `chat_template_kwargs` for the chat template, and `sampling_params`, a dict, or its
+                entries as keys of the row's own. Other keys do not matter. None is not given.
             name: tells the row from others; its seed depends on it.
 
         Raises:
@@ -44,25 +49,30 @@ class RowParser:
             found = " and ".join(keys) or "none"
             raise ValueError(f"it needs one of {', '.join(PROMPT_TYPES)}, and has {found}")
         (key,) = keys
-        prompt, expected = row[key], PROMPT_TYPES[key]
-        if not isinstance(prompt, expected):
-            what = "a string" if expected is str else "a list"
-            raise TypeError(f"{key} must be {what}, got {_shortened(prompt)}")
+        prompt = _checked(key, row[key], PROMPT_TYPES[key])
+        template = {
+            option: _checked(option, row[option], expected)
+            for option, expected in TEMPLATE_TYPES.items()
+            if row.get(option) is not None
+        }
         if key == "messages":
-            prompt = self.llm.chat_prompt(prompt, chat_template_kwargs=self.template_kwargs)
-        return prompt, self._params(row.get("sampling_params"), name)
+            kwargs = self.template_kwargs | template.pop("chat_template_kwargs", {})
+            prompt = self.llm.chat_prompt(prompt, chat_template_kwargs=kwargs, **template)
+        elif template:
+            raise ValueError(f"{' and '.join(template)} needs messages, and it has {key}")
+        return prompt, self._params(row, name)
 
-    def _params(self, given: Any, name: object) -> SamplingParams:
+    def _params(self, row: dict[str, Any], name: object) -> SamplingParams:
         """Those given in a row, and `params` for the rest."""
-        if given is None:
-            given = {}
-        if not isinstance(given, dict):
-            raise TypeError(f"sampling_params must be an object, got {_shortened(given)}")
-        known = [field.name for field in fields(SamplingParams)]
-        for key in given:
-            if key not in known:
-                raise ValueError(f"sampling_params has {key!r}; it takes {', '.join(known)}")
-        options = dict(given)
+        options = {key: row[key] for key in SAMPLING_KEYS if row.get(key) is not None}
+        given = row.get("sampling_params")
+        for key, value in _checked("sampling_params", {} if given is None else given, dict).items():
+            if key not in SAMPLING_KEYS:
+                takes = ", ".join(SAMPLING_KEYS)
+                raise ValueError(f"sampling_params has {key!r}; it takes {takes}")
+            if key in options:
+                raise ValueError(f"{key} is given twice: in sampling_params, and beside it")
+            options[key] = value
         if isinstance(options.get("logit_bias"), dict):  # its keys are strings, as always in JSON
             bias = options["logit_bias"].items()
             options["logit_bias"] = {
@@ -100,6 +110,11 @@ def parse_object(content: bytes) -> dict[str, Any]:
     return item
 
 
+def unknown_keys(row: dict[str, Any]) -> list[str]:
+    """The keys of a row that `RowParser.parse` does not read."""
+    return [key for key in row if key not in ROW_KEYS]
+
+
 def row_seed(seed: int, name: object) -> int:
     """The seed of a row that gives none. It is the same in every run."""
     digest = hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest()
@@ -110,6 +125,12 @@ def reason(error: Exception) -> str:
     """Why a row gets no answer. The engine counts prompts, and was given one at a time."""
     text = str(error)
     return "the prompt" + text.removeprefix("prompt 0") if text.startswith("prompt 0") else text
+
+
+def _checked(key: str, value: Any, expected: type) -> Any:
+    if not isinstance(value, expected):
+        raise TypeError(f"{key} must be {JSON_NAMES[expected]}, got {_shortened(value)}")
+    return value
 
 
 def _shortened(value: Any) -> str:

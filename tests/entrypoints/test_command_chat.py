@@ -134,7 +134,7 @@ def test_conversation_that_does_not_fit(talk, engines: list[RecordingLLM]):
     options = ("--temperature", "0", "--max-model-len", "64")
     out, err = talk("47+38=", "Who are you? " * 20, "20+22=", options=options)
     assert out == ["47 + 38 = 85", "20 + 22 = 42"]
-    assert "at most 63 fit" in err and "/reset" in err.partition("at most 63 fit")[2]
+    assert "at most 63 fit" in err and "forgotten" not in err
     said = [content for _, content in engines[0].conversations[-1]]
     assert said == ["47+38=", out[0], "20+22="]  # without the message that did not fit
 
@@ -145,6 +145,27 @@ def test_answer_that_fills_the_conversation(talk):
     assert out[0].startswith("I am a tiny demo model")
     assert out[1] == "20 + 22 = 42"
     assert "[the conversation is full: /reset forgets it]" in err
+
+
+def test_a_conversation_that_grows_too_long_drops_its_oldest_turns(
+    talk, engines: list[RecordingLLM]
+):
+    options = ("--temperature", "0", "--max-model-len", "80", "--system", "Be brief.")
+    out, err = talk("1+1=", "2+2=", "3+3=", "4+4=", options=options)
+    assert len(out) == 4
+    said = [[content for _, content in messages] for messages in engines[0].conversations]
+    assert ["Be brief.", "1+1=", out[0], "2+2="] in said
+    assert said[-1] == ["Be brief.", "3+3=", out[2], "4+4="]
+    assert "outgrew its 80 tokens: the oldest 1 of your messages" in err
+
+
+def test_lines_that_begin_with_a_slash_are_commands(talk, engines: list[RecordingLLM]):
+    out, err = talk("/help", "/rest", "/exit now", " //47+38=", "/quit", "20+22=")
+    assert len(out) == 1
+    assert [content for _, content in engines[0].conversations[-1]] == [" /47+38="]
+    assert len(engines[0].streamed) == 1
+    assert "/help     shows these lines" in err
+    assert "no command /rest, and nothing was sent" in err and "no command /exit now" in err
 
 
 def test_message_that_is_not_valid_unicode_is_left_out(talk, engines: list[RecordingLLM]):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers.checkpoints import link_checkpoint
+from helpers.checkpoints import edit_json, link_checkpoint
 from helpers.command_line import COMMAND, DEMO, ENGINE_OPTIONS, ROOT, RecordingLLM
 from nanovllm import LLM, SamplingParams
 from nanovllm.entrypoints import common
@@ -122,8 +122,28 @@ BAD_LINES = {
     "null": ({"prompt": "a", "sampling_params": {"temperature": None}}, "must be a number"),
     "bad bias": ({"prompt": "a", "sampling_params": {"logit_bias": {"x": 1}}}, "got 'x'"),
     "several answers": ({"prompt": "a", "sampling_params": {"n": 2}}, "no place in the output"),
+    "parameter of another type": ({"prompt": "a", "top_p": 2}, "top_p must be a finite"),
+    "parameter twice": (
+        {"prompt": "a", "seed": 1, "sampling_params": {"seed": 1}}, "seed is given twice",
+    ),
+    "several answers, beside": ({"prompt": "a", "n": 2}, "no place in the output"),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages[0], part 0 has the type 'image_url'",
+    ),
+    "misspelt content": (
+        {"messages": [{"role": "user", "contents": "a"}]}, 'messages[0] needs a "content"',
+    ),
+    "tools without messages": ({"prompt": "a", "tools": []}, "tools needs messages"),
+    "no list of tools": (
+        {"messages": [{"role": "user", "content": "a"}], "tools": {}}, "tools must be a list",
+    ),
+    "no object for the template": (
+        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": [1]},
+        "chat_template_kwargs must be an object",
+    ),
     "infinite id": ('{"prompt": "a", "id": 1e999}', "id must be a JSON value"),
-}
+}  # fmt: skip
 
 
 def test_bad_lines_are_reported_and_the_rest_goes_on(files: Files):
@@ -142,6 +162,83 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(files: Files):
     status, summary, _ = files.run("--max-tokens", "4", "--max-model-len", "64")
     assert (status, summary) == (1, f"Done: 0 answered, 2 skipped, {len(BAD_LINES)} bad.")
     assert files.output.read_bytes() == before
+
+
+def test_keys_of_a_line_reach_its_request(files: Files):
+    ask = {"prompt": "1, 2, 3", "ignore_eos": True}
+    files.write_input(
+        ask | {"max_tokens": 3},
+        ask | {"stop": ", 11"},
+        ask | {"temperature": 3, "seed": 7},
+        {"prompt": "1, 2, 3", "temperature": 3, "sampling_params": {"ignore_eos": True, "seed": 7}},
+        ask | {"max_tokens": None, "top_p": None},
+    )
+    assert files.run("--temperature", "0", "--max-tokens", "20")[0] == 0
+    answers = files.answers()
+    assert [len(answers[line]["token_ids"]) for line in (1, 3, 4, 5)] == [3, 20, 20, 20]
+    assert (answers[2]["text"], answers[2]["finish_reason"]) == (", , 2", "stop")
+    assert answers[3]["token_ids"] == answers[4]["token_ids"] != answers[5]["token_ids"]
+
+
+def test_content_parts_tools_and_template_kwargs_reach_the_template(
+    files: Files, tmp_path: Path, engines: list[RecordingLLM]
+):
+    template = (
+        "{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}{{ color }};"
+        "{{ enable_thinking }};{{ messages[0].content if messages[0].content is string }}"
+    )
+    path = link_checkpoint(Path(DEMO), tmp_path / "model")
+    edit_json(path / "tokenizer_config.json", chat_template=template)
+    files.model = str(path)
+    files.write_input(
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}],
+            "tools": [{"type": "function", "function": {"name": "add"}}],
+            "chat_template_kwargs": {"color": "blue"},
+            "max_tokens": 1,
+        },
+        {
+            "messages": [{"role": "user", "content": "Hello"}],
+            "chat_template_kwargs": {"enable_thinking": True},
+            "max_tokens": 1,
+        },
+    )
+    queued = []
+    original = RecordingLLM.add_request
+
+    def record(self: RecordingLLM, prompt: Any, params: Any) -> int:
+        queued.append(self.tokenizer.decode(prompt))
+        return original(self, prompt, params)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecordingLLM, "add_request", record)
+        assert files.run("--no-thinking")[0] == 0
+    assert queued == ["add;blue;False;Hello", ";True;Hello"]
+
+
+def test_a_key_that_is_not_known_is_reported_once(files: Files):
+    line = {"prompt": "1, 2, 3", "max_token": 9}
+    files.write_input({"prompt": "1, 2, 3"}, line, line | {"model": "m"})
+    assert main(files.command("--max-tokens", "2")) == 0
+    warnings = [line for line in files.capsys.readouterr().err.splitlines() if "warning" in line]
+    assert warnings == [
+        "warning: line 2 has the key 'max_token', which is not known, and ignored in all lines",
+        "warning: line 3 has the key 'model', which is not known, and ignored in all lines",
+    ]
+    assert {len(answer["token_ids"]) for answer in files.answers().values()} == {2}
+
+
+def test_a_long_line_is_reported_by_the_engine_alone(files: Files, tmp_path: Path):
+    path = link_checkpoint(Path(DEMO), tmp_path / "model")
+    edit_json(path / "tokenizer_config.json", model_max_length=8)
+    files.model = str(path)
+    files.write_input({"prompt": "1, 2, 3, " * 9})
+    process = subprocess.run(
+        [*COMMAND, *files.command("--max-model-len", "16")],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "and at most 15 fit" in process.stderr
+    assert "sequence length" not in process.stderr
 
 
 def test_each_line_has_its_own_seed(files: Files, tmp_path: Path):
@@ -265,6 +362,37 @@ def test_changed_input_is_an_error_of_that_line(files: Files):
     assert files.output.read_bytes() == before
 
 
+def test_nothing_is_written_to_the_output_of_another_input(files: Files):
+    lines = [{"prompt": f"{i}, {i + 1}"} for i in range(6)]
+    files.write_input(*lines[:4])
+    assert files.run("--max-tokens", "4")[0] == 0
+    before = files.output.read_bytes()
+    files.write_input(lines[0], {"prompt": "new"}, *lines[1:])
+    status, summary, reports = files.run("--max-tokens", "4")
+    assert (status, summary) == (1, "Done: 0 answered, 1 skipped, 3 bad.")
+    assert [report.split(":")[0] for report in reports] == ["line 2", "line 3", "line 4"]
+    assert files.output.read_bytes() == before
+
+
+def test_a_second_run_on_the_same_output_is_refused(files: Files, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("fcntl")
+    step, statuses = RecordingLLM.step, []
+
+    def run_beside(self: RecordingLLM) -> list[Any]:
+        if not statuses:
+            statuses.append(main(files.command("--max-tokens", "2")))
+        return step(self)
+
+    files.write_input({"prompt": "1, 2, 3"})
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordingLLM, "step", run_beside)
+        assert main(files.command("--max-tokens", "2")) == 0
+    assert statuses == [2]
+    assert f"another run is writing to {files.output}" in files.capsys.readouterr().err
+    assert set(files.answers()) == {1}
+    assert files.run("--max-tokens", "2")[:2] == (0, "Done: 0 answered, 1 skipped, 0 bad.")
+
+
 def test_input_may_grow(files: Files):
     files.write_input({"prompt": "1, 2, 3"})
     assert files.run("--max-tokens", "4")[0] == 0
@@ -327,8 +455,10 @@ def test_files_that_cannot_be_used(files: Files, tmp_path: Path):
 def test_input_may_be_a_pipe(files: Files, tmp_path: Path):
     files.input = tmp_path / "pipe"
     os.mkfifo(files.input)
-    writer = subprocess.Popen(
-        [sys.executable, "-c", f"open({str(files.input)!r}, 'w').write('{{\"prompt\": \"a\"}}')"]
-    )
-    assert files.run("--max-tokens", "2")[:2] == (0, "Done: 1 answered, 0 skipped, 0 bad.")
-    assert writer.wait() == 0
+    for count, summary in ((1, "Done: 1 answered, 0 skipped"), (3, "Done: 2 answered, 1 skipped")):
+        lines = '{"prompt": "a"}\n' * count
+        writer = subprocess.Popen(
+            [sys.executable, "-c", f"open({str(files.input)!r}, 'w').write({lines!r})"]
+        )
+        assert files.run("--max-tokens", "2")[:2] == (0, f"{summary}, 0 bad.")
+        assert writer.wait() == 0

@@ -160,6 +160,16 @@ def test_a_directory_of_parquet(run: Run, tmp_path: Path):
     assert any(row != first[0] for row in first)
 
 
+def test_keys_of_a_line_reach_its_request_or_are_reported_once(run: Run, tmp_path: Path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out"
+    line = {"prompt": "1, 2, 3", "max_tokens": 2, "ignore_eos": True, "note": 1}
+    source.write_text((json.dumps(line) + "\n") * 120)
+    assert main(command(source, target)) == 0
+    assert {len(answer["token_ids"]) for answer in answers_in(target).values()} == {2}
+    err = run.capsys.readouterr().err
+    assert err.count("the key 'note', which is not known") == err.count("warning: a row has") == 1
+
+
 def test_places_that_cannot_be_used(run: Run, tmp_path: Path):
     source = tmp_path / "in.jsonl"
     status, message = run(source, tmp_path / "out")

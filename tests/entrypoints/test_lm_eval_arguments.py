@@ -5,17 +5,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from helpers.checkpoints import link_checkpoint
 from helpers.command_line import DEMO
-from helpers.lm_eval_requests import COUNTING, END, RIGHT, SUM, generate, score
+from helpers.lm_eval_requests import (
+    ASSISTANT,
+    COUNTING,
+    END,
+    RIGHT,
+    SUM,
+    USER,
+    generate,
+    score,
+)
 from nanovllm import LLM, SamplingParams
 from nanovllm.lm_eval import NanoVLLM
 
 
 def test_bad_arguments_are_refused(llm: LLM, tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="unknown engine option 'parallelize'"):
-        NanoVLLM(DEMO, parallelize=True)
+    with pytest.raises(TypeError, match="unknown engine option 'swap_space'"):
+        NanoVLLM(DEMO, swap_space=4)
+    with pytest.raises(ValueError, match="data_parallel_size=2 is not supported: leave it out, or"):
+        NanoVLLM(DEMO, data_parallel_size=2)
     with pytest.raises(ValueError, match="not both"):
         NanoVLLM(DEMO, max_length=20, max_model_len=20)
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
@@ -55,6 +67,34 @@ def test_arguments_of_other_backends(llm: LLM) -> None:
     assert empty == prefix
     with pytest.raises(ValueError, match="num_beams must be 1, got 10"):
         generate(adapter, ("Hello", {"max_gen_toks": 3, "num_beams": 10}))
+
+
+def test_arguments_of_the_vllm_backend() -> None:
+    model = NanoVLLM(
+        DEMO, device="cpu", dtype="float32", num_kvcache_blocks=4, tensor_parallel_size=1,
+        data_parallel_size=1, max_model_len=32, gpu_memory_utilization=0.5, max_num_seqs=8,
+        enforce_eager=True, trust_remote_code=False, quantization=None, revision="main",
+        tokenizer=None, tokenizer_mode="auto", enable_prefix_caching=True, seed=1234,
+    )  # fmt: skip
+    assert (model.max_length, model.llm.config.max_num_seqs) == (30, 8)
+    model.llm.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    """The harness asks for cuda:0 unless it is told another device."""
+    model = NanoVLLM(DEMO, device="cuda:0", num_kvcache_blocks=4)
+    assert model.llm.config.torch_device.type == "cpu"
+    assert "device=cuda:0, and there is no GPU" in caplog.text
+    model.llm.close()
+
+
+def test_stop_stands_beside_until(ours: NanoVLLM) -> None:
+    count = f"{USER}Count from 3 to 12.{ASSISTANT}"
+    for stops in ({"stop": [" 7"], "until": ["9"]}, {"stop": "9", "until": " 7"}, {"stop": " 7"}):
+        assert generate(ours, (count, stops)) == ["3, 4, 5, 6,"]
+    with pytest.raises(TypeError, match="stop must be a string or a list of strings, got 7"):
+        generate(ours, (count, {"stop": 7}))
 
 
 def test_bad_requests_are_refused(ours: NanoVLLM, llm: LLM) -> None:

@@ -71,6 +71,29 @@ def test_json_text_in_place_of_structs(ours: LLMPredictor):
     assert (answer["text"], answer["finish_reason"]) == ("47 + 38 = 85", "stop")
 
 
+def test_content_parts_and_tools_of_rows(ours: LLMPredictor, monkeypatch: pytest.MonkeyPatch):
+    template = (
+        "{{ messages[0].content if messages[0].content is string }}{{ color }}"
+        "{% for tool in tools or [] %}<{{ tool.function.name }}>{% endfor %}"
+    )
+    monkeypatch.setattr(ours.llm.tokenizer, "chat_template", template)
+    parts = [{"type": "text", "text": "47"}, {"type": "text", "text": "38"}]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    image = [{"type": "image_url", "text": None, "image_url": {"url": "a.png"}}]
+    rows = [
+        {"messages": [{"role": "user", "content": parts}], "tools": tools},
+        {"messages": [{"role": "user", "content": parts}], "chat_template_kwargs": {"color": "!"}},
+        {"messages": [{"role": "user", "content": image}]},
+    ]
+    (first, _), (second, _) = map(ours.request, rows[:2])
+    assert ours.llm.tokenizer.decode(first) == "47\n38<add>"
+    assert ours.llm.tokenizer.decode(second) == "47\n38!"
+    text = {"tools": json.dumps(tools)}
+    assert ours.request(rows[0] | text)[0] == first
+    with pytest.raises(ValueError, match=r"messages\[0\], part 0 has the type 'image_url'"):
+        ours.request(rows[2])
+
+
 def test_a_bad_row_keeps_its_error_and_the_others_go_on(ours: LLMPredictor):
     rows = [
         {"prompt": "1, 2, 3", "sampling_params": None},
