@@ -49,6 +49,7 @@ OTHER_OPTIONS: dict[str, Other] = {
     "worker_use_ray": Other(_one_of(False), "see nanovllm.entrypoints.ray_data for Ray"),
     "disable_custom_all_reduce": Other(_anything, ""),
     "tokenizer_mode": Other(_one_of("auto"), "the checkpoint says which tokenizer it has"),
+    "tokenizer_revision": Other(_one_of("main"), "it is the checkpoint's revision"),
     "quantization": Other(_one_of(), _NO_WEIGHT_FORMATS),
     "kv_cache_dtype": Other(_one_of("auto"), "keys and values have the model's dtype"),
     "calculate_kv_scales": Other(_one_of(False), "keys and values have the model's dtype"),

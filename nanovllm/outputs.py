@@ -97,9 +97,9 @@ class CompletionOutput(Record):
 class RequestOutput(CompletionOutput):
     """A finished request: its first completion, and what is said of all.
 
-    `outputs` lists all `n` completions. `prompt` is None for one given as token ids. The first
-    entry of `prompt_logprobs` is None. The cache held `num_cached_tokens` of the prompt. `finished`
-    is True.
+    `outputs` lists all `n` completions. `prompt` is None for one given as token ids, and of a chat
+    the template's text. The first entry of `prompt_logprobs` is None. The cache held
+    `num_cached_tokens` of the prompt. `finished` is True.
     """
 
     __slots__ = ()

@@ -14,7 +14,8 @@ from nanovllm.other_options import OTHER_OPTIONS, SYNONYMS
 AS_IT_IS = {
     "trust_remote_code": True, "pipeline_parallel_size": 1, "data_parallel_size": 1,
     "enable_expert_parallel": False, "distributed_executor_backend": "mp", "worker_use_ray": False,
-    "disable_custom_all_reduce": True, "tokenizer_mode": "auto", "quantization": None,
+    "disable_custom_all_reduce": True, "tokenizer_mode": "auto",
+    "tokenizer_revision": "main", "quantization": None,
     "kv_cache_dtype": "auto", "calculate_kv_scales": False, "cpu_offload_gb": 0, "swap_space": 16,
     "enable_lora": False, "max_loras": 1, "max_lora_rank": 64, "enable_prompt_adapter": False,
     "speculative_config": None, "speculative_model": None, "guided_decoding_backend": "auto",

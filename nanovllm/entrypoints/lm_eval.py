@@ -45,25 +45,9 @@ logger = logging.getLogger(__name__)
 EXTRA_TOKENS = 2
 NO_LIMIT = 2**31 - 1  # a max_model_len that the engine lowers to the model's limit
 
-# Arguments of the harness's other backends, with the value that says what the engine does anyway.
-GIVEN_ANYWAY = {
-    "data_parallel_size": 1,
-    "disable_log_stats": True,
-    "distributed_executor_backend": "mp",
-    "enable_chunked_prefill": True,
-    "enable_lora": False,
-    "enable_prefix_caching": True,
-    "kv_cache_dtype": "auto",
-    "lora_local_path": None,
-    "parallelize": False,
-    "pipeline_parallel_size": 1,
-    "quantization": None,
-    "revision": "main",
-    "tokenizer": None,
-    "tokenizer_mode": "auto",
-    "tokenizer_revision": "main",
-    "truncation_side": "left",
-}
+# Arguments of the harness's other backends that the engine does not know, with the value that says
+# what is the case.
+GIVEN_ANYWAY = {"lora_local_path": None, "parallelize": False, "truncation_side": "left"}
 
 # A text to score: the key of its score in the harness's cache (None: do not cache it), the token
 # ids of the context, and those of the continuation, which are scored.
@@ -92,8 +76,6 @@ class NanoVLLM(TemplateLM):
         trust_remote_code: ignored, since the engine never runs code from a checkpoint.
         **options: engine options, see :class:`nanovllm.config.Config`. A GPU that is not there is
             replaced by the CPU, with a warning, since the harness asks for one by default.
-            Arguments of its vLLM backend that say what the engine does anyway, such as
-            data_parallel_size=1, are taken too.
 
     Raises:
         TypeError, ValueError: for an invalid argument.

@@ -24,10 +24,12 @@ from nanovllm.lm_eval import NanoVLLM
 
 
 def test_bad_arguments_are_refused(llm: LLM, tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="unknown engine option 'swap_space'"):
-        NanoVLLM(DEMO, swap_space=4)
-    with pytest.raises(ValueError, match="data_parallel_size=2 is not supported: leave it out, or"):
+    with pytest.raises(TypeError, match="unknown engine option 'max_batch'"):
+        NanoVLLM(DEMO, max_batch=4)
+    with pytest.raises(ValueError, match="data_parallel_size=2: .*replicas"):
         NanoVLLM(DEMO, data_parallel_size=2)
+    with pytest.raises(ValueError, match="parallelize=True is not supported: leave it out, or"):
+        NanoVLLM(DEMO, parallelize=True)
     with pytest.raises(ValueError, match="not both"):
         NanoVLLM(DEMO, max_length=20, max_model_len=20)
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
