@@ -127,7 +127,8 @@ class ModelRunner:
         self.config = config
         self.device = config.torch_device
         self.on_gpu = self.device.type == "cuda"
-        with self.on_device(), torch.device("cpu"):  # whatever the process has made its default
+        # Whatever the process has made its default.
+        with self.on_device(), torch.device("cpu"), self.in_own_dtype():
             self._build()
 
     def _build(self) -> None:
@@ -190,6 +191,12 @@ class ModelRunner:
         """Makes the runner's GPU the current one: Triton and events go by that."""
         return torch.cuda.device(self.device) if self.on_gpu else nullcontext()
 
+    def in_own_dtype(self) -> AbstractContextManager:
+        """Switches the caller's `torch.autocast` off: the engine computes in `dtype`."""
+        kind = self.device.type
+        is_on = torch.is_autocast_enabled(kind)
+        return torch.autocast(kind, enabled=False) if is_on else nullcontext()
+
     def launch(self, batch: Batch) -> PendingStep:
         """Start a step; returns at once on a GPU. Tokens that the host does not know yet are taken
         on the device from the step launched before."""
@@ -212,7 +219,7 @@ class ModelRunner:
     def run(self, step: Step) -> PendingStep:
         """Run a step whose inputs are in the host buffer."""
         shape, rows = step.shape, step.rows
-        with self.on_device():
+        with self.on_device(), self.in_own_dtype():
             self.inputs.send(step.buffer_index, step.num_words)
             # Its tokens will be written there.
             pending = PendingStep(self.sampler.host_tokens[step.buffer_index, :rows])
