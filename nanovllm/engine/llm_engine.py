@@ -4,9 +4,13 @@ import os
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
@@ -20,6 +24,7 @@ from nanovllm.engine.stats import StepStats
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.loader import View, load_weights, update_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -175,6 +180,49 @@ class LLMEngine:
             self._check_open()
             self._drop_all()
 
+    def update_weights(
+        self, weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+    ) -> None:
+        """Copy tensors over the model's weights, in place: those of a model in training, say.
+
+        Args:
+            weights: pairs of a name, as in a checkpoint, and a whole tensor, on any device and in
+                any floating-point dtype. They are taken one by one, so a generator may make them as
+                it goes. Weights that do not come stay as they are. The prefix cache is emptied.
+
+        Raises:
+            TypeError, ValueError: for a tensor that the model does not have, of another shape or no
+                floats; those before it are in place.
+            RuntimeError: if requests are unfinished, or with several ranks.
+        """
+        self._change_weights(lambda *model: update_weights(weights, *model))
+
+    def load_weights(self, path: str | os.PathLike[str]) -> None:
+        """Load another checkpoint of the same shape over the model's weights, in place: all that is
+        in the directory's *.safetensors files, which is checked before anything is changed. The
+        prefix cache is emptied; tokenizer and configuration stay.
+
+        Raises:
+            ValueError, FileNotFoundError: for a checkpoint that cannot be loaded.
+            RuntimeError: if requests are unfinished, or with several ranks.
+        """
+
+        def load(views: dict[str, View], ignored: frozenset[str]) -> None:
+            with torch.inference_mode():
+                load_weights(Path(path), views, ignored)
+
+        self._change_weights(load)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget which prompts' keys and values the KV cache holds.
+
+        Raises:
+            RuntimeError: if requests are unfinished.
+        """
+        with self._callers.alone():
+            self._check_no_requests("reset_prefix_cache")
+            self.scheduler.block_manager.reset()
+
     def metrics(self) -> dict[str, int | float]:
         """What the engine is doing, and has done since it began.
 
@@ -204,6 +252,25 @@ class LLMEngine:
             "prefill_tokens_per_second": self.stats.prefill_rate,
             "decode_tokens_per_second": self.stats.decode_rate,
         }
+
+    def _change_weights(self, fill: Callable[[dict[str, View], frozenset[str]], None]) -> None:
+        with self._callers.alone():
+            self._check_no_requests("a change of weights")
+            if self.config.tensor_parallel_size > 1:
+                raise RuntimeError(
+                    "weights can be changed in one process only, and this engine has "
+                    f"tensor_parallel_size={self.config.tensor_parallel_size}: build a new LLM"
+                )
+            self.scheduler.block_manager.reset()
+            self.model_runner.change_weights(fill)
+
+    def _check_no_requests(self, what: str) -> None:
+        self._check_open()
+        if self.scheduler.num_unfinished:
+            raise RuntimeError(
+                f"{self.scheduler.num_unfinished} requests are unfinished: let them end, or abort "
+                f"them, before {what}"
+            )
 
     def _drop_all(self, reason: str = "", cause: BaseException | None = None) -> None:
         """Drop every request, whatever state a failed step has left; see `Callers.drop_all`."""

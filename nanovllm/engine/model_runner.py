@@ -1,6 +1,7 @@
 """Runs a model's steps on a device: load, launch, collect."""
 
 import gc
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from nanovllm.layers.sampler import LOGPROB_ROWS, Sampler
 from nanovllm.models import CausalLM
 from nanovllm.utils.context import Context
 from nanovllm.utils.kernels import has_kernels, kernels
-from nanovllm.utils.loader import fill_with_noise, load_weights
+from nanovllm.utils.loader import View, fill_with_noise, load_weights
 from nanovllm.utils.memory import gpu_memory_in_use, to_device
 
 
@@ -251,6 +252,22 @@ class ModelRunner:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
         self._launched_rows = {}
+
+    def change_weights(self, fill: Callable[[dict[str, View], frozenset[str]], None]) -> None:
+        """Let `fill` write to the weights where they are, so that CUDA Graphs stay valid. It gets
+        the model's `checkpoint_views` and `ignored_tensors`."""
+        linears = [module for module in self.model.modules() if isinstance(module, Linear)]
+        with self.on_device():
+            self.reset()
+            for linear in linears:
+                linear.unpack()
+            self.model.tie_weights()
+            try:
+                fill(self.model.checkpoint_views(), self.model.ignored_tensors())
+            finally:
+                for linear in linears:
+                    linear.pack()
+                self.reset()  # a step may be launched by another stream
 
     def close(self) -> None:
         """Give all memory back. The runner is of no use afterwards."""
