@@ -20,6 +20,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.stats import StepStats
 from nanovllm.outputs import RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.interrupts import no_interrupt
 
 Message = dict[str, Any]  # of a chat: "role" and "content", and whatever else the template knows
 
@@ -217,14 +218,15 @@ class LLM(LLMEngine):
                     self._queue(request)
             yield
         finally:
-            try:
-                if call.pending:
-                    with self._callers.alone():
-                        for request in requests:
-                            self._abort(request)
-                        self._collect_leftovers()
-            finally:
-                self._callers.leave(call)
+            with no_interrupt():  # a second Ctrl-C would leave requests that are nobody's
+                try:
+                    if call.pending:
+                        with self._callers.alone():
+                            for request in requests:
+                                self._abort(request)
+                            self._collect_leftovers()
+                finally:
+                    self._callers.leave(call)
 
     def _check_idle(self, method: str) -> None:
         """Requests that a call would take from whoever goes through them by hand."""

@@ -9,7 +9,7 @@ lead is free.
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from nanovllm.outputs import RequestOutput
 from nanovllm.utils.interrupts import no_interrupt
@@ -56,7 +56,8 @@ class Callers:
         self.lock = threading.RLock()
         self._entering: set[object] = set()  # one for each thread that waits in `alone`
         # Guards all below and all of `Call`, for moments only. Who holds it never waits for `lock`.
-        self._changed = threading.Condition()
+        self._guard = threading.RLock()
+        self._changed = threading.Condition(self._guard)
         self._calls: set[Call] = set()
         self._call_of_request: dict[int, Call] = {}  # by id, of pending requests
         self._leader: Call | None = None
@@ -80,22 +81,20 @@ class Callers:
         finally:
             self._entering.discard(turn)
 
-    @contextmanager
-    def stepping(self) -> Iterator[None]:
-        """The engine is this thread's for a step. Ctrl-C waits if it would end the requests of
-        other callers: a step that is cut short leaves nothing that could go on."""
-        with self.lock, no_interrupt() if len(self._calls) > 1 else nullcontext():
-            yield
+    def step_guard(self) -> AbstractContextManager:
+        """Around a step: Ctrl-C waits if it would end the requests of other callers, since a step
+        that is cut short leaves nothing that could go on."""
+        return no_interrupt() if len(self._calls) > 1 else nullcontext()
 
     def add(self, call: Call) -> None:
         """A call begins. To be called alone, before its requests are queued."""
-        with self._changed:
+        with self._guard:
             self._calls.add(call)
             self._call_of_request |= dict.fromkeys(call.pending, call)
 
     def leave(self, call: Call) -> None:
         """A call has ended: what is pending of it has no owner from now on."""
-        with self._changed:
+        with self._guard:
             self._calls.discard(call)
             for request_id in call.pending:
                 self._call_of_request.pop(request_id, None)
@@ -104,7 +103,7 @@ class Callers:
     def must_step(self, call: Call) -> bool:
         """Wait until there is news for a call (False), or until it has to step for all (True). Then
         it leads until `stop_leading`."""
-        with self._changed:
+        with self._guard:
             while not call.has_news and self._leader not in (None, call):
                 self._changed.wait()
             if not call.has_news:
@@ -117,13 +116,13 @@ class Callers:
     def stop_leading(self, call: Call) -> None:
         """Let another call lead, if this one does."""
         if self._leader is call:
-            with self._changed:
+            with self._guard:
                 self._leader = None
                 self._changed.notify_all()
 
     def deliver(self, outputs: list[RequestOutput]) -> None:
         """Hand over what a step has brought."""
-        with self._changed:
+        with self._guard:
             for output in outputs:
                 if (call := self._drop(output["request_id"])) is not None:
                     call.outputs[output["request_id"]] = output
@@ -133,13 +132,13 @@ class Callers:
 
     def drop(self, request_id: int) -> None:
         """A request was aborted."""
-        with self._changed:
+        with self._guard:
             self._drop(request_id)
             self._wake()
 
     def drop_all(self, reason: str = "", cause: BaseException | None = None) -> None:
         """All requests were aborted; if that has a reason, each call with pending ones fails."""
-        with self._changed:
+        with self._guard:
             for call in self._calls:
                 if call.pending and reason:
                     call.failure = RuntimeError(reason)
@@ -158,5 +157,5 @@ class Callers:
         return call
 
     def _wake(self) -> None:
-        if any(call.has_news and call is not self._leader for call in self._calls):
+        if [call for call in self._calls if call.has_news and call is not self._leader]:
             self._changed.notify_all()

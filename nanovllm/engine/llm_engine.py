@@ -135,7 +135,7 @@ class LLMEngine:
         already works on the next one while the host looks at them. If a step fails, every request
         is aborted, and the engine is ready for new ones; with several ranks it is closed.
         """
-        with self._callers.stepping():
+        with self._callers.lock, self._callers.step_guard():
             self._check_open()
             outputs: list[RequestOutput] = []
             try:
