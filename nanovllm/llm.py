@@ -1,16 +1,17 @@
 """The public face of the engine: whole lists of prompts, chats, streams."""
 
 import reprlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
+from nanovllm.engine.callers import Call
 from nanovllm.engine.chat_messages import Message, check_messages, for_template
 from nanovllm.engine.input_processor import (
     Params,
-    Prompt,
     Prompts,
     Request,
     params_list,
@@ -21,6 +22,7 @@ from nanovllm.engine.stats import StepStats
 from nanovllm.engine.tokenizer import Tokenizer
 from nanovllm.outputs import RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.interrupts import no_interrupt
 
 
 class LLM(LLMEngine):
@@ -28,15 +30,10 @@ class LLM(LLMEngine):
 
     Every engine option (see :class:`nanovllm.config.Config`) is a keyword argument. Use it as a
     context manager, or call :meth:`close`, to give the memory back.
+
+    `generate`, `chat` and `stream` may be called from many threads at once: their requests share
+    the engine's steps, each call gets its own results, and one that fails harms no other.
     """
-
-    _is_streaming = False
-
-    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        """See `LLMEngine.add_request`. Refused while a stream is open: its steps would take it."""
-        if self._is_streaming:
-            raise RuntimeError("a stream is open: close it, or go through it, before add_request()")
-        return super().add_request(prompt, sampling_params)
 
     def generate(
         self,
@@ -54,29 +51,34 @@ class LLM(LLMEngine):
 
         Raises:
             TypeError, ValueError: for a request that cannot work; nothing is queued then.
-            RuntimeError: if the engine is closed, or still has requests from elsewhere.
+            RuntimeError: if the engine is closed, or has unfinished requests from `add_request`; if
+                a request is aborted meanwhile, or a step of another thread's call fails.
+            Any error once requests run, KeyboardInterrupt too, has the results that are there as
+                its attribute `finished_outputs`: a list, with None for each prompt that had not
+                ended. The other prompts' requests are aborted.
         """
         self._check_idle("generate")
         many = prompt_list(prompts)
         requests = self.input_processor.process(many, params_list(sampling_params, len(many)))
-        outputs: dict[int, RequestOutput] = {}
-        before = replace(self.stats)
-        try:
-            for request in requests:
-                self._queue(request)
-            with tqdm(total=len(requests), desc="Generating", disable=not use_tqdm) as progress:
-                while not self.is_finished():
-                    finished = self.step()
-                    outputs.update((output["request_id"], output) for output in finished)
-                    _show_rates(progress, self.stats.since(before))
-                    progress.update(len(finished))
-        except BaseException:  # Ctrl-C too
-            self._drop_all()
-            raise
         ids = [request.request_id for request in requests]
-        if aborted := [index for index, request_id in enumerate(ids) if request_id not in outputs]:
-            raise RuntimeError(f"aborted while generate() ran: prompts {reprlib.repr(aborted)}")
-        return [outputs[request_id] for request_id in ids]
+        call, before = Call(ids), replace(self.stats)
+        try:
+            with (
+                self._running(call, requests),
+                tqdm(total=len(ids), desc="Generating", disable=not use_tqdm) as progress,
+            ):
+                while call.pending:
+                    if self._callers.must_step(call):
+                        self.step()
+                    _show_rates(progress, self.stats.since(before))
+                    progress.update(len(call.outputs) - progress.n)
+                call.check()
+            if aborted := [index for index, one in enumerate(ids) if one not in call.outputs]:
+                raise RuntimeError(f"aborted while generate() ran: prompts {reprlib.repr(aborted)}")
+        except BaseException as error:  # Ctrl-C too
+            error.finished_outputs = [call.outputs.get(one) for one in ids]  # type: ignore[attr-defined]
+            raise
+        return [call.outputs[one] for one in ids]
 
     def stream(
         self,
@@ -87,6 +89,7 @@ class LLM(LLMEngine):
 
         The pieces of a prompt, put together, are what `generate` returns: text in whole characters,
         and nothing that a stop string may yet take back. Closing the iterator aborts what is left.
+        A piece has more than one token if others' steps have run since the last.
 
         Args and errors are those of `generate`. `n` must be 1, and there are no prompt_logprobs.
         Nothing runs before the first piece is asked for.
@@ -213,32 +216,51 @@ class LLM(LLMEngine):
             raise ValueError(f"a message is not valid Unicode text: {error}") from error
 
     def _pieces(self, requests: list[Request]) -> Generator[StreamOutput, None, None]:
-        self._check_idle("stream")  # again, as it begins when the first piece is asked for
-        self._is_streaming = is_mine = True
-        try:
-            live = []
-            for index, request in enumerate(requests):
-                self._queue(request)
-                live.append(self.output_processor.stream(index, request.sequences[0]))
+        call = Call((request.request_id for request in requests), every_step=True)
+        with self._running(call, requests):
+            with self._callers.alone():
+                live = [
+                    self.output_processor.stream(index, request.sequences[0])
+                    for index, request in enumerate(requests)
+                ]
             while live:
-                self.step()
-                pieces = [piece for stream in live if (piece := stream.next_piece()) is not None]
-                live = [stream for stream in live if not stream.seq.is_finished]
-                self._is_streaming = is_mine = bool(live)  # with the last piece, others may begin
+                if self._callers.must_step(call):
+                    self.step()
+                call.check()
+                with self._callers.alone():  # no step is half way through a sequence
+                    pieces = [piece for one in live if (piece := one.next_piece()) is not None]
+                    live = [stream for stream in live if not stream.seq.is_finished]
+                self._callers.stop_leading(call)  # who knows when the next piece is asked for
                 yield from pieces
+
+    @contextmanager
+    def _running(self, call: Call, requests: list[Request]) -> Iterator[None]:
+        """Queue the requests of a call; in the end those that have not ended are aborted."""
+        try:
+            with self._callers.alone():
+                self._check_idle("stream" if call.every_step else "generate")
+                self._callers.add(call)
+                for request in requests:
+                    self._queue(request)
+            yield
         finally:
-            if is_mine:  # it was closed early, or has failed
-                self._is_streaming = False
-                if not self.is_closed:
-                    for request in requests:
-                        self.abort(request.request_id)
+            with no_interrupt():  # a second Ctrl-C would leave requests that are nobody's
+                try:
+                    if call.pending:
+                        with self._callers.alone():
+                            for request in requests:
+                                self._abort(request)
+                            self._collect_leftovers()
+                finally:
+                    self._callers.leave(call)
 
     def _check_idle(self, method: str) -> None:
+        """Requests that a call would take from whoever goes through them by hand."""
         self._check_open()
-        if self.scheduler.num_unfinished:
+        if self.scheduler.num_unfinished and not self._callers.are_waiting:
             raise RuntimeError(
-                f"{self.scheduler.num_unfinished} requests from add_request or stream are "
-                f"unfinished: step() until is_finished(), or close the stream, before {method}()"
+                f"{self.scheduler.num_unfinished} requests from add_request are unfinished: step() "
+                f"until is_finished() before {method}()"
             )
 
 

@@ -1,37 +1,30 @@
 """A stream and whatever else is asked of its engine."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from helpers.checkpoints import Reference, edit_json
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, assert_empty, build
 from helpers.streams import assert_works, gather
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
 
 
 @BOTH_ORDERS
-def test_generate_is_refused_while_a_stream_is_open_and_the_stream_goes_on(
+def test_generate_beside_an_open_stream_disturbs_neither(
     tiny: Path, tiny_reference: Reference, async_scheduling: bool
 ):
+    """What its steps bring for the stream comes with the stream's next pieces."""
+    found: list[list[int]] = [[] for _ in PROMPTS]
     with build(tiny, async_scheduling=async_scheduling) as llm:
-
-        def pieces() -> Iterator[dict[str, Any]]:
-            for number, piece in enumerate(llm.stream(PROMPTS, GREEDY)):
-                yield piece
-                if number in (0, 3, 9):
-                    with pytest.raises(RuntimeError, match=r"4 requests .* before generate\(\)"):
-                        llm.generate([1, 2], GREEDY, use_tqdm=False)
-                    with pytest.raises(RuntimeError, match=r"4 requests .* before stream\(\)"):
-                        llm.stream([1, 2], GREEDY)
-
-        found = gather(pieces(), 4)
-        assert [one["token_ids"] for one in found] == [
-            tiny_reference.tokens(prompt, 12) for prompt in PROMPTS
-        ]
+        for number, piece in enumerate(llm.stream(PROMPTS, GREEDY)):
+            found[piece["index"]] += piece["token_ids"]
+            if number in (0, 3):
+                short = SamplingParams(temperature=0, max_tokens=3)
+                (output,) = llm.generate([1, 2], short, use_tqdm=False)
+                assert output["token_ids"] == tiny_reference.tokens([1, 2], 3)
+        assert found == [tiny_reference.tokens(prompt, 12) for prompt in PROMPTS]
         assert_works(llm, tiny_reference)
 
 
@@ -46,17 +39,13 @@ def test_generate_between_two_last_pieces_disturbs_neither(llm: LLM, tiny_refere
     assert list(found.values()) == [tiny_reference.tokens(prompt, 12) for prompt in PROMPTS[:2]]
 
 
-def test_of_two_streams_the_second_has_to_wait_for_the_first(llm: LLM, tiny_reference: Reference):
-    first, second, third = (llm.stream(prompt, GREEDY) for prompt in PROMPTS[:3])
-    head = [next(second)]
-    with pytest.raises(RuntimeError, match=r"1 requests .* before stream\(\)"):
-        next(first)
-    (found,) = gather(iter([*head, *second]))
-    assert found["token_ids"] == tiny_reference.tokens(PROMPTS[1], 12)
-    (found,) = gather(third)
-    assert found["token_ids"] == tiny_reference.tokens(PROMPTS[2], 12)
-    assert list(first) == []
-    assert llm.metrics()["requests_aborted"] == 0
+def test_two_streams_share_steps(llm: LLM, tiny_reference: Reference):
+    streams = [llm.stream(prompt, GREEDY) for prompt in PROMPTS[:2]]
+    found: list[list[int]] = [[], []]
+    for pieces in zip(*streams, strict=True):
+        for tokens, piece in zip(found, pieces, strict=True):
+            tokens += piece["token_ids"]
+    assert found == [tiny_reference.tokens(prompt, 12) for prompt in PROMPTS[:2]]
     assert_works(llm, tiny_reference)
 
 

@@ -4,12 +4,17 @@ import os
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.callers import Callers
 from nanovllm.engine.input_processor import InputProcessor, Prompt, Request, params_list
 from nanovllm.engine.model_runner import ModelRunner, PendingStep, load_libraries
 from nanovllm.engine.output_processor import OutputProcessor
@@ -19,13 +24,19 @@ from nanovllm.engine.stats import StepStats
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.loader import View, load_weights, update_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_CLOSED = "this LLM is closed: build a new one"
+
 
 class LLMEngine:
     """Scheduler, block manager and model runner, wired together.
+
+    Any thread may call any method: one at a time uses the engine, and others wait for a step at the
+    most.
 
     Args:
         model: a local directory with a checkpoint, or a hub id to fetch.
@@ -77,6 +88,7 @@ class LLMEngine:
         self.input_processor = InputProcessor(self.config, self.tokenizer, eos_token_ids)
         self.output_processor = OutputProcessor(self.tokenizer)
         self.stats = StepStats()
+        self._callers = Callers()
         self._request_of_seq: dict[int, Request] = {}  # by seq_id, of unfinished sequences
         self._in_flight: deque[tuple[Batch, PendingStep]] = deque()
         self._last_collect = 0.0
@@ -90,11 +102,12 @@ class LLMEngine:
 
     def close(self) -> None:
         """Drop all requests and give the device's memory back. Calling it again does nothing."""
-        try:
-            if not self.is_closed:
-                self._drop_all()
-        finally:
-            self.model_runner.close()
+        with self._callers.alone():
+            try:
+                if not self.is_closed:
+                    self._drop_all(_CLOSED)
+            finally:
+                self.model_runner.close()
 
     @property
     def is_closed(self) -> bool:
@@ -106,10 +119,19 @@ class LLMEngine:
 
         Raises:
             TypeError, ValueError: for a request that cannot work; it is not queued.
+            RuntimeError: if the engine is closed; or if a stream is open or another thread's call
+                runs, whose steps would take the output.
         """
         self._check_open()
         (request,) = self.input_processor.process([prompt], params_list(sampling_params, 1))
-        self._queue(request)
+        with self._callers.alone():
+            self._check_open()
+            if self._callers.are_waiting:
+                raise RuntimeError(
+                    "a stream is open, or another thread's generate() runs: wait for its end "
+                    "before add_request(), or use generate()"
+                )
+            self._queue(request)
         return request.request_id
 
     def step(self) -> list[RequestOutput]:
@@ -119,25 +141,29 @@ class LLMEngine:
         already works on the next one while the host looks at them. If a step fails, every request
         is aborted, and the engine is ready for new ones; with several ranks it is closed.
         """
-        self._check_open()
-        try:
-            outputs = []
-            if self._in_flight and self._launch_needs_tokens():
-                outputs += self._collect()
-            if not self._in_flight:
-                self._last_collect = time.perf_counter()
-            batch = self.scheduler.schedule()
-            if batch is not None:
-                self._in_flight.append((batch, self.model_runner.launch(batch)))
-            # The step just launched may stay in flight; with nothing to launch, none does.
-            max_in_flight = 1 if batch is not None and self.config.async_scheduling else 0
-            if len(self._in_flight) > max_in_flight:
-                outputs += self._collect()
-            self._collect_leftovers()
-            return outputs
-        except BaseException:
-            self._drop_all()
-            raise
+        with self._callers.lock, self._callers.step_guard():
+            self._check_open()
+            outputs: list[RequestOutput] = []
+            try:
+                if self._in_flight and self._launch_needs_tokens():
+                    outputs += self._collect()
+                if not self._in_flight:
+                    self._last_collect = time.perf_counter()
+                batch = self.scheduler.schedule()
+                if batch is not None:
+                    self._in_flight.append((batch, self.model_runner.launch(batch)))
+                # The step just launched may stay in flight; with nothing to launch, none does.
+                max_in_flight = 1 if batch is not None and self.config.async_scheduling else 0
+                if len(self._in_flight) > max_in_flight:
+                    outputs += self._collect()
+                self._collect_leftovers()
+                self._callers.deliver(outputs)
+                return outputs
+            except BaseException as error:
+                self._callers.deliver(outputs)  # they are complete
+                what = f"{type(error).__name__}: {error}"
+                self._drop_all(f"a step of another caller has failed: {what}", error)
+                raise
 
     def is_finished(self) -> bool:
         """Whether no request is queued or running."""
@@ -146,21 +172,62 @@ class LLMEngine:
 
     def abort(self, request_id: int) -> None:
         """Drop one request, wherever it is; no output comes of it. Unknown ids are ignored."""
-        self._check_open()
-        requests = self._request_of_seq.values()
-        request = next((one for one in requests if one.request_id == request_id), None)
-        if request is not None:
-            self._num_aborted += 1
-            for seq in request.sequences:
-                self._request_of_seq.pop(seq.seq_id, None)
-                self.output_processor.drop(seq)
-                self.scheduler.abort(seq)
-        self._collect_leftovers()
+        with self._callers.alone():
+            self._check_open()
+            requests = self._request_of_seq.values()
+            request = next((one for one in requests if one.request_id == request_id), None)
+            if request is not None:
+                self._abort(request)
+            self._collect_leftovers()
 
     def abort_all(self) -> None:
         """Drop every request; all KV blocks are free afterwards."""
-        self._check_open()
-        self._drop_all()
+        with self._callers.alone():
+            self._check_open()
+            self._drop_all()
+
+    def update_weights(
+        self, weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+    ) -> None:
+        """Copy tensors over the model's weights, in place: those of a model in training, say.
+
+        Args:
+            weights: pairs of a name, as in a checkpoint, and a whole tensor, on any device and in
+                any floating-point dtype. They are taken one by one, so a generator may make them as
+                it goes. Weights that do not come stay as they are. The prefix cache is emptied.
+
+        Raises:
+            TypeError, ValueError: for a tensor that the model does not have, of another shape or no
+                floats; those before it are in place.
+            RuntimeError: if requests are unfinished, or with several ranks.
+        """
+        self._change_weights(lambda *model: update_weights(weights, *model))
+
+    def load_weights(self, path: str | os.PathLike[str]) -> None:
+        """Load another checkpoint of the same shape over the model's weights, in place: all that is
+        in the directory's *.safetensors files, which is checked before anything is changed. The
+        prefix cache is emptied; tokenizer and configuration stay.
+
+        Raises:
+            ValueError, FileNotFoundError: for a checkpoint that cannot be loaded.
+            RuntimeError: if requests are unfinished, or with several ranks.
+        """
+
+        def load(views: dict[str, View], ignored: frozenset[str]) -> None:
+            with torch.inference_mode():
+                load_weights(Path(path), views, ignored)
+
+        self._change_weights(load)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget which prompts' keys and values the KV cache holds.
+
+        Raises:
+            RuntimeError: if requests are unfinished.
+        """
+        with self._callers.alone():
+            self._check_no_requests("reset_prefix_cache")
+            self.scheduler.block_manager.reset()
 
     def metrics(self) -> dict[str, int | float]:
         """What the engine is doing, and has done since it began.
@@ -192,13 +259,45 @@ class LLMEngine:
             "decode_tokens_per_second": self.stats.decode_rate,
         }
 
-    def _drop_all(self) -> None:
+    def _change_weights(self, fill: Callable[[dict[str, View], frozenset[str]], None]) -> None:
+        with self._callers.alone():
+            self._check_no_requests("a change of weights")
+            if self.config.tensor_parallel_size > 1:
+                raise RuntimeError(
+                    "weights can be changed in one process only, and this engine has "
+                    f"tensor_parallel_size={self.config.tensor_parallel_size}: build a new LLM"
+                )
+            self.scheduler.block_manager.reset()
+            self.model_runner.change_weights(fill)
+
+    def _check_no_requests(self, what: str) -> None:
+        self._check_open()
+        if self.scheduler.num_unfinished:
+            raise RuntimeError(
+                f"{self.scheduler.num_unfinished} requests are unfinished: let them end, or abort "
+                f"them, before {what}"
+            )
+
+    def _drop_all(self, reason: str = "", cause: BaseException | None = None) -> None:
+        """Drop every request, whatever state a failed step has left; see `Callers.drop_all`."""
+        self._callers.drop_all(reason, cause)
         self._num_aborted += len({id(request) for request in self._request_of_seq.values()})
         self._request_of_seq.clear()
         self._in_flight.clear()
         self.output_processor.clear()
         self.scheduler.abort_all()
         self.model_runner.reset()
+
+    def _abort(self, request: Request) -> None:
+        """Drop a request, if it is queued and has not ended."""
+        self._callers.drop(request.request_id)
+        unfinished = [seq for seq in request.sequences if seq.seq_id in self._request_of_seq]
+        self._num_aborted += bool(unfinished)
+        for seq in unfinished:
+            del self._request_of_seq[seq.seq_id]
+            self.scheduler.abort(seq)
+        for seq in request.sequences:
+            self.output_processor.drop(seq)
 
     def _queue(self, request: Request) -> None:
         self.output_processor.add(request)
@@ -264,4 +363,4 @@ class LLMEngine:
 
     def _check_open(self) -> None:
         if self.is_closed:
-            raise RuntimeError("this LLM is closed: build a new one")
+            raise RuntimeError(_CLOSED)

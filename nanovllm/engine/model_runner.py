@@ -1,6 +1,7 @@
 """Runs a model's steps on a device: load, launch, collect."""
 
 import gc
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from nanovllm.layers.sampler import LOGPROB_ROWS, Sampler
 from nanovllm.models import CausalLM
 from nanovllm.utils.context import Context
 from nanovllm.utils.kernels import has_kernels, kernels
-from nanovllm.utils.loader import fill_with_noise, load_weights
+from nanovllm.utils.loader import View, fill_with_noise, load_weights
 from nanovllm.utils.memory import gpu_memory_in_use, to_device
 
 
@@ -127,7 +128,8 @@ class ModelRunner:
         self.config = config
         self.device = config.torch_device
         self.on_gpu = self.device.type == "cuda"
-        with self.on_device(), torch.device("cpu"):  # whatever the process has made its default
+        # Whatever the process has made its default.
+        with self.on_device(), torch.device("cpu"), self.in_own_dtype():
             self._build()
 
     def _build(self) -> None:
@@ -190,6 +192,12 @@ class ModelRunner:
         """Makes the runner's GPU the current one: Triton and events go by that."""
         return torch.cuda.device(self.device) if self.on_gpu else nullcontext()
 
+    def in_own_dtype(self) -> AbstractContextManager:
+        """Switches the caller's `torch.autocast` off: the engine computes in `dtype`."""
+        kind = self.device.type
+        is_on = torch.is_autocast_enabled(kind)
+        return torch.autocast(kind, enabled=False) if is_on else nullcontext()
+
     def launch(self, batch: Batch) -> PendingStep:
         """Start a step; returns at once on a GPU. Tokens that the host does not know yet are taken
         on the device from the step launched before."""
@@ -212,7 +220,7 @@ class ModelRunner:
     def run(self, step: Step) -> PendingStep:
         """Run a step whose inputs are in the host buffer."""
         shape, rows = step.shape, step.rows
-        with self.on_device():
+        with self.on_device(), self.in_own_dtype():
             self.inputs.send(step.buffer_index, step.num_words)
             # Its tokens will be written there.
             pending = PendingStep(self.sampler.host_tokens[step.buffer_index, :rows])
@@ -244,6 +252,22 @@ class ModelRunner:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
         self._launched_rows = {}
+
+    def change_weights(self, fill: Callable[[dict[str, View], frozenset[str]], None]) -> None:
+        """Let `fill` write to the weights where they are, so that CUDA Graphs stay valid. It gets
+        the model's `checkpoint_views` and `ignored_tensors`."""
+        linears = [module for module in self.model.modules() if isinstance(module, Linear)]
+        with self.on_device():
+            self.reset()
+            for linear in linears:
+                linear.unpack()
+            self.model.tie_weights()
+            try:
+                fill(self.model.checkpoint_views(), self.model.ignored_tensors())
+            finally:
+                for linear in linears:
+                    linear.pack()
+                self.reset()  # a step may be launched by another stream
 
     def close(self) -> None:
         """Give all memory back. The runner is of no use afterwards; calling it again does

@@ -60,8 +60,8 @@ class Linear(nn.Module):
         return None
 
     def pack(self) -> None:
-        """On a CPU, let oneDNN keep a bf16 weight in its own blocked layout, if it can. Call once,
-        after loading.
+        """On a CPU, let oneDNN keep a bf16 weight in its own blocked layout, if it can. Call after
+        loading.
 
         The plain call reads the weight row by row, at half the bandwidth (measured on a 2-core AMD
         EPYC, one row: 15 against 23 GB/s; eight rows: 10 against 20). The packed form is
@@ -77,6 +77,13 @@ class Linear(nn.Module):
         if self._packs_every_row:
             # The old one may be the embedding's, too: it is dropped here, not emptied.
             self.weight = nn.Parameter(self.weight[:0].clone(), requires_grad=False)
+
+    def unpack(self) -> None:
+        """Undo `pack`, so that `weight` is there to be written to. One that was also the
+        embedding's is a copy then, until it is tied again."""
+        if self._packs_every_row and self._packed_weight is not None:
+            self.weight = nn.Parameter(self._packed_weight.to_dense(), requires_grad=False)
+        self._packed_weight, self._packs_every_row = None, False
 
     def _plain(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed_weight is not None and (self._packs_every_row or x.shape[0] > 1):

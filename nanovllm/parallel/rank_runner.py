@@ -1,12 +1,9 @@
 """The model runner of a rank, and that of rank 0, which leads the others."""
 
-import signal
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.connection import Connection
-from types import FrameType
 
 import torch
 
@@ -20,6 +17,7 @@ from nanovllm.parallel.group import Group
 from nanovllm.parallel.ranks import Ranks
 from nanovllm.parallel.sampler import ParallelSampler
 from nanovllm.parallel.sharding import shard
+from nanovllm.utils.interrupts import no_interrupt
 
 
 class RankRunner(ModelRunner):
@@ -92,7 +90,7 @@ class LeadingRunner(RankRunner):
     def launch(self, batch: Batch) -> PendingStep:
         step = self.prepare(batch)
         inputs = self.inputs.hosts[step.buffer_index][: step.num_words].numpy()
-        with _no_interrupt():  # it would leave the ranks at different steps
+        with no_interrupt():  # it would leave the ranks at different steps
             try:
                 self.ranks.send(step, inputs.data)
                 return self.run(step)
@@ -146,19 +144,3 @@ def _threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Let Ctrl-C wait until all ranks have got a step, and this one has, too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received: list[tuple[int, FrameType | None]] = []
-    previous = signal.signal(signal.SIGINT, lambda *args: received.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if received and callable(previous):
-        previous(*received[0])

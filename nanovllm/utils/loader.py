@@ -1,6 +1,7 @@
 """Weights: safetensors files to parameters, or random ones in their place."""
 
 import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +78,45 @@ def load_weights(
                 view.memory.copy_(found)
 
 
+def update_weights(
+    weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+    views: dict[str, View],
+    ignored: frozenset[str] = frozenset(),
+) -> None:
+    """Copy tensors to the `views` of their names, one by one as they come, from any device and in
+    any floating-point dtype. Views that get none stay as they are; `ignored` as in `load_weights`.
+
+    Raises:
+        TypeError, ValueError: for a tensor that is unexpected, of the wrong shape or no floats.
+            Those before it have been copied.
+    """
+    for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name!r} must be a tensor, got {type(tensor).__name__}")
+        if (key := _view_name(name, views, ignored)) is None:
+            continue
+        if key not in views:
+            raise ValueError(f"unexpected tensor {name!r}: the model has none of that name")
+        view = views[key]
+        if view.shape != tuple(tensor.shape):
+            raise ValueError(
+                f"tensor {name!r} has shape {list(tensor.shape)}, config.json asks for "
+                f"{list(view.shape)}"
+            )
+        if tensor.dtype not in _FLOATS.values():
+            raise ValueError(f"tensor {name!r} has {tensor.dtype}; supported are {[*_FLOATS]}")
+        with torch.inference_mode():  # not around `weights`, which may be the caller's own code
+            view.memory.copy_(tensor[view.part])
+
+
+def _view_name(name: str, views: dict[str, View], ignored: frozenset[str]) -> str | None:
+    """The view that a tensor goes to, if there is one; None for a tensor that is not read. A
+    network saved without its head, as embedding models are, has names without "model."."""
+    if name in ignored or name.endswith("rotary_emb.inv_freq"):
+        return None
+    return name if name in views else f"model.{name}"
+
+
 def _plan(
     paths: list[Path], views: dict[str, View], ignored: frozenset[str]
 ) -> dict[Path, dict[str, str]]:
@@ -93,9 +133,7 @@ def _plan(
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
         plan[path] = {}
         for name, shape in shapes.items():
-            # A network saved without its head, as embedding models are, has names without "model.".
-            view = name if name in views else f"model.{name}"
-            if name in ignored or name.endswith("rotary_emb.inv_freq"):
+            if (view := _view_name(name, views, ignored)) is None:
                 continue
             if view not in views:
                 raise ValueError(f"{path} holds an unexpected tensor {name!r}")

@@ -7,6 +7,7 @@ import torch
 
 from helpers.checkpoints import Reference
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, Fault, assert_empty, build
+from nanovllm import LLM, SamplingParams
 
 
 @BOTH_ORDERS
@@ -50,6 +51,37 @@ def test_failure_in_the_middle_leaves_an_empty_engine(
             for prompt, output in zip(PROMPTS[::-1], outputs, strict=True):
                 assert output["token_ids"] == tiny_reference.tokens(prompt, 12)
             assert_empty(llm)
+
+
+@BOTH_ORDERS
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("device on fire")], ids=repr)
+def test_an_error_comes_with_the_outputs_that_are_there(
+    tiny: Path, tiny_reference: Reference, error: BaseException, async_scheduling: bool
+):
+    params = [SamplingParams(temperature=0, max_tokens=n) for n in (9, 2, 5, 1)]
+    with build(tiny, async_scheduling=async_scheduling) as llm:
+        Fault(llm.model_runner, "launch", 7, error, False)
+        with pytest.raises(type(error)) as caught:
+            llm.generate(PROMPTS, params, use_tqdm=False)
+    long, *others = caught.value.finished_outputs
+    assert long is None
+    for prompt, param, output in zip(PROMPTS[1:], params[1:], others, strict=True):
+        assert output["token_ids"] == tiny_reference.tokens(prompt, param.max_tokens)
+
+
+def test_outputs_of_the_step_that_fails_come_with_the_error(llm: LLM, tiny_reference: Reference):
+    """With penalties, tokens are read before the next step is launched."""
+    params = [
+        SamplingParams(temperature=0, max_tokens=2),
+        SamplingParams(temperature=0, max_tokens=9, presence_penalty=1),
+    ]
+    llm.config.async_scheduling = True
+    Fault(llm.model_runner, "launch", 3, RuntimeError("device on fire"), False)
+    with pytest.raises(RuntimeError) as caught:
+        llm.generate(PROMPTS[:2], params, use_tqdm=False)
+    short, long = caught.value.finished_outputs
+    assert short["token_ids"] == tiny_reference.tokens(PROMPTS[0], 2)
+    assert long is None
 
 
 @BOTH_ORDERS

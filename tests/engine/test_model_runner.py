@@ -140,6 +140,16 @@ def test_another_default_device_does_no_harm(tiny: Path, tiny_reference: Referen
     assert output["token_ids"] == tiny_reference.tokens(PROMPTS[0], 12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_callers_autocast_does_not_reach_the_engine(
+    tiny: Path, tiny_reference: Reference, dtype: torch.dtype
+):
+    with torch.autocast("cpu", dtype), build(tiny) as llm:
+        (output,) = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+        assert torch.is_autocast_enabled("cpu")
+    assert output["token_ids"] == tiny_reference.tokens(PROMPTS[0], 12)
+
+
 def test_close_gives_the_kv_cache_back(tiny: Path):
     llm = build(tiny)
     llm.generate([1, 2], GREEDY, use_tqdm=False)

@@ -26,7 +26,7 @@ from nanovllm.lm_eval import NanoVLLM
 def test_bad_arguments_are_refused(llm: LLM, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="unknown engine option 'max_batch'"):
         NanoVLLM(DEMO, max_batch=4)
-    with pytest.raises(ValueError, match="data_parallel_size=2: .*replicas"):
+    with pytest.raises(ValueError, match=r"data_parallel_size=2: .*replicas"):
         NanoVLLM(DEMO, data_parallel_size=2)
     with pytest.raises(ValueError, match="parallelize=True is not supported: leave it out, or"):
         NanoVLLM(DEMO, parallelize=True)

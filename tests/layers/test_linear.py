@@ -35,6 +35,15 @@ def test_packed_weights_give_the_plain_product(rows: int, bias: bool):
     assert ((total.x.double() - expected).norm() / expected.norm()).item() < 1e-2
 
 
+def test_a_weight_is_the_same_after_unpacking():
+    linear = filled(Linear(96, 40).to(torch.bfloat16))
+    before = linear.weight.clone()
+    linear.pack()
+    linear.unpack()
+    assert torch.equal(linear.weight, before)
+    assert linear._packed_weight is None
+
+
 def test_packing_a_head_leaves_the_embedding_that_it_shares_as_it_is():
     weight = torch.nn.Parameter(torch.randn(40, 96).bfloat16(), requires_grad=False)
     linear, before = Linear(96, 40), weight.clone()
