@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 # for the last token of a text, which is scored and not read, and one for the token that the engine
 # always generates.
 EXTRA_TOKENS = 2
-NO_LIMIT = 2**31 - 1  # a max_model_len that the engine lowers to the model's limit
 
 # A text to score: the key of its score in the harness's cache (None: do not cache it), the token
 # ids of the context, and those of the continuation, which are scored.
@@ -370,7 +369,7 @@ def _load_llm(
         if "max_model_len" in options:
             raise ValueError("give max_length or max_model_len, not both")
         options["max_model_len"] = max_length + EXTRA_TOKENS
-    return LLM(pretrained, **{"max_model_len": NO_LIMIT} | options)
+    return LLM(pretrained, **options)
 
 
 def _continuation_logprobs(output: RequestOutput, continuation: list[int]) -> list[Logprob]:

@@ -1,6 +1,5 @@
 """The KV cache: its memory, and how many blocks of it fit."""
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -42,10 +41,7 @@ def test_the_cache_takes_a_quarter_of_the_hosts_memory_at_most(
 ):
     available = int(4 * blocks_that_fit * BLOCK_BYTES)
     monkeypatch.setattr(kv_cache, "available_host_memory", lambda: available)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that max_model_len is lowered to such a cache
-        llm = build(tiny, num_kvcache_blocks=None, max_num_seqs=4)
-    with llm:
+    with build(tiny, num_kvcache_blocks=None, max_num_seqs=4) as llm:
         assert llm.model_runner.num_kvcache_blocks == expected
 
 
