@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.checkpoints import Reference, random_tokens
+from helpers.checkpoints import Reference, edit_json, random_tokens
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, build, greedy
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import model_runner
@@ -187,3 +187,32 @@ def test_a_token_that_the_host_has_not_read_is_taken_from_the_step_before(
     expected = [tiny_reference.tokens(prompt, 2) for prompt in PROMPTS]
     assert runner.collect(first) == [tokens[0] for tokens in expected]
     assert runner.collect(second) == [tokens[1] for tokens in expected[1:]]
+
+
+# Memory for the weights
+
+
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none for what is to be on a device: only modules without memory can be built."""
+    empty = torch.empty
+
+    def refuse(*args, **kwargs) -> torch.Tensor:
+        if kwargs.get("device") is not None:
+            raise RuntimeError("not enough memory")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+
+
+def test_shapes_are_compared_before_a_byte_is_taken(tiny_copy: Path, no_memory: None):
+    edit_json(tiny_copy / "config.json", intermediate_size=10**8)
+    with pytest.raises(
+        ValueError, match=r"shape \[64, 96\], config\.json asks for \[64, 100000000\]"
+    ):
+        build(tiny_copy)
+
+
+def test_weights_without_memory_are_named_with_their_size(tiny: Path, no_memory: None):
+    with pytest.raises(RuntimeError, match=r"no memory for weights of 0\.0 GiB on cpu: free"):
+        build(tiny)
