@@ -60,7 +60,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.bfloat16).eval()
         model.save_pretrained(directory)
         (Path(directory) / "generation_config.json").unlink(missing_ok=True)
-        llm = LLM(directory, device="cpu")
+        llm = LLM(directory, device="cpu", max_model_len=4096)
     print(f"{args.threads} threads, torch {torch.__version__}, medians of {args.runs}")
     rng = random.Random(0)
     for name, lengths in WORKLOADS.items():

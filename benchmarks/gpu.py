@@ -49,7 +49,7 @@ from bench import (
     run,
 )
 from benchmarks.host import host_seconds
-from benchmarks.peers import ENGINES, TEMPERATURE, time_calls
+from benchmarks.peers import ENGINES, MAX_MODEL_LEN, TEMPERATURE, time_calls
 from benchmarks.ready import STAGES, seconds_to_ready, write_checkpoint
 from nanovllm import LLM, __version__
 from nanovllm.config import Config
@@ -149,6 +149,7 @@ class Bench:
         self.options = {
             "attention_backend": args.attention_backend,
             "tensor_parallel_size": args.tensor_parallel_size,
+            "max_model_len": MAX_MODEL_LEN,
         }
         self.directory = directory
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -184,7 +185,8 @@ class Bench:
                 yield Case.decode("by batch", batch, *self.sizes.scaling_len, name)
 
     def llm(self, shape: str | None = None, **options: Any) -> LLM:
-        return dummy_llm(shape or self.args.shape, self.changes, **self.options, **options)
+        options = self.options | options
+        return dummy_llm(shape or self.args.shape, self.changes, **options)
 
     def renewed(self, case: Case, vocab_size: int) -> Workload:
         return case.workload.renewed(next(self.renewals), vocab_size)
@@ -269,7 +271,7 @@ class Bench:
     def peer(self, engine: str, parts: list[str]) -> None:
         """The workloads with another engine; one line if it cannot run."""
         cases, runs = list(self.cases(parts)), self.args.runs + 1
-        config = Config.from_options(self.checkpoint(), {})
+        config = Config.from_options(self.checkpoint(), {"max_model_len": MAX_MODEL_LEN})
         calls = []
         for case in cases:
             output_lens = case.workload.output_lens

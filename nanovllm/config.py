@@ -1,6 +1,5 @@
 """Every option of the engine, checked here."""
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -12,6 +11,7 @@ import torch
 from nanovllm.models import CausalLM, find_model_class
 from nanovllm.models.config import ModelConfig
 from nanovllm.other_options import settle
+from nanovllm.utils.checkpoint_files import OTHER_WEIGHTS, other_format, read_json_object
 from nanovllm.utils.loader import checkpoint_dtype
 from nanovllm.utils.validation import as_integer, as_number
 
@@ -32,8 +32,8 @@ class Config:
         model: a local directory with a Hugging Face checkpoint, or a hub id to fetch.
         max_num_batched_tokens: the most tokens of one prefill step; longer prompts run in chunks.
         max_num_seqs: the most sequences that run at once.
-        max_model_len: the most tokens of a sequence, prompt and output together; capped by the
-            model here, and by the engine if its KV cache is smaller.
+        max_model_len: the most tokens of a sequence, prompt and output together; None: as many as
+            the model can. Capped by the model here, and by the engine if its KV cache is smaller.
         gpu_memory_utilization: the share of the GPU's memory that this engine may take.
         enforce_eager: never use CUDA Graphs.
         kvcache_block_size: tokens per KV block, a multiple of 16 (of 256 with flash-attn).
@@ -64,7 +64,7 @@ class Config:
     model: str
     max_num_batched_tokens: int = 16384
     max_num_seqs: int = 512
-    max_model_len: int = 4096
+    max_model_len: int = None  # type: ignore[assignment]  # a number once it is resolved
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     kvcache_block_size: int = 256
@@ -117,15 +117,7 @@ class Config:
 
             check_shardable(self.model_config, self.tensor_parallel_size)
         self.torch_dtype = _resolve_dtype(self.dtype, self.model_config, self.model_dir)
-        self.max_model_len = min(self.max_model_len, self.model_config.max_position_embeddings)
-        if self.max_model_len < 2:
-            raise ValueError("config.json has max_position_embeddings=1, and 2 is the least of use")
-        window = self.model_config.sliding_window
-        if window is not None and window < self.max_model_len:
-            raise ValueError(
-                f"config.json has a sliding window of {window} tokens, which is not supported in "
-                f"sequences of {self.max_model_len}: give max_model_len={window} or less"
-            )
+        self._resolve_max_model_len()
         self.generation_config = _load_generation_config(self.model_dir)
         self.eos_token_ids = _eos_token_ids(self.generation_config, self.model_config)
         if self.async_scheduling is None:
@@ -134,11 +126,27 @@ class Config:
     def _resolve_model(self, model: str) -> Path:
         return _resolve_model(model, self.revision, self.download_dir)
 
+    def _resolve_max_model_len(self) -> None:
+        limit, window = self.model_config.max_length, self.model_config.sliding_window
+        if limit < 2:
+            raise ValueError(
+                f"config.json has max_position_embeddings={limit}, and 2 is the least of use"
+            )
+        if self.max_model_len is None:
+            self.max_model_len = limit if window is None else min(limit, window)
+        self.max_model_len = min(self.max_model_len, limit)
+        if window is not None and window < self.max_model_len:
+            raise ValueError(
+                f"config.json has a sliding window of {window} tokens, which is not supported in "
+                f"sequences of {self.max_model_len}: give max_model_len={window} or less"
+            )
+
     def _check_options(self) -> None:
         for name in ("max_num_batched_tokens", "kvcache_block_size"):
             self._check_integer(name, at_least=1)
         self._check_integer("max_num_seqs", at_least=1, below=2**15)  # a row's number has 15 bits
-        self._check_integer("max_model_len", at_least=2)
+        if self.max_model_len is not None:
+            self._check_integer("max_model_len", at_least=2)
         self._check_integer("seed", at_least=0)
         self._check_integer("tensor_parallel_size", at_least=1)
         if self.num_kvcache_blocks is not None:
@@ -206,7 +214,11 @@ def _resolve_model(model: str, revision: str | None, download_dir: str | None) -
     if path.is_dir():
         return path
     if path.exists():
-        raise ValueError(f"model must be a directory with a checkpoint, {model!r} is a file")
+        known = other_format(path)
+        raise ValueError(
+            f"model must be a directory with a checkpoint, {model!r} is a file"
+            + (f": {known}" if known else "")
+        )
     looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
     if looks_like_path:
         raise FileNotFoundError(
@@ -216,11 +228,11 @@ def _resolve_model(model: str, revision: str | None, download_dir: str | None) -
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                model, revision=revision, cache_dir=download_dir, allow_patterns=CHECKPOINT_FILES
-            )
-        )
+        directory = snapshot_download(
+            model, revision=revision, cache_dir=download_dir, allow_patterns=CHECKPOINT_FILES,
+            ignore_patterns=OTHER_WEIGHTS,
+        )  # fmt: skip
+        return Path(directory)
     except Exception as error:
         raise FileNotFoundError(
             f"model {model!r} is neither a local directory nor could it be fetched from the hub "
@@ -232,8 +244,9 @@ def _resolve_model(model: str, revision: str | None, download_dir: str | None) -
 def _load_config_json(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{model_dir} has no config.json: it is not a checkpoint directory")
-    return _read_json_object(path)
+        known = other_format(model_dir) or "it is not a checkpoint directory"
+        raise FileNotFoundError(f"{model_dir} has no config.json: {known}")
+    return read_json_object(path)
 
 
 def _resolve_dtype(name: str, model_config: ModelConfig, model_dir: Path) -> torch.dtype:
@@ -254,17 +267,7 @@ def _resolve_dtype(name: str, model_config: ModelConfig, model_dir: Path) -> tor
 def _load_generation_config(model_dir: Path) -> dict[str, Any]:
     """The contents of generation_config.json; empty without one."""
     path = model_dir / "generation_config.json"
-    return _read_json_object(path) if path.is_file() else {}
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is not an object")
-    except ValueError as error:
-        raise ValueError(f"{path} is not a valid JSON object: {error}") from error
-    return content
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _eos_token_ids(generation_config: dict[str, Any], model_config: ModelConfig) -> set[int]:

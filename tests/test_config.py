@@ -18,7 +18,7 @@ from nanovllm.config import Config
 BAD_OPTIONS = [
     ("max_num_batched_tokens", 0), ("max_num_batched_tokens", -1), ("max_num_batched_tokens", 1.5),
     ("max_num_seqs", 0), ("max_num_seqs", "8"), ("max_num_seqs", True),
-    ("max_model_len", 1), ("max_model_len", 0),
+    ("max_model_len", 1), ("max_model_len", 0), ("max_model_len", 2.5),
     ("gpu_memory_utilization", 0), ("gpu_memory_utilization", 1.01),
     ("gpu_memory_utilization", math.nan), ("gpu_memory_utilization", "all"),
     ("gpu_memory_utilization", True),
@@ -54,10 +54,10 @@ def test_what_the_config_computes_is_not_an_option(tiny: Path, name: str):
         build(tiny, **{name: 1})
 
 
-def test_max_model_len_is_capped_by_the_model_in_silence(tiny: Path, recwarn):
-    with build(tiny, max_model_len=100_000) as llm:
-        assert llm.config.max_model_len == 640
-    assert not [w for w in recwarn if "max_model_len" in str(w.message)]
+def test_a_model_decides_how_long_sequences_are_unless_told_otherwise(tiny: Path):
+    assert config(tiny).max_model_len == 640
+    assert config(tiny, max_model_len=np.int64(100)).max_model_len == 100
+    assert config(tiny, max_model_len=100_000).max_model_len == 640
 
 
 # Where the model is
@@ -111,9 +111,12 @@ def test_hub_id_is_fetched_when_no_such_directory_exists(
 
     asked = []
 
-    def fetch(name: str, allow_patterns: list[str], **where: object) -> str:
+    def fetch(
+        name: str, allow_patterns: list[str], ignore_patterns: list[str], **where: object
+    ) -> str:
         asked.append(name)
         assert "*.safetensors" in allow_patterns
+        assert "consolidated*.safetensors" in ignore_patterns
         assert where == {"revision": "v2", "cache_dir": "here"}
         return str(tiny)
 

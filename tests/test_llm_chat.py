@@ -361,6 +361,20 @@ def test_a_template_that_fails_says_why(llm: LLM, template: str, message: str):
     assert_empty(llm)
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "__class__.*is unsafe"),
+        ("{{ messages.append(1) }}", "append.*is unsafe"),
+        ("{{ cycler.__init__.__globals__ }}", "is unsafe"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+    ],
+)
+def test_a_template_cannot_leave_its_sandbox(llm: LLM, template: str, message: str):
+    with pytest.raises(ValueError, match=f"the chat template does not take .*{message}"):
+        shown(llm, SUM, chat_template=template)
+
+
 def test_a_template_that_fails_on_one_conversation_queues_none(llm: LLM):
     template = "{% if messages | length > 1 %}{{ raise_exception('one only') }}{% endif %}Hi"
     with pytest.raises(ValueError, match="one only"):

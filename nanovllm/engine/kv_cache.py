@@ -5,7 +5,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.models.causal_lm import LayerCacheSpec
 from nanovllm.utils.context import LayerCache
-from nanovllm.utils.memory import GPU_RESERVE, available_host_memory
+from nanovllm.utils.memory import GPU_RESERVE, available_host_memory, total_gpu_memory
 
 
 def allocate_kv_cache(
@@ -38,6 +38,15 @@ def allocate_kv_cache(
     return [*zip(keys, values, strict=True)]
 
 
+def max_blocks(config: Config, specs: list[LayerCacheSpec]) -> int:
+    """More KV blocks than these there will not be; at least 1."""
+    if config.num_kvcache_blocks is not None:
+        return config.num_kvcache_blocks
+    device = config.torch_device
+    memory = available_host_memory() if device.type == "cpu" else total_gpu_memory(device)
+    return max(1, memory // _block_bytes(config, specs))
+
+
 def num_fitting_blocks(
     config: Config, specs: list[LayerCacheSpec], step_bytes: int, in_use_before: int
 ) -> int:
@@ -50,8 +59,7 @@ def num_fitting_blocks(
     Raises:
         RuntimeError: if there is no room for one.
     """
-    device, itemsize = config.torch_device, config.torch_dtype.itemsize
-    block_bytes = 2 * config.kvcache_block_size * itemsize * sum(h * d for h, d in specs)
+    device, block_bytes = config.torch_device, _block_bytes(config, specs)
     if device.type == "cpu":
         # A quarter of what is there, for all ranks together; never more than all sequences at full
         # length could use.
@@ -72,3 +80,9 @@ def num_fitting_blocks(
     if num_blocks < 1:
         raise RuntimeError(f"no memory left for the KV cache: {way_out}")
     return num_blocks
+
+
+def _block_bytes(config: Config, specs: list[LayerCacheSpec]) -> int:
+    """Of a block's keys and values, in all layers."""
+    itemsize = config.torch_dtype.itemsize
+    return 2 * config.kvcache_block_size * itemsize * sum(h * d for h, d in specs)

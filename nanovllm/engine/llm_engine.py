@@ -24,6 +24,7 @@ from nanovllm.engine.stats import StepStats
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.checkpoint_files import read_headers
 from nanovllm.utils.loader import View, load_weights, update_weights
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class LLMEngine:
             else:
                 self.model_runner = ModelRunner(self.config)
             on_error.pop_all()
-        self._fit_to_cache(self.model_runner.num_kvcache_blocks)
+        self._fit_to_cache(self.model_runner.num_kvcache_blocks, options.get("max_model_len"))
         eos_token_ids = self._eos_token_ids()
         self.scheduler = Scheduler(
             BlockManager(
@@ -215,7 +216,7 @@ class LLMEngine:
 
         def load(views: dict[str, View], ignored: frozenset[str]) -> None:
             with torch.inference_mode():
-                load_weights(Path(path), views, ignored)
+                load_weights(read_headers(Path(path)), views, ignored)
 
         self._change_weights(load)
 
@@ -344,15 +345,19 @@ class LLMEngine:
         self._num_generated += sum(len(one["token_ids"]) for one in output["outputs"])
         return output
 
-    def _fit_to_cache(self, num_blocks: int) -> None:
-        capacity = num_blocks * self.config.kvcache_block_size
-        if capacity < self.config.max_model_len:
+    def _fit_to_cache(self, num_blocks: int, asked: int | None) -> None:
+        """Lower max_model_len to what the KV cache holds, and warn if it is less than `asked`."""
+        block_size, limit = self.config.kvcache_block_size, self.config.model_config.max_length
+        capacity = num_blocks * block_size
+        self.config.max_model_len = min(self.config.max_model_len, capacity)
+        if asked is not None and self.config.max_model_len < asked:
+            reason = f"the KV cache has {num_blocks} blocks of {block_size} tokens"
+            if limit <= capacity:
+                reason = f"by its config.json the model has {limit} positions"
             warnings.warn(
-                f"max_model_len lowered from {self.config.max_model_len} to {capacity}: the KV "
-                f"cache has {num_blocks} blocks of {self.config.kvcache_block_size} tokens",
+                f"max_model_len lowered from {asked} to {self.config.max_model_len}: {reason}",
                 stacklevel=3,
             )
-            self.config.max_model_len = capacity
 
     def _eos_token_ids(self) -> set[int]:
         eos = set(self.config.eos_token_ids)

@@ -10,7 +10,8 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.cuda_graphs import CudaGraphs, graph_rows
-from nanovllm.engine.kv_cache import allocate_kv_cache, num_fitting_blocks
+from nanovllm.engine.kv_cache import allocate_kv_cache, max_blocks, num_fitting_blocks
+from nanovllm.engine.model_checks import checked_model_config
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
 from nanovllm.layers.attention_backends import make_backend
@@ -18,9 +19,10 @@ from nanovllm.layers.linear import Linear
 from nanovllm.layers.logits import Logprobs, RowEdits, compute_logprobs
 from nanovllm.layers.sampler import LOGPROB_ROWS, Sampler
 from nanovllm.models import CausalLM
+from nanovllm.utils.checkpoint_files import read_headers
 from nanovllm.utils.context import Context
 from nanovllm.utils.kernels import has_kernels, kernels
-from nanovllm.utils.loader import View, fill_with_noise, load_weights
+from nanovllm.utils.loader import View, check_weights, fill_with_noise, load_weights
 from nanovllm.utils.memory import gpu_memory_in_use, to_device
 
 
@@ -135,6 +137,7 @@ class ModelRunner:
     def _build(self) -> None:
         config = self.config
         in_use_before = gpu_memory_in_use(self.device) if self.on_gpu else 0
+        config.model_config = checked_model_config(config)
         self.model = self.make_model()
         specs = self.model.cache_specs()
         self.backend = make_backend(
@@ -144,6 +147,9 @@ class ModelRunner:
         self.attention_backend = self.backend.name
         use_graphs = self.on_gpu and not config.enforce_eager and self.backend.can_capture
         load_model(self.model, config)
+        # Before anything is allocated for so many positions.
+        most_tokens = self.agree_on_blocks(max_blocks(config, specs)) * config.kvcache_block_size
+        config.max_model_len = min(config.max_model_len, most_tokens)
         self.cos_sin = self.model.rotary_table(config.max_model_len, self.device)
         try:
             self.inputs = InputBuffers(config, self.backend)
@@ -418,21 +424,34 @@ def load_model(model: CausalLM, config: Config) -> None:
 
     Raises:
         ValueError, FileNotFoundError: for a checkpoint that cannot be loaded.
+        RuntimeError: if there is no memory for it.
     """
+    is_dummy = config.load_format == "dummy"
+    headers = {} if is_dummy else read_headers(config.model_dir)
+    if not is_dummy:
+        check_weights(headers, model.checkpoint_views(), model.ignored_tensors())
     # As `to_empty` would do, which imports sympy. A tied head gets memory too, and gives it back at
     # once. With that gap, later tensors lie where a step of one row takes 1% less time (see
     # docs/performance.md).
-    memory = {
-        name: torch.empty(parameter.shape, dtype=config.torch_dtype, device=config.torch_device)
-        for name, parameter in model.state_dict().items()
-    }
+    parameters = model.state_dict()
+    try:
+        memory = {
+            name: torch.empty(parameter.shape, dtype=config.torch_dtype, device=config.torch_device)
+            for name, parameter in parameters.items()
+        }
+    except RuntimeError as error:
+        num_bytes = sum(each.numel() for each in parameters.values()) * config.torch_dtype.itemsize
+        raise RuntimeError(
+            f"no memory for weights of {num_bytes / 2**30:.1f} GiB on {config.torch_device}: free "
+            "memory there, or give a narrower dtype or a larger tensor_parallel_size"
+        ) from error
     model.load_state_dict(memory, assign=True)
     model.requires_grad_(False).tie_weights()
     views = model.checkpoint_views()
-    if config.load_format == "dummy":
+    if is_dummy:
         fill_with_noise(views, config.model_config.initializer_range, config.seed)
     else:
-        load_weights(config.model_dir, views, model.ignored_tensors())
+        load_weights(headers, views, model.ignored_tensors())
     for module in model.modules():
         if isinstance(module, Linear):
             module.pack()

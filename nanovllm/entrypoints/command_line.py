@@ -131,8 +131,8 @@ def _add_options(command: argparse.ArgumentParser, max_tokens: str, seed: str) -
     )
     engine.add_argument(
         "--max-model-len", type=int, metavar="N",
-        help="the most tokens of prompt and answer together (default: 4096, or the model's limit "
-        "if that is lower)",
+        help="the most tokens of prompt and answer together (default: as many as the model and "
+        "the memory allow)",
     )  # fmt: skip
     engine.add_argument(
         "--tensor-parallel-size", type=int, metavar="N",

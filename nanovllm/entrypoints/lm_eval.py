@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 # for the last token of a text, which is scored and not read, and one for the token that the engine
 # always generates.
 EXTRA_TOKENS = 2
-NO_LIMIT = 2**31 - 1  # a max_model_len that the engine lowers to the model's limit
 
 # Arguments of the harness's other backends that the engine does not know, with the value that says
 # what is the case.
@@ -390,7 +389,7 @@ def _load_llm(
         if "max_model_len" in options:
             raise ValueError("give max_length or max_model_len, not both")
         options["max_model_len"] = max_length + EXTRA_TOKENS
-    return LLM(pretrained, **{"max_model_len": NO_LIMIT} | options)
+    return LLM(pretrained, **options)
 
 
 def _without_what_is_anyway(options: dict[str, Any]) -> dict[str, Any]:

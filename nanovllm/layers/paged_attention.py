@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from nanovllm.layers.rotary_embedding import rotate_
 
+_MASK_VALUES = 2**24
+
 
 def norm_rope_store(
     qkv: torch.Tensor,
@@ -55,17 +57,21 @@ def prefill_attention(
     for row, context_len in enumerate(context_lens.tolist()):
         start, end = starts[row], starts[row + 1]
         k, v = (_gather(cache, tables[row], context_len) for cache in (k_cache, v_cache))
-        query = q[start:end].transpose(0, 1)
         num_before = context_len - (end - start)
-        mask = None
-        if num_before:
-            mask = torch.ones(end - start, context_len, dtype=torch.bool, device=q.device)
-            mask = mask.tril(diagonal=num_before)
-        attended = F.scaled_dot_product_attention(
-            query[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale,
-            enable_gqa=True,
-        )  # fmt: skip
-        out[start:end] = attended[0].transpose(0, 1)
+        # A mask is as wide as the context: it is made for some of the queries at a time.
+        size = max(1, _MASK_VALUES // context_len if num_before else end - start)
+        for first in range(start, end, size):
+            last = min(first + size, end)
+            num_seen = num_before + last - start
+            mask = None
+            if num_before:
+                mask = torch.ones(last - first, num_seen, dtype=torch.bool, device=q.device)
+                mask = mask.tril(diagonal=num_before + first - start)
+            attended = F.scaled_dot_product_attention(
+                q[first:last].transpose(0, 1)[None], k[None, :, :num_seen], v[None, :, :num_seen],
+                attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True,
+            )  # fmt: skip
+            out[first:last] = attended[0].transpose(0, 1)
     return out
 
 

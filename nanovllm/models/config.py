@@ -16,6 +16,9 @@ SIZES = (
 )  # fmt: skip
 
 
+MAX_SIZE = 2**28  # no model comes near, and bytes of the largest matrix are below 2**63
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a network. A family adds what it alone has, and the defaults of its own class in
@@ -79,6 +82,22 @@ class ModelConfig:
         """The sliding window that a config.json asks for; None if it has none."""
         return None
 
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a sequence. With YaRN they are the positions of the training times a
+        factor: max_position_embeddings is often left as it was before."""
+        if self.rope_parameters["rope_type"] != "yarn":
+            return self.max_position_embeddings
+        factor: Any = self.rope_parameters.get("factor")
+        original: Any = (
+            self.original_max_position_embeddings
+            or self.rope_parameters.get("original_max_position_embeddings")
+            or self.max_position_embeddings
+        )
+        if not (_is_number(factor) and _is_size(original) and original <= MAX_SIZE):
+            return self.max_position_embeddings  # the rotary table says what is wrong
+        return int(min(factor * original, MAX_SIZE))
+
     def _check_values(self) -> None:
         for name in ("rms_norm_eps", "initializer_range"):
             if not _is_number(getattr(self, name)):
@@ -113,7 +132,7 @@ def _check_and_derive_sizes(values: dict[str, Any], content: dict[str, Any]) -> 
         if values[name] is None or (name not in content and values[name] == DERIVED)
     ]
     for name in SIZES:
-        if name not in derived and not _is_size(values[name]):
+        if name not in derived and not (_is_size(values[name]) and values[name] <= MAX_SIZE):
             raise refusal(name, values[name])
     heads = values["num_attention_heads"]
     if "num_key_value_heads" in derived:
@@ -122,7 +141,7 @@ def _check_and_derive_sizes(values: dict[str, Any], content: dict[str, Any]) -> 
         values["head_dim"] = values["hidden_size"] // heads
     if heads % values["num_key_value_heads"]:
         raise refusal("num_key_value_heads", values["num_key_value_heads"])
-    if values["head_dim"] % 2 or not values["head_dim"]:
+    if values["head_dim"] % 2 or not 0 < values["head_dim"] <= MAX_SIZE // heads:
         raise refusal("head_dim", values["head_dim"])
 
 

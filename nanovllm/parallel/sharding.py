@@ -19,6 +19,7 @@ from nanovllm.parallel.layers import (
 )
 
 _TOKENS = 16  # the vocabulary is cut at multiples: rows of logits begin at multiples of 16 bytes
+_MOST_RANKS = 1024  # that are suggested
 
 
 def check_shardable(config: ModelConfig, size: int) -> None:
@@ -26,7 +27,7 @@ def check_shardable(config: ModelConfig, size: int) -> None:
     ValueError: if a model of this shape cannot be shared by `size` ranks.
     """
     if (obstacle := _obstacle(config, size)) is not None:
-        sizes = range(1, config.num_attention_heads + 1)
+        sizes = range(1, min(config.num_attention_heads, _MOST_RANKS) + 1)
         fitting = [other for other in sizes if _obstacle(config, other) is None]
         raise ValueError(
             f"tensor_parallel_size={size} does not fit the model: {obstacle}; could be: {fitting}"

@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -41,6 +42,7 @@ def _serve(
     connection: Connection, options: dict[str, Any], rank: int, port: int, threads: int
 ) -> None:
     torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")  # rank 0 gives them
     config = Config(**options)
     store = dist.TCPStore(HOST, port, config.tensor_parallel_size)
     group = Group.of_config(config, store, rank)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+
+from nanovllm.utils.checkpoint_files import Headers, describe, read_headers
 
 _FLOATS = {  # safetensors' names of the dtypes that can be loaded
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
@@ -37,39 +39,42 @@ class View(NamedTuple):
 
 def checkpoint_dtype(model_dir: Path) -> torch.dtype | None:
     """The dtype of the first floating-point tensor of a checkpoint; None without one."""
-    for path in sorted(model_dir.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if (dtype := _FLOATS.get(file.get_slice(name).get_dtype())) is not None:
-                        return torch.float32 if dtype == torch.float64 else dtype
-        except (SafetensorError, OSError):
-            return None  # `load_weights` says what is wrong with it
+    try:
+        headers = read_headers(model_dir)
+    except (FileNotFoundError, ValueError):
+        return None  # `check_weights` says what is wrong
+    for tensors in headers.values():
+        for header in tensors.values():
+            if (dtype := _FLOATS.get(header.dtype)) is not None:
+                return torch.float32 if dtype == torch.float64 else dtype
     return None
 
 
-def load_weights(
-    model_dir: Path, views: dict[str, View], ignored: frozenset[str] = frozenset()
+def check_weights(
+    headers: Headers, views: dict[str, View], ignored: frozenset[str] = frozenset()
 ) -> None:
-    """Fill `views`, by tensor name, from every `*.safetensors` of a directory, sharded or not.
-
-    Files are mapped into memory and copied tensor by tensor, so the host never holds a second copy
-    of the model; of a tensor that is wanted in part, only that part is read. All names and shapes
-    are checked before the first tensor is copied. Tensors named
-    in `ignored` may be there or not, and are not read.
+    """Check all names, shapes and dtypes; the views may have no memory yet.
 
     Raises:
-        FileNotFoundError: no safetensors file.
-        ValueError: a file that cannot be read, or a tensor that is missing, unexpected, given twice
-            or of the wrong shape; the message names the file and the tensor.
+        ValueError: for a tensor that is missing, unexpected, given twice, or of the wrong shape;
+            the message names the file and the tensor.
     """
-    paths = sorted(model_dir.glob("*.safetensors"))
-    if not paths:
-        raise FileNotFoundError(
-            f"{model_dir} has no *.safetensors file; convert the checkpoint to safetensors, or use "
-            "load_format='dummy' for random weights"
-        )
-    plan = _plan(paths, views, ignored)
+    _plan(headers, views, ignored)
+
+
+def load_weights(
+    headers: Headers, views: dict[str, View], ignored: frozenset[str] = frozenset()
+) -> None:
+    """Fill `views`, by tensor name, from the files of a checkpoint.
+
+    Files are mapped into memory and copied tensor by tensor, so the host never holds a second copy
+    of the model; of a tensor that is wanted in part, only that part is read. Tensors named in
+    `ignored` may be there or not, and are not read.
+
+    Raises:
+        ValueError: as `check_weights`, before the first tensor is copied.
+    """
+    plan = _plan(headers, views, ignored)
     for path, names in plan.items():
         with safe_open(path, framework="pt", device="cpu") as file:
             for name, key in names.items():
@@ -118,35 +123,28 @@ def _view_name(name: str, views: dict[str, View], ignored: frozenset[str]) -> st
 
 
 def _plan(
-    paths: list[Path], views: dict[str, View], ignored: frozenset[str]
+    headers: Headers, views: dict[str, View], ignored: frozenset[str]
 ) -> dict[Path, dict[str, str]]:
     """Which tensors to take from which file, and the view that each goes to, everything checked."""
     plan: dict[Path, dict[str, str]] = {}
     source: dict[str, Path] = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                shapes = {name: piece.get_shape() for name, piece in slices.items()}
-                dtypes = {name: piece.get_dtype() for name, piece in slices.items()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    for path, tensors in headers.items():
         plan[path] = {}
-        for name, shape in shapes.items():
+        for name, header in tensors.items():
             if (view := _view_name(name, views, ignored)) is None:
                 continue
             if view not in views:
                 raise ValueError(f"{path} holds an unexpected tensor {name!r}")
             if view in source:
                 raise ValueError(f"tensor {name!r} is both in {source[view]} and in {path}")
-            if list(views[view].shape) != list(shape):
+            if views[view].shape != header.shape:
                 raise ValueError(
-                    f"tensor {name!r} in {path} has shape {list(shape)}, config.json asks for "
-                    f"{list(views[view].shape)}"
+                    f"tensor {name!r} in {path} has shape {list(header.shape)}, config.json asks "
+                    f"for {list(views[view].shape)}"
                 )
-            if dtypes[name] not in _FLOATS:
+            if header.dtype not in _FLOATS:
                 raise ValueError(
-                    f"tensor {name!r} in {path} has dtype {dtypes[name]}; supported are "
+                    f"tensor {name!r} in {path} has dtype {header.dtype}; supported are "
                     f"{[*_FLOATS]}"
                 )
             source[view] = path
@@ -154,8 +152,8 @@ def _plan(
     missing = [name for name in views if name not in source]
     if missing:
         raise ValueError(
-            f"tensor {missing[0]!r} (and {len(missing) - 1} more) is missing from the "
-            f"{len(paths)} safetensors files in {paths[0].parent}"
+            f"tensor {missing[0]!r} (and {len(missing) - 1} more) is missing from "
+            f"{describe(headers)}"
         )
     return plan
 

@@ -1,11 +1,11 @@
 """The KV cache: its memory, and how many blocks of it fit."""
 
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.checkpoints import edit_json
 from helpers.engines import GREEDY, build
 from nanovllm import LLM
 from nanovllm.engine import kv_cache
@@ -42,11 +42,19 @@ def test_the_cache_takes_a_quarter_of_the_hosts_memory_at_most(
 ):
     available = int(4 * blocks_that_fit * BLOCK_BYTES)
     monkeypatch.setattr(kv_cache, "available_host_memory", lambda: available)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that max_model_len is lowered to such a cache
-        llm = build(tiny, num_kvcache_blocks=None, max_num_seqs=4)
-    with llm:
+    with build(tiny, num_kvcache_blocks=None, max_num_seqs=4) as llm:
         assert llm.model_runner.num_kvcache_blocks == expected
+
+
+def test_positions_that_no_cache_could_hold_get_no_memory(
+    tiny_copy: Path, monkeypatch: pytest.MonkeyPatch
+):
+    edit_json(tiny_copy / "config.json", max_position_embeddings=2**28)
+    monkeypatch.setattr(kv_cache, "available_host_memory", lambda: 40 * BLOCK_BYTES)
+    with build(tiny_copy, num_kvcache_blocks=None) as llm:
+        assert len(llm.model_runner.cos_sin) == 40 * 16
+        assert llm.config.max_model_len == 10 * 16, "a quarter"
+        assert len(llm.generate([1, 2], GREEDY, use_tqdm=False)[0]["token_ids"]) == 12
 
 
 def test_without_memory_for_a_block_there_is_no_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch):

@@ -135,23 +135,43 @@ def test_aborting_a_request_that_has_ended_does_nothing(llm: LLM):
 # A cache that holds less than the model could
 
 
-def test_max_model_len_is_lowered_to_the_cache_with_a_warning_that_points_here(tiny: Path):
-    with pytest.warns(UserWarning, match="max_model_len lowered from 640 to 48") as caught:
-        llm = LLM(tiny, kvcache_block_size=16, num_kvcache_blocks=3, device="cpu")
+@pytest.mark.parametrize(
+    ("asked", "num_blocks", "found", "reason"),
+    [
+        (640, 3, 48, "the KV cache has 3 blocks of 16 tokens"),
+        (100_000, 3, 48, "the KV cache has 3 blocks of 16 tokens"),
+        (641, 40, 640, "the model has 640 positions"),
+        (641, 50, 640, "the model has 640 positions"),
+    ],
+)
+def test_max_model_len_is_lowered_with_a_warning_that_points_here(
+    tiny: Path, asked: int, num_blocks: int, found: int, reason: str
+):
+    options = {"kvcache_block_size": 16, "num_kvcache_blocks": num_blocks, "device": "cpu"}
+    message = f"max_model_len lowered from {asked} to {found}: .*{reason}"
+    with pytest.warns(UserWarning, match=message) as caught:
+        llm = LLM(tiny, max_model_len=asked, **options)
     assert [warning.filename for warning in caught] == [__file__]
     with llm:
-        assert llm.config.max_model_len == 48
+        assert llm.config.max_model_len == found
         (output,) = llm.generate(random_tokens(40), GREEDY, use_tqdm=False)
-        assert len(output["token_ids"]) == 8
+        assert len(output["token_ids"]) == min(12, found - 40)
+
+
+def test_max_model_len_that_was_not_given_is_lowered_in_silence(tiny: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llm = build(tiny, num_kvcache_blocks=3)
+    with llm:
+        assert llm.config.max_model_len == 48
+        assert len(llm.model_runner.cos_sin) == 48, "no more positions than can be"
 
 
 @BOTH_ORDERS
 def test_request_that_outgrows_the_whole_cache_ends_by_length(
     tiny: Path, tiny_reference: Reference, async_scheduling: bool
 ):
-    with pytest.warns(UserWarning, match="max_model_len lowered from 640 to 32"):
-        llm = build(tiny, num_kvcache_blocks=2, async_scheduling=async_scheduling)
-    with llm:
+    with build(tiny, num_kvcache_blocks=2, async_scheduling=async_scheduling) as llm:
         prompts = [random_tokens(length, seed=length) for length in (20, 31, 3)]
         outputs = llm.generate(prompts, TWENTY, use_tqdm=False)
         assert [len(output["token_ids"]) for output in outputs] == [12, 1, 20]
@@ -162,10 +182,7 @@ def test_request_that_outgrows_the_whole_cache_ends_by_length(
 
 
 def test_prompt_larger_than_the_whole_cache_is_refused(tiny: Path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        llm = build(tiny, num_kvcache_blocks=2)
-    with llm:
+    with build(tiny, num_kvcache_blocks=2) as llm:
         with pytest.raises(ValueError, match=r"has 32 tokens.*num_kvcache_blocks"):
             llm.generate(random_tokens(32), GREEDY, use_tqdm=False)
         assert len(greedy(llm, [random_tokens(31)])[0]) == 1

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.checkpoints import Reference, random_tokens
+from helpers.checkpoints import Reference, edit_json, random_tokens
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, build, greedy
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import model_runner
 from nanovllm.engine.model_runner import load_libraries
+from nanovllm.models import CausalLM
 
 
 def whole_cache(llm: LLM) -> torch.Tensor:
@@ -197,3 +198,27 @@ def test_a_token_that_the_host_has_not_read_is_taken_from_the_step_before(
     expected = [tiny_reference.tokens(prompt, 2) for prompt in PROMPTS]
     assert runner.collect(first) == [tokens[0] for tokens in expected]
     assert runner.collect(second) == [tokens[1] for tokens in expected[1:]]
+
+
+# Memory for the weights
+
+
+def test_shapes_are_compared_before_a_byte_is_taken(
+    tiny_copy: Path, monkeypatch: pytest.MonkeyPatch
+):
+    edit_json(tiny_copy / "config.json", intermediate_size=10**8)
+    taken = []
+    monkeypatch.setattr(CausalLM, "state_dict", lambda model: taken.append(model) or {})
+    message = r"shape \[64, 96\], config\.json asks for \[64, 100000000\]"
+    with pytest.raises(ValueError, match=message):
+        build(tiny_copy)
+    assert not taken
+
+
+def test_weights_without_memory_are_named_with_their_size(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    huge = torch.empty(2**28, 2**28, device="meta")
+    monkeypatch.setattr(CausalLM, "state_dict", lambda model: {"huge": huge})
+    with pytest.raises(RuntimeError, match=r"no memory for weights of 268435456\.0 GiB on cpu"):
+        build(tiny)

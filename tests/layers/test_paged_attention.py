@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nanovllm.layers.paged_attention import _gather
+from nanovllm.layers import paged_attention
+from nanovllm.layers.paged_attention import _gather, prefill_attention
 
 
 @pytest.mark.parametrize("context_len", [1, 3, 4, 5, 8, 11])
@@ -15,3 +16,19 @@ def test_gather_puts_the_blocks_of_a_sequence_together(context_len: int):
     for token in range(context_len):
         expected = cache[table[token // block_size], token % block_size]
         assert torch.equal(found[:, token], expected)
+
+
+@pytest.mark.parametrize("mask_values", [1, 50, 100])
+def test_queries_by_the_piece_attend_as_all_at_once(
+    monkeypatch: pytest.MonkeyPatch, mask_values: int
+):
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 10, 4, 2, 8, generator=generator)
+    lengths, contexts = torch.tensor([7, 1, 0, 5, 9]), torch.tensor([17, 6, 0, 5, 20])
+    starts = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    queries = torch.randn(int(lengths.sum()), 4, 8, generator=generator)
+    tables = torch.stack([torch.randperm(10, generator=generator)[:5] for _ in lengths])
+    args = (queries, keys, values, starts, contexts, tables, 0.3)
+    expected = prefill_attention(*args)
+    monkeypatch.setattr(paged_attention, "_MASK_VALUES", mask_values)
+    torch.testing.assert_close(prefill_attention(*args), expected)

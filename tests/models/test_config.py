@@ -1,6 +1,7 @@
 """config.json: read as transformers reads it, and refused where the engine does not compute it."""
 
 import json
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def test_a_flag_may_be_written_as_a_number(value: object):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((size, bad) for size in SIZES for bad in (0, -1, 1.5, "8", True, [4])),
+        *((size, bad) for size in SIZES for bad in (0, -1, 1.5, "8", True, [4], 10**9)),
         ("rms_norm_eps", "small"), ("rms_norm_eps", -1e-6), ("rms_norm_eps", float("inf")),
         ("rms_norm_eps", float("nan")), ("initializer_range", None), ("initializer_range", True),
         ("attention_bias", "false"), ("tie_word_embeddings", "no"), ("tie_word_embeddings", 2),
@@ -143,7 +144,7 @@ def test_a_flag_may_be_written_as_a_number(value: object):
         ("quantization_config", {"bits": 4}), ("partial_rotary_factor", 0.5),
         ("rope_theta", "10000"), ("rope_theta", -1.0), ("rope_theta", 10**400),
         ("rope_scaling", [1]), ("rope_scaling", "yarn"),
-        ("num_key_value_heads", 3), ("head_dim", 33),
+        ("num_key_value_heads", 3), ("head_dim", 33), ("head_dim", 2**24),
     ],
 )  # fmt: skip
 def test_a_value_of_no_use_is_refused_by_name(name: str, value: object):
@@ -191,6 +192,58 @@ def test_option_of_qwen3_that_is_not_computed_is_refused_by_name(
         build(tiny_copy)
 
 
+# How long a sequence may be
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "length"),
+    [
+        ({}, 40960),
+        # As Qwen tells people to switch it on, in the form of transformers 4 and of 5.
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 32768}}, 131072),
+        ({"rope_parameters": YARN | {"original_max_position_embeddings": 32768}}, 131072),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "rope_theta": 1e6}}, 81920),
+        ({"rope_scaling": YARN | {"factor": 2.5}, "original_max_position_embeddings": 100}, 250),
+        # What says no length leaves it as it is; the rotary table refuses it.
+        ({"rope_scaling": {"rope_type": "yarn"}}, 40960),
+        ({"rope_scaling": YARN | {"factor": "4"}}, 40960),
+        ({"rope_scaling": YARN | {"factor": float("inf")}}, 40960),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 10**400}}, 40960),
+        ({"rope_scaling": YARN | {"factor": 1e308}}, 2**28),
+        # Published with the length that they are scaled to.
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 40960),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192,
+                }
+            },
+            40960,
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_yarn_makes_sequences_longer_by_its_factor(tmp_path: Path, content: dict, length: int):
+    assert read(max_position_embeddings=40960, **content).max_length == length
+    edit_json(
+        tmp_path / "config.json", model_type="qwen3", max_position_embeddings=40960, **content
+    )
+    assert Config(str(tmp_path), device="cpu").max_model_len == length
+
+
+def test_sequences_past_the_positions_of_training_give_transformers_tokens(tmp_path: Path):
+    rope = YARN | {"original_max_position_embeddings": 128, "rope_theta": 10000.0}
+    path = make_checkpoint(tmp_path / "model", rope=rope, max_position_embeddings=160)
+    prompt, params = random_tokens(400), SamplingParams(temperature=0, max_tokens=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llm = build(path, max_model_len=512)
+    with llm:
+        assert greedy(llm, [prompt], params) == [Reference(path).tokens(prompt, 10)]
+
+
 # The sliding window
 
 
@@ -207,6 +260,7 @@ def test_sequences_may_be_as_long_as_the_window(tmp_path: Path, content: dict, w
     edit_json(tmp_path / "config.json", max_position_embeddings=8192, **content)
     config = Config(str(tmp_path), max_model_len=window)
     assert config.max_model_len == config.model_config.sliding_window == window
+    assert Config(str(tmp_path)).max_model_len == window
     refused = rf"sliding window of {window} tokens.*give max_model_len={window} or less"
     with pytest.raises(ValueError, match=refused):
         Config(str(tmp_path), max_model_len=window + 1)

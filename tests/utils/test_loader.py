@@ -31,7 +31,9 @@ def save(path: Path, tensors: dict[str, torch.Tensor], name: str = "model.safete
 def test_missing_weights_are_refused(tmp_path: Path):
     path = make_checkpoint(tmp_path / "model")
     (path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors file.*load_format='dummy'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no model\*\.safetensors file.*load_format='dummy'"
+    ):
         build(path)
 
 
@@ -62,8 +64,9 @@ def test_misshaped_tensor_is_named_with_both_shapes(weights):
 
 def test_tensor_in_two_files_is_named_with_both_files(weights):
     path, tensors = weights
-    save(path, {NAME: tensors[NAME]}, "extra.safetensors")
-    message = rf"'{NAME}' is both in .*extra\.safetensors and in .*model\.safetensors"
+    (path / "model.safetensors").rename(path / "model-1.safetensors")
+    save(path, {NAME: tensors[NAME]}, "model-2.safetensors")
+    message = rf"'{NAME}' is both in .*model-1\.safetensors and in .*model-2\.safetensors"
     with pytest.raises(ValueError, match=message):
         build(path)
 
@@ -78,12 +81,16 @@ def test_truncated_file_is_named(weights, share: float):
         build(path)
 
 
-def test_second_shard_missing_is_noticed(tmp_path: Path):
+@pytest.mark.parametrize("has_index", [True, False])
+def test_second_shard_missing_is_noticed(tmp_path: Path, has_index: bool):
     path = make_checkpoint(tmp_path / "model", max_shard_size="100KB")
     shards = sorted(path.glob("*.safetensors"))
     assert len(shards) > 1
     shards[-1].unlink()
-    with pytest.raises(ValueError, match="is missing from"):
+    if not has_index:
+        (path / "model.safetensors.index.json").unlink()
+    message = f"'{shards[-1].name}', which is missing" if has_index else "is missing from"
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         build(path)
 
 

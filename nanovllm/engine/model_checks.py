@@ -1,0 +1,65 @@
+"""What can be said of a model before a module of it is built or a byte taken."""
+
+import warnings
+from dataclasses import replace
+
+import torch
+
+from nanovllm.config import Config
+from nanovllm.models.config import ModelConfig
+from nanovllm.utils.checkpoint_files import check_num_layers, head_that_differs, read_headers
+from nanovllm.utils.memory import available_memory
+
+
+def checked_model_config(config: Config) -> ModelConfig:
+    """The shape to build: that of config.json, but with a head of its own where the checkpoint has
+    one, whatever config.json says. All ranks find the same.
+
+    Raises:
+        ValueError, FileNotFoundError: if the checkpoint cannot be read, or has fewer layers.
+        RuntimeError: if there is no memory for dummy weights.
+    """
+    model_config = config.model_config
+    if config.load_format == "dummy":
+        check_memory(config)
+        return model_config
+    headers = read_headers(config.model_dir)
+    check_num_layers(headers, model_config.num_hidden_layers)
+    if model_config.tie_word_embeddings and (path := head_that_differs(headers)) is not None:
+        warnings.warn(
+            "config.json has tie_word_embeddings=true, but lm_head.weight in "
+            f"{path} is not the embedding's matrix: it is used as it is there",
+            stacklevel=2,
+        )
+        return replace(model_config, tie_word_embeddings=False)
+    return model_config
+
+
+def check_memory(config: Config) -> None:
+    """Raises:
+    RuntimeError: if the weights do not fit into the memory that is free.
+    """
+    ranks = config.tensor_parallel_size
+    on_cpu = config.torch_device.type == "cpu"  # which all ranks share
+    needed = weight_bytes(config) // (1 if on_cpu else ranks)
+    available = available_memory(config.torch_device)
+    if needed > available:
+        raise RuntimeError(
+            f"no memory for the weights: they take {needed / 2**30:.1f} GiB"
+            f"{'' if on_cpu or ranks == 1 else ' on each GPU'}, and {available / 2**30:.1f} GiB "
+            f"are free on {config.torch_device}; check the sizes in config.json, or give a "
+            "narrower dtype or a larger tensor_parallel_size"
+        )
+
+
+def weight_bytes(config: Config) -> int:
+    """Bytes of all weights of the model. It has one layer many times: two are looked at."""
+    num_layers = config.model_config.num_hidden_layers
+    one, two = (_num_parameters(config, layers) for layers in (1, 2))
+    return (one + (num_layers - 1) * (two - one)) * config.torch_dtype.itemsize
+
+
+def _num_parameters(config: Config, num_layers: int) -> int:
+    with torch.device("meta"):
+        model = config.model_class(replace(config.model_config, num_hidden_layers=num_layers))
+    return sum(parameter.numel() for parameter in model.parameters())
