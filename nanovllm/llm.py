@@ -57,7 +57,7 @@ class LLM(LLMEngine):
                 its attribute `finished_outputs`: a list, with None for each prompt that had not
                 ended. The other prompts' requests are aborted.
         """
-        self._check_idle("generate")
+        self._check_open()
         many = prompt_list(prompts)
         requests = self.input_processor.process(many, params_list(sampling_params, len(many)))
         ids = [request.request_id for request in requests]
@@ -94,7 +94,8 @@ class LLM(LLMEngine):
         Args and errors are those of `generate`. `n` must be 1, and there are no prompt_logprobs.
         Nothing runs before the first piece is asked for.
         """
-        self._check_idle("stream")
+        with self._callers.alone():
+            self._check_idle("stream")
         many = prompt_list(prompts)
         params = params_list(sampling_params, len(many))
         if any(one.n > 1 for one in params):
@@ -255,7 +256,7 @@ class LLM(LLMEngine):
                     self._callers.leave(call)
 
     def _check_idle(self, method: str) -> None:
-        """Requests that a call would take from whoever goes through them by hand."""
+        """Refuse steps that would swallow the outputs of a loop by hand. To be called alone."""
         self._check_open()
         if self.scheduler.num_unfinished and not self._callers.are_waiting:
             raise RuntimeError(
