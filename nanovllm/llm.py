@@ -20,6 +20,7 @@ from nanovllm.engine.input_processor import (
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.stats import StepStats
 from nanovllm.engine.tokenizer import Tokenizer
+from nanovllm.other_options import CALL_OPTIONS, check_call
 from nanovllm.outputs import RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.interrupts import no_interrupt
@@ -37,9 +38,12 @@ class LLM(LLMEngine):
 
     def generate(
         self,
-        prompts: Prompts,
+        prompts: Prompts | None = None,
         sampling_params: Params = None,
         use_tqdm: bool = True,
+        *,
+        prompt_token_ids: Prompts | None = None,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Complete one prompt or many; returns one dict a prompt, in their order.
 
@@ -48,6 +52,8 @@ class LLM(LLMEngine):
                 {"prompt": ...} or {"prompt_token_ids": ...} may stand for what it holds.
             sampling_params: one for all, or one a prompt; None means `SamplingParams()`.
             use_tqdm: show progress, with tokens per second of prefill and decode.
+            prompt_token_ids: the prompts by another name.
+            **others: of vLLM's, see `other_options.CALL_OPTIONS`.
 
         Raises:
             TypeError, ValueError: for a request that cannot work; nothing is queued then.
@@ -58,7 +64,11 @@ class LLM(LLMEngine):
                 ended. The other prompts' requests are aborted.
         """
         self._check_open()
-        many = prompt_list(prompts)
+        check_call(others)
+        given = [one for one in (prompts, prompt_token_ids) if one is not None]
+        if len(given) == 2:
+            raise TypeError("give prompts or prompt_token_ids, not both")
+        many = prompt_list(given[0] if given else None)
         requests = self.input_processor.process(many, params_list(sampling_params, len(many)))
         ids = [request.request_id for request in requests]
         call, before = Call(ids), replace(self.stats)
@@ -116,8 +126,11 @@ class LLM(LLMEngine):
         Args:
             messages: dicts with "role" and "content"; or a list of such lists.
             sampling_params, use_tqdm: as in `generate`.
-            **template: see `chat_text`, whose text is each output's `prompt`.
+            **template: see `chat_text`, whose text is each output's `prompt`; and the others of
+                `generate`.
         """
+        others = {name: template.pop(name) for name in [*template] if name in CALL_OPTIONS}
+        check_call(others)
         conversations: list[Any] = [messages]
         if _is_list(messages) and messages and not isinstance(messages[0], dict):
             conversations = list(messages)

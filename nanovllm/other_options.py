@@ -1,5 +1,5 @@
-"""Engine options of vLLM that say here what is the case anyway: taken if they do, so that a script
-runs as it is, and refused by name if they ask for something else."""
+"""Options of vLLM that say here what is the case anyway: taken if they do, so that a script runs as
+it is, and refused by name if they ask for something else."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -83,6 +83,31 @@ OTHER_OPTIONS: dict[str, Other] = {
         _one_of("vllm"), "call get_default_sampling_params() for what the checkpoint recommends"
     ),
 }
+
+# Of `generate` and `chat`.
+CALL_OPTIONS: dict[str, Other] = {
+    "lora_request": Other(lambda value: not value, _NO_LORA),
+    "prompt_adapter_request": Other(_one_of(), _NO_LORA),
+    "guided_options_request": Other(_one_of(), "structured outputs are not served"),
+    "priority": Other(lambda value: not value, "requests run first come, first served"),
+    "tokenization_kwargs": Other(lambda value: not value, "give token ids"),
+    "mm_processor_kwargs": Other(lambda value: not value, _TEXT_ONLY),
+    "chat_template_content_format": Other(
+        _one_of("auto"), "the template is given the form that it takes"
+    ),
+}
+
+
+def check_call(options: dict[str, Any]) -> None:
+    """Raises:
+    TypeError: for an option of `generate` or `chat` that does not exist.
+    ValueError: for one that asks for what is not served.
+    """
+    for name, value in options.items():
+        if name not in CALL_OPTIONS:
+            raise TypeError(f"unexpected keyword argument {name!r}")
+        if value is not None and not CALL_OPTIONS[name].holds(value):
+            raise ValueError(f"{name}={value!r}: {CALL_OPTIONS[name].way_out}")
 
 
 def settle(options: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:

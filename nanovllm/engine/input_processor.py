@@ -34,7 +34,7 @@ class Request:
         return self.sequences[0].seq_id
 
 
-def prompt_list(prompts: Prompts) -> list[Prompt]:
+def prompt_list(prompts: Prompts | None) -> list[Prompt]:
     """One prompt or many -> a list of prompts. What begins with a number is one prompt. Any
     sequence will do: a list, an array, a column of a table.
 
