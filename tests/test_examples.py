@@ -4,6 +4,7 @@ import re
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
+import torch
 
 from helpers.paths import DEMO, ROOT
 from helpers.scripts import run_script
@@ -46,6 +47,8 @@ def test_readme_code_runs(
 ) -> None:
     if "lm_eval" in code:
         pytest.importorskip("lm_eval")
+    if "tensor_parallel_size=2" in code and torch.cuda.device_count() == 1:
+        pytest.skip("needs two CUDA GPUs, or none")
     monkeypatch.chdir(ROOT)
     with _ray() if "import ray" in code else nullcontext():
         exec(code.replace("Qwen/Qwen3-0.6B", str(DEMO)), {})
