@@ -105,7 +105,8 @@ def best_of_ranks(
     _best_of_ranks_kernel[(triton.cdiv(rows, BLOCK),)](
         keys, *(_NO_PEERS if peers is None else _arguments(peers)), out, host_tokens, buffer_index,
         rows, host_tokens.shape[1], RANK=0 if peers is None else peers.rank,
-        SIZE=1 if peers is None else peers.size, BLOCK=BLOCK, LOOK_EVERY=_LOOK_EVERY, **pdl(keys),
+        SIZE=1 if peers is None else peers.size, BLOCK=BLOCK, LOOK_EVERY=_LOOK_EVERY, num_warps=8,
+        **pdl(keys),
     )  # fmt: skip
 
 

@@ -2,9 +2,13 @@
 is there already, and what it writes to them is looked at. parallel/ has tests of real ranks.
 """
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from helpers.compile_launches import run_compiler
 from helpers.kernel_inputs import (
     FP16,
     FP32,
@@ -165,3 +169,47 @@ def test_flags_are_waited_for_as_they_grow_past_the_largest_integer(number: int)
     wait_for(reached + 1, number, peers)  # from 2^31 - 1 to -2^31 too
     peers.abort.fill_(1)
     wait_for(reached - 1, number, peers)  # it would never return
+
+
+FACTS = """
+import json
+import torch
+from types import SimpleNamespace
+from helpers.compile_launches import A100, H100, launches
+from nanovllm.kernels.all_reduce import all_reduce_add, all_reduce_norm, best_of_ranks, wait_for
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+int32, int64, float32 = torch.int32, torch.int64, torch.float32
+found = []
+for card in (A100, H100):
+    for size in (2, 8):
+        def peers(bits):
+            return SimpleNamespace(
+                rank=1, size=size, capacity=2**20, bits=bits, buffers=empty(size, dtype=int64),
+                slots=empty(1024, dtype=int32), abort=empty(1, dtype=int32),
+            )
+        x, splits = empty(32, 5120), empty(2, 32, 5120, dtype=float32)
+        for kernel, *args in (
+            (all_reduce_add, x, x, peers(torch.int16)),
+            (all_reduce_norm, x, splits, peers(torch.int16), empty(5120), 1e-6, x),
+            (best_of_ranks, empty(32, dtype=int64), peers(int64), empty(32, dtype=int64),
+             empty(2, 512, dtype=int64), empty(1, dtype=int32)),
+            (wait_for, empty(size, dtype=int32), 7, peers(torch.int16)),
+        ):
+            (launch,) = launches(kernel, *args, card=card)
+            wide = "ld.volatile.global.v4" in launch.compiled.asm["ptx"]
+            found.append((kernel.__name__, launch.spills, launch.registers, wide))
+print(json.dumps(found))
+"""
+
+
+def test_they_compile_without_spills_and_read_16_bytes_at_a_time(tmp_path: Path) -> None:
+    found = json.loads(run_compiler(FACTS, tmp_path))
+    assert len(found) == 16
+    for name, spills, registers, is_wide in found:
+        # On an A100 the compiler keeps one number of best_of_ranks in memory.
+        assert spills <= 8 * (name == "best_of_ranks") and registers <= 128, name
+        if name in ("all_reduce_add", "all_reduce_norm"):
+            assert is_wide, name
