@@ -95,6 +95,7 @@ def prompts(count: int) -> list[str]:
     return [json.dumps({"id": f"row {i}", "prompt": f"{i}, {i + 1},"}) for i in range(count)]
 
 
+@pytest.mark.slow
 def test_lines_get_the_answers_of_the_command_without_ray(run: Run, tmp_path: Path):
     source, target, plain = (tmp_path / name for name in ("in.jsonl", "out", "plain.jsonl"))
     lines = [*prompts(200), "", *BAD_LINES]
@@ -135,6 +136,7 @@ def test_lines_get_the_answers_of_the_command_without_ray(run: Run, tmp_path: Pa
     assert sorted(target.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_directory_of_parquet(run: Run, tmp_path: Path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -193,6 +195,7 @@ def test_places_that_cannot_be_used(run: Run, tmp_path: Path):
     assert (status, message) == (2, "error: --replicas must be at least 1, got 0")
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded(run: Run, tmp_path: Path):
     source = tmp_path / "in.jsonl"
     source.write_text('{"prompt": "a"}\n')
