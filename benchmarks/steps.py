@@ -28,9 +28,9 @@ from matplotlib.patches import Patch, Rectangle
 
 from benchmarks.timeline import CACHE, DECODE, PREEMPTION, PREFILL, WAITING
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.model_runner import PendingStep
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.step import PendingStep
 from nanovllm.engine.step_inputs import StepShape
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "tiny-qwen3"

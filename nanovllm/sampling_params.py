@@ -151,7 +151,7 @@ class SamplingParams:
                 raise ValueError("allowed_token_ids is empty: no token could be sampled")
         if self.logit_bias is not None:
             self._set("logit_bias", self._bias())
-        self._checked = {name: value for name, value in vars(self).items() if name != "_checked"}
+        self._checked = self._values()
 
     @property
     def effective_temperature(self) -> float:
@@ -182,12 +182,14 @@ class SamplingParams:
         Raises:
             TypeError, ValueError: for a value that cannot work.
         """
-        now = {name: value for name, value in vars(self).items() if name != "_checked"}
-        return self if now == self._checked else self.clone()
+        return self if self._values() == self._checked else self.clone()
 
     def is_below_min_tokens(self, num_generated: int) -> bool:
         """Whether after so many generated tokens nothing may end the request yet."""
         return num_generated < self.min_tokens
+
+    def _values(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_checked"}
 
     def _set(self, name: str, value: Any) -> None:
         setattr(self, name, value)

@@ -197,8 +197,8 @@ class InputProcessor:
 
 def _as_list(value: Any) -> Any:
     """A list of what a sequence has: a tuple, a NumPy array, a column of pandas or datasets."""
-    if isinstance(value, (list, tuple)):
-        return list(value)
+    if isinstance(value, list):
+        return value
     if hasattr(value, "tolist"):
         return value.tolist()
     is_sequence = hasattr(value, "__len__") and hasattr(value, "__getitem__")

@@ -16,11 +16,12 @@ from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.callers import Callers
 from nanovllm.engine.input_processor import InputProcessor, Prompt, Request, params_list
-from nanovllm.engine.model_runner import ModelRunner, PendingStep, load_libraries
+from nanovllm.engine.model_runner import ModelRunner, load_libraries
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.stats import StepStats
+from nanovllm.engine.step import PendingStep
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -62,7 +63,7 @@ class LLMEngine:
                 ranks = Ranks(self.config)  # their processes start meanwhile
                 on_error.callback(ranks.close)
             with ThreadPoolExecutor(1) as pool:
-                # A GPU gets ready while this thread imports; an error ModelRunner meets again.
+                # A GPU gets ready meanwhile. What fails there fails in ModelRunner, too.
                 if self.config.torch_device.type == "cuda":
                     pool.submit(load_libraries, self.config.torch_device, self.config.torch_dtype)
                 self.tokenizer = None

@@ -7,23 +7,25 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.models.config import ModelConfig
-from nanovllm.utils.checkpoint_files import check_num_layers, head_that_differs, read_headers
+from nanovllm.utils.checkpoint_files import Headers, check_num_layers, head_that_differs
 from nanovllm.utils.memory import available_memory
 
 
-def checked_model_config(config: Config) -> ModelConfig:
+def checked_model_config(config: Config, headers: Headers) -> ModelConfig:
     """The shape to build: that of config.json, but with a head of its own where the checkpoint has
     one, whatever config.json says. All ranks find the same.
 
+    Args:
+        headers: of the checkpoint's files; none for random weights.
+
     Raises:
-        ValueError, FileNotFoundError: if the checkpoint cannot be read, or has fewer layers.
+        ValueError: if the checkpoint has fewer layers.
         RuntimeError: if there is no memory for dummy weights.
     """
     model_config = config.model_config
-    if config.load_format == "dummy":
+    if not headers:
         check_memory(config)
         return model_config
-    headers = read_headers(config.model_dir)
     check_num_layers(headers, model_config.num_hidden_layers)
     if model_config.tie_word_embeddings and (path := head_that_differs(headers)) is not None:
         warnings.warn(

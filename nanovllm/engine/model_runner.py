@@ -3,8 +3,6 @@
 import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -13,85 +11,18 @@ from nanovllm.engine.cuda_graphs import CudaGraphs, graph_rows
 from nanovllm.engine.kv_cache import allocate_kv_cache, max_blocks, num_fitting_blocks
 from nanovllm.engine.model_checks import checked_model_config
 from nanovllm.engine.scheduler import Batch
+from nanovllm.engine.step import PendingStep, PromptLogprobs, Step, prompt_logprobs, wishes
 from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.linear import Linear
-from nanovllm.layers.logits import Logprobs, RowEdits, compute_logprobs
+from nanovllm.layers.logits import compute_logprobs
 from nanovllm.layers.sampler import LOGPROB_ROWS, Sampler
 from nanovllm.models import CausalLM
-from nanovllm.utils.checkpoint_files import read_headers
+from nanovllm.utils.checkpoint_files import Headers, read_headers
 from nanovllm.utils.context import Context
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import View, check_weights, fill_with_noise, load_weights
 from nanovllm.utils.memory import gpu_memory_in_use, to_device
-
-
-@dataclass
-class PendingStep:
-    """A step that was launched. On a GPU, what it yields may be read after `done`.
-
-    Attributes:
-        token_ids: [rows] int64, on the host.
-        done: None on a CPU, where the step has been computed.
-        logprobs: (rows, log probabilities of the tokens just sampled there).
-        prompt_logprobs: (row, position of the first token, log probabilities of tokens of the
-            row's prompt).
-    """
-
-    token_ids: torch.Tensor
-    done: torch.cuda.Event | None = None
-    logprobs: list[tuple[list[int], Logprobs]] = field(default_factory=list)
-    prompt_logprobs: list[tuple[int, int, Logprobs]] = field(default_factory=list)
-
-
-class PromptSpan(NamedTuple):
-    """Tokens of a row's prompt whose log probabilities a prefill step finds.
-
-    Attributes:
-        row: of the batch.
-        num_top: how many of the most likely tokens are reported with each.
-        first_kept: where their logits begin, among the tokens of the step that are kept.
-        position: of the first of them in the sequence: one after the first input token.
-        token_ids: these tokens.
-    """
-
-    row: int
-    num_top: int
-    first_kept: int
-    position: int
-    token_ids: list[int]
-
-
-class PromptLogprobs(NamedTuple):
-    """What is to be found of prompts: of which of the step's tokens logits are kept, and for which
-    spans; and where each row's last token is among those kept."""
-
-    kept: list[int]
-    last: list[int]
-    spans: list[PromptSpan]
-
-
-class Step(NamedTuple):
-    """All that there is to know of a step, besides the inputs in a host buffer.
-
-    Attributes:
-        shape: of the inputs, padding included.
-        rows: of the batch.
-        buffer_index: the host buffer that holds the inputs, and the one that gets the tokens.
-        num_words: of the inputs.
-        edits: by row, of those that are sampled from logits that are edited first.
-        num_top: by row, of those that want the log probabilities of their token and of the most
-            likely ones: how many of these.
-        prompt_logprobs: None if no row wants any.
-    """
-
-    shape: StepShape
-    rows: int
-    buffer_index: int
-    num_words: int
-    edits: dict[int, RowEdits]
-    num_top: dict[int, int]
-    prompt_logprobs: PromptLogprobs | None
 
 
 @torch.inference_mode()
@@ -137,7 +68,8 @@ class ModelRunner:
     def _build(self) -> None:
         config = self.config
         in_use_before = gpu_memory_in_use(self.device) if self.on_gpu else 0
-        config.model_config = checked_model_config(config)
+        headers = {} if config.load_format == "dummy" else read_headers(config.model_dir)
+        config.model_config = checked_model_config(config, headers)
         self.model = self.make_model()
         specs = self.model.cache_specs()
         self.backend = make_backend(
@@ -146,7 +78,7 @@ class ModelRunner:
         )  # fmt: skip
         self.attention_backend = self.backend.name
         use_graphs = self.on_gpu and not config.enforce_eager and self.backend.can_capture
-        load_model(self.model, config)
+        load_model(self.model, config, headers)
         # Before anything is allocated for so many positions.
         most_tokens = self.agree_on_blocks(max_blocks(config, specs)) * config.kvcache_block_size
         config.max_model_len = min(config.max_model_len, most_tokens)
@@ -214,13 +146,13 @@ class ModelRunner:
         rows = len(batch.seqs)
         has_graph = self.graphs is not None and not batch.is_prefill
         padded_rows = graph_rows(rows, self.config.max_num_seqs) if has_graph else rows
-        edits, num_top = _wishes(batch)
+        edits, num_top = wishes(batch)
         shape, num_words = self.inputs.fill(
             batch, padded_rows, self._launched_rows, fixed_shape=has_graph, set_aside=[*edits]
         )
         self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
         index = self.inputs.buffer_index
-        return Step(shape, rows, index, num_words, edits, num_top, _prompt_logprobs(batch))
+        return Step(shape, rows, index, num_words, edits, num_top, prompt_logprobs(batch))
 
     @torch.inference_mode()
     def run(self, step: Step) -> PendingStep:
@@ -374,61 +306,15 @@ class ModelRunner:
         return stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
 
 
-def _wishes(batch: Batch) -> tuple[dict[int, RowEdits], dict[int, int]]:
-    """What some rows of a step want besides a token sampled from their logits as they are: edits of
-    these, and how many of the most likely tokens to report, both by row."""
-    edits: dict[int, RowEdits] = {}
-    num_top: dict[int, int] = {}
-    for row in [row for row, sampling in enumerate(batch.sampling) if sampling.has_wishes]:
-        if not batch.yields_token[row]:
-            continue
-        seq, sampling = batch.seqs[row], batch.sampling[row]
-        num_generated = batch.starts[row] + batch.lengths[row] - seq.num_prompt_tokens
-        if sampling.edits is not None and sampling.edits.apply_to(num_generated):
-            # Only with penalties the engine has waited until all of them are known.
-            generated = seq.output_token_ids if sampling.penalizes else []
-            temperature = sampling.temperature
-            edits[row] = RowEdits(sampling.edits, temperature, num_generated, generated)
-        if sampling.logprobs is not None:
-            num_top[row] = sampling.logprobs
-    return edits, num_top
-
-
-def _prompt_logprobs(batch: Batch) -> PromptLogprobs | None:
-    """Of rows that want log probabilities of their prompt the logits of all tokens are kept, of the
-    others those of the last one.
-
-    With a row of 3 such tokens and one of 2 that wants none, tokens 0, 1, 2 and 4 are kept, and 2
-    and 3 of these are the rows' last ones.
-    """
-    if not batch.is_prefill or not any(seq.needs_prompt_logprobs for seq in batch.seqs):
-        return None
-    found = PromptLogprobs([], [], [])
-    first = 0  # token of the row, among the step's
-    for row, seq in enumerate(batch.seqs):
-        start, length = batch.starts[row], batch.lengths[row]
-        num_tokens = min(length, seq.num_prompt_tokens - 1 - start)
-        num_top = seq.sampling_params.prompt_logprobs
-        if seq.needs_prompt_logprobs and num_top is not None and num_tokens > 0:
-            token_ids = seq.token_ids[start + 1 : start + 1 + num_tokens]
-            found.spans.append(PromptSpan(row, num_top, len(found.kept), start + 1, token_ids))
-            found.kept.extend(range(first, first + num_tokens))
-        first += length
-        found.kept.append(first - 1)
-        found.last.append(len(found.kept) - 1)
-    return found
-
-
-def load_model(model: CausalLM, config: Config) -> None:
-    """Give a network memory on the device, and its weights.
+def load_model(model: CausalLM, config: Config, headers: Headers) -> None:
+    """Give a network memory on the device, and its weights: those of the files with these headers,
+    or random ones without any.
 
     Raises:
         ValueError, FileNotFoundError: for a checkpoint that cannot be loaded.
         RuntimeError: if there is no memory for it.
     """
-    is_dummy = config.load_format == "dummy"
-    headers = {} if is_dummy else read_headers(config.model_dir)
-    if not is_dummy:
+    if headers:
         check_weights(headers, model.checkpoint_views(), model.ignored_tensors())
     # As `to_empty` would do, which imports sympy. A tied head gets memory too, and gives it back at
     # once. With that gap, later tensors lie where a step of one row takes 1% less time (see
@@ -448,10 +334,10 @@ def load_model(model: CausalLM, config: Config) -> None:
     model.load_state_dict(memory, assign=True)
     model.requires_grad_(False).tie_weights()
     views = model.checkpoint_views()
-    if is_dummy:
-        fill_with_noise(views, config.model_config.initializer_range, config.seed)
-    else:
+    if headers:
         load_weights(headers, views, model.ignored_tensors())
+    else:
+        fill_with_noise(views, config.model_config.initializer_range, config.seed)
     for module in model.modules():
         if isinstance(module, Linear):
             module.pack()

@@ -2,9 +2,9 @@
 
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.input_processor import Request
-from nanovllm.engine.model_runner import PendingStep
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step import PendingStep
 from nanovllm.engine.tokenizer import Tokenizer, decode
 from nanovllm.layers.logits import Logprobs
 from nanovllm.outputs import (

@@ -182,12 +182,10 @@ def add_matmul(
         None, or partial sums [splits, rows, out] float32, for the norm that comes next.
     """
     kernel = _choose(x, weight, bias, Use.ADDED)
+    if kernel in (Kernel.SPLIT_K, Kernel.TILED_GEMM):
+        return _partial_sums(kernel, x, weight, bias)
     if kernel is Kernel.GEMV:
         gemv(x, weight, bias, add_to=stream)
-    elif kernel is Kernel.SPLIT_K:
-        return split_k(x, weight, bias, splits=num_splits(weight.shape[0]))
-    elif kernel is Kernel.TILED_GEMM:
-        return tiled_gemm(x, weight, splits=SPLITS)
     else:
         stream.addmm_(x, weight.t())  # the add is the product's epilogue
         if bias is not None:
@@ -201,13 +199,17 @@ def summands(
     """What `add_matmul` would add: [rows, out] in the dtype of x, or partial sums of it, [splits,
     rows, out] float32."""
     kernel = _choose(x, weight, bias, Use.ADDED)
-    if kernel is Kernel.GEMV:
-        return gemv(x, weight, bias)
+    if kernel in (Kernel.SPLIT_K, Kernel.TILED_GEMM):
+        return _partial_sums(kernel, x, weight, bias)
+    return gemv(x, weight, bias) if kernel is Kernel.GEMV else F.linear(x, weight, bias)
+
+
+def _partial_sums(
+    kernel: Kernel, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     if kernel is Kernel.SPLIT_K:
         return split_k(x, weight, bias, splits=num_splits(weight.shape[0]))
-    if kernel is Kernel.TILED_GEMM:
-        return tiled_gemm(x, weight, splits=SPLITS)
-    return F.linear(x, weight, bias)
+    return tiled_gemm(x, weight, splits=SPLITS)  # chosen only without a bias
 
 
 def _choose(

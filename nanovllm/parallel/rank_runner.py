@@ -9,8 +9,9 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.cuda_graphs import Graphs, release
-from nanovllm.engine.model_runner import ModelRunner, PendingStep, Step
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Batch
+from nanovllm.engine.step import PendingStep, Step
 from nanovllm.engine.step_inputs import StepShape
 from nanovllm.models import CausalLM
 from nanovllm.parallel.group import Group

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.config import Config
-from nanovllm.engine.model_runner import Step
+from nanovllm.engine.step import Step
 from nanovllm.parallel.group import HOST, TIMEOUT
 
 _T = TypeVar("_T")

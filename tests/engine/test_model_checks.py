@@ -13,6 +13,7 @@ from helpers.engines import build, greedy
 from nanovllm.config import Config
 from nanovllm.engine import model_checks
 from nanovllm.engine.model_checks import check_memory, checked_model_config, weight_bytes
+from nanovllm.utils.checkpoint_files import read_headers
 
 PROMPT = random_tokens(20, seed=1)
 
@@ -55,12 +56,13 @@ def test_a_head_that_is_the_embedding_stays_tied_without_a_warning(tied: Path):
     save_file(tensors, tied / "model.safetensors", metadata={"format": "pt"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert checked_model_config(Config(str(tied), device="cpu")).tie_word_embeddings is True
+        found = checked_model_config(Config(str(tied), device="cpu"), read_headers(tied))
+        assert found.tie_word_embeddings is True
 
 
 def test_dummy_weights_have_no_head_of_their_own(differing: Path):
     config = Config(str(differing), device="cpu", load_format="dummy")
-    assert checked_model_config(config).tie_word_embeddings is True
+    assert checked_model_config(config, {}).tie_word_embeddings is True
 
 
 # Sizes that cannot be

@@ -218,3 +218,27 @@ def test_the_kernel_that_is_chosen_gets_all_that_is_asked(
         ]
         assert partials is not None
     assert recorder.calls == expected_calls
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kernel", list(Kernel))
+def test_a_ranks_summand_has_the_bias_and_no_stream(
+    monkeypatch: pytest.MonkeyPatch, kernel: Kernel, bias: bool
+):
+    if kernel is Kernel.TILED_GEMM and bias:
+        pytest.skip("it is not chosen: see tests/kernels/test_choice.py")
+    recorder = Recorder()
+    for name in ("gemv", "split_k", "tiled_gemm"):
+        monkeypatch.setattr(kernels_linear, name, getattr(recorder, name))
+    monkeypatch.setattr(kernels_linear, "_choose", lambda *_: kernel)
+    linear = Linear(8, 8, bias).requires_grad_(False)
+    for parameter in linear.parameters():
+        parameter.normal_()
+    x = torch.randn(2, 8)
+    found = kernels_linear.summands(x, linear.weight, linear.bias)
+    if kernel is Kernel.LIBRARY:
+        torch.testing.assert_close(found, F.linear(x, linear.weight, linear.bias))
+    elif kernel is Kernel.GEMV:
+        assert recorder.calls == [("gemv", {"bias": bias, "norm": False})]
+    else:
+        assert recorder.calls == [(kernel.value, {"bias": bias, "splits": True, "gated": False})]

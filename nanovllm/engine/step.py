@@ -1,0 +1,123 @@
+"""What a step is to do for its rows, and what it yields."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from nanovllm.engine.scheduler import Batch
+from nanovllm.engine.step_inputs import StepShape
+from nanovllm.layers.logits import Logprobs, RowEdits
+
+
+@dataclass
+class PendingStep:
+    """A step that was launched. On a GPU, what it yields may be read after `done`.
+
+    Attributes:
+        token_ids: [rows] int64, on the host.
+        done: None on a CPU, where the step has been computed.
+        logprobs: (rows, log probabilities of the tokens just sampled there).
+        prompt_logprobs: (row, position of the first token, log probabilities of tokens of the
+            row's prompt).
+    """
+
+    token_ids: torch.Tensor
+    done: torch.cuda.Event | None = None
+    logprobs: list[tuple[list[int], Logprobs]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[int, int, Logprobs]] = field(default_factory=list)
+
+
+class PromptSpan(NamedTuple):
+    """Tokens of a row's prompt whose log probabilities a prefill step finds.
+
+    Attributes:
+        row: of the batch.
+        num_top: how many of the most likely tokens are reported with each.
+        first_kept: where their logits begin, among the tokens of the step that are kept.
+        position: of the first of them in the sequence: one after the first input token.
+        token_ids: these tokens.
+    """
+
+    row: int
+    num_top: int
+    first_kept: int
+    position: int
+    token_ids: list[int]
+
+
+class PromptLogprobs(NamedTuple):
+    """What is to be found of prompts: of which of the step's tokens logits are kept, and for which
+    spans; and where each row's last token is among those kept."""
+
+    kept: list[int]
+    last: list[int]
+    spans: list[PromptSpan]
+
+
+class Step(NamedTuple):
+    """All that there is to know of a step, besides the inputs in a host buffer.
+
+    Attributes:
+        shape: of the inputs, padding included.
+        rows: of the batch.
+        buffer_index: the host buffer that holds the inputs, and the one that gets the tokens.
+        num_words: of the inputs.
+        edits: by row, of those that are sampled from logits that are edited first.
+        num_top: by row, of those that want the log probabilities of their token and of the most
+            likely ones: how many of these.
+        prompt_logprobs: None if no row wants any.
+    """
+
+    shape: StepShape
+    rows: int
+    buffer_index: int
+    num_words: int
+    edits: dict[int, RowEdits]
+    num_top: dict[int, int]
+    prompt_logprobs: PromptLogprobs | None
+
+
+def wishes(batch: Batch) -> tuple[dict[int, RowEdits], dict[int, int]]:
+    """What some rows of a step want besides a token sampled from their logits as they are: edits of
+    these, and how many of the most likely tokens to report, both by row."""
+    edits: dict[int, RowEdits] = {}
+    num_top: dict[int, int] = {}
+    for row in [row for row, sampling in enumerate(batch.sampling) if sampling.has_wishes]:
+        if not batch.yields_token[row]:
+            continue
+        seq, sampling = batch.seqs[row], batch.sampling[row]
+        num_generated = batch.starts[row] + batch.lengths[row] - seq.num_prompt_tokens
+        if sampling.edits is not None and sampling.edits.apply_to(num_generated):
+            # Only with penalties the engine has waited until all of them are known.
+            generated = seq.output_token_ids if sampling.penalizes else []
+            temperature = sampling.temperature
+            edits[row] = RowEdits(sampling.edits, temperature, num_generated, generated)
+        if sampling.logprobs is not None:
+            num_top[row] = sampling.logprobs
+    return edits, num_top
+
+
+def prompt_logprobs(batch: Batch) -> PromptLogprobs | None:
+    """Of rows that want log probabilities of their prompt the logits of all tokens are kept, of the
+    others those of the last one.
+
+    With a row of 3 such tokens and one of 2 that wants none, tokens 0, 1, 2 and 4 are kept, and 2
+    and 3 of these are the rows' last ones.
+    """
+    if not batch.is_prefill or not any(seq.needs_prompt_logprobs for seq in batch.seqs):
+        return None
+    found = PromptLogprobs([], [], [])
+    first = 0  # token of the row, among the step's
+    for row, seq in enumerate(batch.seqs):
+        start, length = batch.starts[row], batch.lengths[row]
+        num_tokens = min(length, seq.num_prompt_tokens - 1 - start)
+        num_top = seq.sampling_params.prompt_logprobs
+        if seq.needs_prompt_logprobs and num_top is not None and num_tokens > 0:
+            token_ids = seq.token_ids[start + 1 : start + 1 + num_tokens]
+            found.spans.append(PromptSpan(row, num_top, len(found.kept), start + 1, token_ids))
+            found.kept.extend(range(first, first + num_tokens))
+        first += length
+        found.kept.append(first - 1)
+        found.last.append(len(found.kept) - 1)
+    return found
