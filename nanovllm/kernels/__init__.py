@@ -16,9 +16,7 @@ from nanovllm.kernels.all_reduce import SLOTS as PUSH_SLOTS
 from nanovllm.kernels.all_reduce import (
     all_reduce,
     all_reduce_add,
-    all_reduce_norm,
     best_of_ranks,
-    can_normalize_sum,
     wait_for,
 )
 from nanovllm.kernels.decode_attention import num_decode_ranges, paged_decode
@@ -26,7 +24,7 @@ from nanovllm.kernels.decode_plan import DecodePlan, max_plan_words, plan_decode
 from nanovllm.kernels.embedding import embed
 from nanovllm.kernels.gumbel import gumbel_sample, gumbel_winners
 from nanovllm.kernels.layernorm import rms_norm
-from nanovllm.kernels.linear import add_matmul, gated_matmul, matmul, may_take_norm, summands
+from nanovllm.kernels.linear import add_matmul, gated_matmul, matmul, summands
 from nanovllm.kernels.paged_cache import MAX_HEAD_DIM, tile_tokens
 from nanovllm.kernels.prefill_attention import paged_prefill
 from nanovllm.kernels.rope_store import qk_norm_rope_store
@@ -34,8 +32,8 @@ from nanovllm.kernels.truncate import truncation_thresholds
 
 __all__ = [
     "MAX_HEAD_DIM", "PUSH_BLOCK", "PUSH_SLOTS", "DecodePlan", "add_matmul", "all_reduce",
-    "all_reduce_add", "all_reduce_norm", "best_of_ranks", "can_normalize_sum", "embed",
-    "gated_matmul", "gumbel_sample", "gumbel_winners", "matmul", "max_plan_words", "may_take_norm",
-    "num_decode_ranges", "paged_decode", "paged_prefill", "plan_decode", "qk_norm_rope_store",
-    "rms_norm", "silu_and_mul", "summands", "tile_tokens", "truncation_thresholds", "wait_for",
+    "all_reduce_add", "best_of_ranks", "embed", "gated_matmul", "gumbel_sample", "gumbel_winners",
+    "matmul", "max_plan_words", "num_decode_ranges", "paged_decode", "paged_prefill", "plan_decode",
+    "qk_norm_rope_store", "rms_norm", "silu_and_mul", "summands", "tile_tokens",
+    "truncation_thresholds", "wait_for",
 ]  # fmt: skip

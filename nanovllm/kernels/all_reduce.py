@@ -1,6 +1,6 @@
 """Sums over GPUs that write to each other's memory, and the best of their sampled tokens.
 
-    stream += sum over the ranks of their summands;   y = RMSNorm(stream)
+    stream += sum over the ranks of their summands
     token of a row = the token of the largest of the ranks' keys
 
 A small sum takes as long as its messages travel, so there is one message to each other rank and no
@@ -15,9 +15,9 @@ get the same bits; a summand is rounded to the dtype of the stream before, as it
 All ranks must make the same calls in the same order. When a rank is gone, `abort`, in host memory,
 lets the others go on, with garbage.
 
-Grid: one program for each block of 1024 elements, or with the norm for each row. Bytes moved: the
-summand over the link to each other GPU; locally summands and slots read, a slot filled, the stream
-read and written. Bound by the latency of the link (some 2 us), then by its bandwidth.
+Grid: one program for each block of 1024 elements. Bytes moved: the summand over the link to each
+other GPU; locally summands and slots read, a slot filled, the stream read and written. Bound by the
+latency of the link (some 2 us), then by its bandwidth.
 """
 
 from typing import Protocol
@@ -30,7 +30,6 @@ from nanovllm.kernels.launch import launch_dependents, pdl, wait
 
 BLOCK = 1024
 SLOTS = 3
-_MOST_BLOCKS = 8  # of a row that a program normalises: its elements stay in registers
 _LOOK_EVERY = 1024  # readings of a slot for each one of `abort`
 
 
@@ -54,31 +53,6 @@ def all_reduce_add(stream: torch.Tensor, summands: torch.Tensor, peers: Peers) -
         summands: [rows, n], or [splits, rows, n], of which the sum is meant.
     """
     _launch(stream, summands, peers, has_stream=True)
-
-
-def all_reduce_norm(
-    stream: torch.Tensor,
-    summands: torch.Tensor,
-    peers: Peers,
-    weight: torch.Tensor,
-    eps: float,
-    out: torch.Tensor,
-) -> None:
-    """`all_reduce_add`, and RMSNorm of the sum, with `weight` [n], into `out` [rows, n]; see
-    `can_normalize_sum`."""
-    rows, n = stream.shape
-    _all_reduce_norm_kernel[(rows,)](
-        stream, summands, weight, out, *_arguments(peers), rows, eps,
-        BLOCKS=n // BLOCK, SPLITS=summands.numel() // stream.numel(), RANK=peers.rank,
-        SIZE=peers.size, BITS=8 * stream.element_size(), BLOCK=BLOCK, LOOK_EVERY=_LOOK_EVERY,
-        num_warps=4, **pdl(stream),
-    )  # fmt: skip
-
-
-def can_normalize_sum(stream: torch.Tensor) -> bool:
-    """Whether rows [rows, n] are whole blocks, and few enough for a program to hold."""
-    blocks, rest = divmod(stream.shape[1], BLOCK)
-    return rest == 0 and 1 <= blocks <= _MOST_BLOCKS
 
 
 def all_reduce(x: torch.Tensor, peers: Peers) -> None:
@@ -167,47 +141,6 @@ def _all_reduce_kernel(
     )  # fmt: skip
     tl.store(stream_ptr + cells, total.to(dtype), mask=mask)
     tl.store(slots_ptr + tl.program_id(0), (slot + 1) % 3)
-
-
-@triton.jit
-def _all_reduce_norm_kernel(
-    stream_ptr, summands_ptr, weight_ptr, out_ptr, buffers_ptr, slots_ptr, abort_ptr, capacity,
-    rows, eps, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, LOOK_EVERY: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    INT: tl.constexpr = tl.core.get_int_dtype(BITS, True)
-    dtype: tl.constexpr = stream_ptr.dtype.element_ty
-    N: tl.constexpr = BLOCKS * BLOCK
-    launch_dependents(PDL)
-    lane = tl.arange(0, BLOCK)
-    first_block = tl.program_id(0) * BLOCKS
-    mask = lane < BLOCK  # all
-    wait(PDL)
-    slots, owns = (), ()
-    for b in tl.static_range(BLOCKS):  # all is sent before the first is waited for
-        first = (first_block + b) * BLOCK
-        slots += (tl.load(slots_ptr + first_block + b),)
-        owns += (_own(summands_ptr + first + lane, mask, rows * N, dtype, SPLITS),)
-        bits = _as_sent(owns[b], INT, BITS)
-        _push(bits, buffers_ptr, slots[b], capacity, first, mask, RANK, SIZE, INT, BLOCK)
-    sums = ()
-    squares = tl.zeros([BLOCK], tl.float32)
-    for b in tl.static_range(BLOCKS):
-        first = (first_block + b) * BLOCK
-        total = tl.load(stream_ptr + first + lane).to(tl.float32)
-        total = _add_all(
-            total, owns[b], buffers_ptr, slots[b], capacity, first, mask, abort_ptr, RANK, SIZE,
-            INT, BLOCK, LOOK_EVERY,
-        ).to(dtype)  # fmt: skip
-        tl.store(stream_ptr + first + lane, total)
-        tl.store(slots_ptr + first_block + b, (slots[b] + 1) % 3)
-        sums += (total,)
-        squares += total.to(tl.float32) * total.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(squares, axis=0) / N + eps)
-    for b in tl.static_range(BLOCKS):
-        weight = tl.load(weight_ptr + b * BLOCK + lane).to(tl.float32)
-        y = sums[b].to(tl.float32) * scale * weight
-        tl.store(out_ptr + (first_block + b) * BLOCK + lane, y.to(dtype))
 
 
 @triton.jit

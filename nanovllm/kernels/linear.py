@@ -96,11 +96,6 @@ def choose_kernel(product: ProductShape, gpu: Gpu) -> Kernel:
     return Kernel.LIBRARY
 
 
-def may_take_norm(rows: int) -> bool:
-    """Whether a product of so many rows may be made by a kernel that also does the norm before."""
-    return rows <= gemv_kernel.MAX_ROWS
-
-
 class NormedInput(Protocol):
     """An input that has still to be normalised: RMSNorm(x + sum of partials) * weight."""
 

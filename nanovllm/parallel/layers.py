@@ -55,12 +55,9 @@ class ColumnParallelLinear(MergedLinear):
 
 
 def _comes_in_pieces(x: Input) -> TypeGuard[Normed]:
-    """Whether the norm is to be applied piece by piece. If not, and no product's kernel takes it
-    along, it is applied here, in one kernel with the sum before it."""
+    """Whether the norm is to be applied piece by piece."""
     if isinstance(x, torch.Tensor) or (pending := x.stream.pending) is None:
         return False
-    if pending.num_pieces == 1 and not kernels.may_take_norm(len(x.x)):
-        x.values()
     return pending.num_pieces > 1
 
 
@@ -125,11 +122,8 @@ class SumOverRanks:
         kernels.all_reduce_add(x, self._summands, self._peers)
 
     def add_and_normalize(self, x: torch.Tensor, norm: Norm, out: torch.Tensor) -> Iterator[slice]:
-        if kernels.can_normalize_sum(x):
-            kernels.all_reduce_norm(x, self._summands, self._peers, norm.weight, norm.eps, out)
-        else:
-            self.add_to(x)
-            norm.normalize(x, None, out)
+        self.add_to(x)
+        norm.normalize(x, None, out)
         yield slice(len(x))
 
 

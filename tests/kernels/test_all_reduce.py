@@ -12,19 +12,14 @@ from helpers.compile_launches import run_compiler
 from helpers.kernel_inputs import (
     FP16,
     FP32,
-    TOLERANCE,
     interpreted,
     normal,
-    relative_error,
-    rms_norm_float64,
 )
 from helpers.peers import Inbox
 from nanovllm.kernels.all_reduce import (
     all_reduce,
     all_reduce_add,
-    all_reduce_norm,
     best_of_ranks,
-    can_normalize_sum,
     wait_for,
 )
 
@@ -132,35 +127,6 @@ def test_the_largest_key_of_the_ranks_gives_the_token(rows: int) -> None:
     assert torch.equal(out, expected) and torch.equal(host[1, :rows], expected)
 
 
-@pytest.mark.parametrize(("blocks", "splits"), [(1, 1), (3, 2), (5, 1)])
-def test_the_norm_of_the_sum_comes_along(blocks: int, splits: int) -> None:
-    """After, and before, sums that use other blocks of the same memory."""
-    rows, n, eps = 3, 1024 * blocks, 1e-6
-    inbox = Inbox(1, 2, FP16, capacity=rows * n)
-    weight = normal(n, dtype=FP16, seed=5)
-    for call in range(4):
-        stream, other = (normal(rows, n, dtype=FP16, seed=10 * call + s) for s in (1, 2))
-        own = normal(splits, rows, n, dtype=FP32 if splits > 1 else FP16, seed=10 * call + 3)
-        expected, out = stream.clone(), torch.full_like(stream, float("nan"))
-        inbox.fill({0: other})
-        all_reduce_norm(stream, own, inbox.peers, weight, eps, out)
-        rounded = own.float().sum(dim=0).half()
-        expected = (expected.float() + other.float() + rounded.float()).half()
-        torch.testing.assert_close(stream, expected, rtol=1e-3, atol=1e-3)
-        assert torch.equal(inbox.sent_to(0, (rows, n)), rounded)
-        assert relative_error(out, rms_norm_float64(stream, weight, eps)) < TOLERANCE[FP16]
-        small = normal(1, 700, dtype=FP16, seed=call)
-        inbox.fill({0: small})
-        summed = small.clone()
-        all_reduce(summed, inbox.peers)
-        assert torch.equal(summed, small + small)
-
-
-@pytest.mark.parametrize(("n", "can"), [(1024, True), (5120, True), (9216, False), (2560, False)])
-def test_which_rows_are_normalised_with_the_sum(n: int, can: bool) -> None:
-    assert can_normalize_sum(torch.empty(3, n)) == can
-
-
 @pytest.mark.parametrize("number", [5, 2**31 - 1, -(2**31)])
 def test_flags_are_waited_for_as_they_grow_past_the_largest_integer(number: int) -> None:
     peers = Inbox(1, 3, torch.int64, capacity=1024).peers
@@ -176,7 +142,7 @@ import json
 import torch
 from types import SimpleNamespace
 from helpers.compile_launches import A100, H100, launches
-from nanovllm.kernels.all_reduce import all_reduce_add, all_reduce_norm, best_of_ranks, wait_for
+from nanovllm.kernels.all_reduce import all_reduce_add, best_of_ranks, wait_for
 
 def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -193,7 +159,7 @@ for card in (A100, H100):
         x, splits = empty(32, 5120), empty(2, 32, 5120, dtype=float32)
         for kernel, *args in (
             (all_reduce_add, x, x, peers(torch.int16)),
-            (all_reduce_norm, x, splits, peers(torch.int16), empty(5120), 1e-6, x),
+            (all_reduce_add, x, splits, peers(torch.int16)),
             (best_of_ranks, empty(32, dtype=int64), peers(int64), empty(32, dtype=int64),
              empty(2, 512, dtype=int64), empty(1, dtype=int32)),
             (wait_for, empty(size, dtype=int32), 7, peers(torch.int16)),
@@ -211,5 +177,5 @@ def test_they_compile_without_spills_and_read_16_bytes_at_a_time(tmp_path: Path)
     for name, spills, registers, is_wide in found:
         # On an A100 the compiler keeps one number of best_of_ranks in memory.
         assert spills <= 8 * (name == "best_of_ranks") and registers <= 128, name
-        if name in ("all_reduce_add", "all_reduce_norm"):
+        if name == "all_reduce_add":
             assert is_wide, name
