@@ -58,7 +58,8 @@ class LLM(LLMEngine):
         Raises:
             TypeError, ValueError: for a request that cannot work; nothing is queued then.
             RuntimeError: if the engine is closed, or has unfinished requests from `add_request`; if
-                a request is aborted meanwhile, or a step of another thread's call fails.
+                a request is aborted meanwhile, or a step of another thread's call fails; when all
+                have ended, if one ended in an error: its logits are not finite, say.
             Any error once requests run, KeyboardInterrupt too, has the results that are there as
                 its attribute `finished_outputs`: a list, with None for each prompt that had not
                 ended. The other prompts' requests are aborted.
@@ -85,6 +86,9 @@ class LLM(LLMEngine):
                 call.check()
             if aborted := [index for index, one in enumerate(ids) if one not in call.outputs]:
                 raise RuntimeError(f"aborted while generate() ran: prompts {reprlib.repr(aborted)}")
+            for index, one in enumerate(ids):
+                if (why := call.outputs[one].error) is not None:
+                    raise RuntimeError(f"prompt {index}: {why}")
         except BaseException as error:  # Ctrl-C too
             error.finished_outputs = [call.outputs.get(one) for one in ids]  # type: ignore[attr-defined]
             raise
@@ -101,8 +105,9 @@ class LLM(LLMEngine):
         and nothing that a stop string may yet take back. Closing the iterator aborts what is left.
         A piece has more than one token if others' steps have run since the last.
 
-        Args and errors are those of `generate`. `n` must be 1, and there are no prompt_logprobs.
-        Nothing runs before the first piece is asked for.
+        Args and errors are those of `generate`; the error in which a prompt ends is raised when the
+        others have ended. `n` must be 1, and there are no prompt_logprobs. Nothing runs before the
+        first piece is asked for.
         """
         with self._callers.alone():
             self._check_idle("stream")
@@ -237,15 +242,19 @@ class LLM(LLMEngine):
                     self.output_processor.stream(index, request.sequences[0])
                     for index, request in enumerate(requests)
                 ]
+            errors = []
             while live:
                 if self._callers.must_step(call):
                     self.step()
                 call.check()
                 with self._callers.alone():  # no step is half way through a sequence
                     pieces = [piece for one in live if (piece := one.next_piece()) is not None]
+                    errors += [one for one in pieces if one["finish_reason"] == "error"]
                     live = [stream for stream in live if not stream.seq.is_finished]
                 self._callers.stop_leading(call)  # who knows when the next piece is asked for
                 yield from pieces
+            for piece in errors:
+                raise RuntimeError(f"prompt {piece['index']}: {piece['stop_reason']}")
 
     @contextmanager
     def _running(self, call: Call, requests: list[Request]) -> Iterator[None]:

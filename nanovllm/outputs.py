@@ -78,8 +78,9 @@ class CompletionOutput(Record):
     `text` leaves out special tokens unless asked not to, and is empty if the checkpoint has no
     tokenizer; `token_ids` has all that was generated. An end-of-sequence or stop token is in
     `token_ids`, and in the text only with `include_stop_str_in_output`.
-    `finish_reason` is "stop" (an end-of-sequence token, a stop token or a stop string) or "length"
-    (`max_tokens` or `max_model_len`); `stop_reason` is the stop token or string, None for the rest.
+    `finish_reason` is "stop" (an end-of-sequence token, a stop token or a stop string), "length"
+    (`max_tokens` or `max_model_len`) or "error" (no token could be sampled); `stop_reason` is the
+    stop token or string, or why there was no token, None for the rest.
     `logprobs` has a dict a token, and `cumulative_logprob` their sum, if they were asked for.
     """
 
@@ -113,6 +114,12 @@ class RequestOutput(CompletionOutput):
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+
+    @property
+    def error(self) -> str | None:
+        """Why one of the completions ended in an error, and the others were aborted."""
+        reasons = (one["stop_reason"] for one in self["outputs"] if one["finish_reason"] == "error")
+        return next(reasons, None)
 
 
 class StreamOutput(Record):

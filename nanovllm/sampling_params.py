@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from nanovllm.utils.validation import as_integer, as_number
 
 if TYPE_CHECKING:
@@ -167,10 +165,13 @@ class SamplingParams:
 
     @property
     def penalizes(self) -> bool:
-        """Whether the tokens so far change the logits of the next: the engine has to know them
-        before it can launch the next step."""
-        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
-        return penalties != (0, 0, 1)
+        """Whether the tokens so far change the logits of the next."""
+        return self.penalties != (1, 0, 0)
+
+    @property
+    def penalties(self) -> tuple[float, float, float]:
+        """Repetition, presence and frequency penalty."""
+        return self.repetition_penalty, self.presence_penalty, self.frequency_penalty
 
     def clone(self) -> "Self":
         """A copy, checked anew."""
@@ -237,36 +238,3 @@ class SamplingParams:
                 raise ValueError(f"logit_bias of token {token_id} must be finite, got {number}")
             biases[as_integer("logit_bias, key", token_id)] = max(-100.0, min(100.0, number))
         return biases
-
-
-@dataclass(frozen=True)
-class LogitEdits:
-    """What a request changes in its logits before each sampling: resolved once, when it is queued.
-
-    Attributes:
-        params: the request's; `allowed_token_ids`, `logit_bias` and the penalties are read.
-        changes_all: whether every token is sampled from changed logits; if not, those that come
-            before `min_tokens` are.
-        withheld: tokens that would end the request: not sampled before `min_tokens`.
-        prompt: the prompt's distinct tokens, sorted, [any number] int64; empty without penalties.
-    """
-
-    params: SamplingParams
-    changes_all: bool
-    withheld: frozenset[int]
-    prompt: np.ndarray
-
-    @classmethod
-    def of(
-        cls, params: SamplingParams, withheld: frozenset[int], prompt: list[int]
-    ) -> "LogitEdits | None":
-        """Those of a request; None if it wants nothing changed."""
-        changes_all = params.penalizes or bool(params.logit_bias or params.allowed_token_ids)
-        if not changes_all and not params.min_tokens:
-            return None
-        distinct = np.unique(prompt) if params.penalizes else np.empty(0, dtype=np.int64)
-        return cls(params, changes_all, withheld, distinct)
-
-    def apply_to(self, num_generated: int) -> bool:
-        """Whether the token after so many generated ones is sampled from changed logits."""
-        return self.changes_all or self.params.is_below_min_tokens(num_generated)

@@ -10,16 +10,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.callers import Callers
+from nanovllm.engine.constraints import fill_masks
 from nanovllm.engine.input_processor import InputProcessor, Prompt, Request, params_list
 from nanovllm.engine.model_runner import ModelRunner, load_libraries
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Batch, Scheduler
-from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
 from nanovllm.engine.step import PendingStep
 from nanovllm.engine.tokenizer import load_tokenizer
@@ -147,13 +149,11 @@ class LLMEngine:
             self._check_open()
             outputs: list[RequestOutput] = []
             try:
-                if self._in_flight and self._launch_needs_tokens():
-                    outputs += self._collect()
                 if not self._in_flight:
                     self._last_collect = time.perf_counter()
                 batch = self.scheduler.schedule()
                 if batch is not None:
-                    self._in_flight.append((batch, self.model_runner.launch(batch)))
+                    self._launch(batch, outputs)
                 # The step just launched may stay in flight; with nothing to launch, none does.
                 max_in_flight = 1 if batch is not None and self.config.async_scheduling else 0
                 if len(self._in_flight) > max_in_flight:
@@ -313,10 +313,22 @@ class LLMEngine:
         while self._in_flight and not self.scheduler.num_unfinished:
             self._collect()
 
-    def _launch_needs_tokens(self) -> bool:
-        """Whether the next step cannot be launched before the last one's tokens are known. A
-        waiting sequence does not matter: it has no token in flight by the time it runs."""
-        return any(seq.sampling.penalizes for seq in self.scheduler.running)
+    def _launch(self, batch: Batch, outputs: list[RequestOutput]) -> None:
+        """Start a step. Masks depend on the tokens before: these are taken in, and the masks made,
+        while the device computes the logits. Requests that end with them are added to `outputs`."""
+        step = self.model_runner.launch(batch)
+        self._in_flight.append((batch, step))
+        if batch.constraints:
+            while len(self._in_flight) > 1:
+                outputs += self._collect()
+            self.model_runner.sample(step, self._masks(batch))
+
+    def _masks(self, batch: Batch) -> np.ndarray:
+        """Of the constrained rows, in their order: [rows, words] int32."""
+        num_words = -(-self.config.model_config.vocab_size // 32)
+        masks = np.empty((len(batch.constraints), num_words), dtype=np.int32)
+        fill_masks([*batch.constraints.values()], masks)
+        return masks
 
     def _collect(self) -> list[RequestOutput]:
         """Wait for the oldest step in flight, and take its tokens in."""
@@ -329,22 +341,31 @@ class LLMEngine:
         # Text needs the tokens, and may end a sequence: only then it is known which have ended.
         for seq, stop_string in self.output_processor.process(batch, rows, step):
             self.scheduler.stop(seq, stop_string)
-        seqs = batch.seqs
-        ended = [seqs[row] for row in rows if seqs[row].status is SequenceStatus.FINISHED]
-        return [output for seq in ended if (output := self._end(seq)) is not None]
+        for row in batch.constraints.keys() & rows:
+            batch.constraints[row].accept(token_ids[row])
+        outputs = []
+        for seq in batch.seqs:
+            if seq.is_finished and seq.seq_id in self._request_of_seq:
+                outputs += self._end(seq)
+        return outputs
 
-    def _end(self, seq: Sequence) -> RequestOutput | None:
-        """Of a sequence that has ended, its request's output if it was the last."""
+    def _end(self, seq: Sequence) -> list[RequestOutput]:
+        """Of a sequence that has ended, its request's output if it was the last. One that ended in
+        an error ends the others."""
         seq.finished_time = time.time()
         request = self._request_of_seq.pop(seq.seq_id)
+        if seq.finish_reason == "error":
+            for other in request.sequences:
+                if self._request_of_seq.pop(other.seq_id, None) is not None:
+                    self.scheduler.abort(other)
         if any(other.seq_id in self._request_of_seq for other in request.sequences):
-            return None
+            return []
         self._num_finished += 1
         output = self.output_processor.output(request)
         for other in request.sequences:
             self.output_processor.drop(other)
         self._num_generated += sum(len(one["token_ids"]) for one in output["outputs"])
-        return output
+        return [output]
 
     def _fit_to_cache(self, num_blocks: int, asked: int | None) -> None:
         """Lower max_model_len to what the KV cache holds, and warn if it is less than `asked`."""

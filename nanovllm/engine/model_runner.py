@@ -4,18 +4,20 @@ import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.cuda_graphs import CudaGraphs, graph_rows
 from nanovllm.engine.kv_cache import allocate_kv_cache, max_blocks, num_fitting_blocks
+from nanovllm.engine.logit_edits import EditSlots
 from nanovllm.engine.model_checks import checked_model_config
 from nanovllm.engine.scheduler import Batch
-from nanovllm.engine.step import PendingStep, PromptLogprobs, Step, prompt_logprobs, wishes
+from nanovllm.engine.step import PendingStep, PromptLogprobs, Step, prompt_logprobs
 from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.linear import Linear
-from nanovllm.layers.logits import compute_logprobs
+from nanovllm.layers.logprobs import compute_logprobs
 from nanovllm.layers.sampler import LOGPROB_ROWS, Sampler
 from nanovllm.models import CausalLM
 from nanovllm.utils.checkpoint_files import Headers, read_headers
@@ -107,6 +109,7 @@ class ModelRunner:
             self.graphs = CudaGraphs(self.device, self._run)
             self.graphs.capture(self.largest_decode_shape())
         self._launched_rows: dict[int, int] = {}  # seq_id -> row of the last launch
+        self._edit_slots = EditSlots(config.max_num_seqs)
 
     # What a rank of several does in another way: see `parallel.rank_runner`.
 
@@ -116,7 +119,8 @@ class ModelRunner:
             return self.config.model_class(self.config.model_config)
 
     def make_sampler(self) -> Sampler:
-        return Sampler(self.config.max_num_seqs, self.device)
+        config = self.config
+        return Sampler(config.max_num_seqs, self.device, config.model_config.vocab_size)
 
     def largest_decode_shape(self) -> StepShape:
         """The decode step that needs the most memory."""
@@ -146,38 +150,49 @@ class ModelRunner:
         rows = len(batch.seqs)
         has_graph = self.graphs is not None and not batch.is_prefill
         padded_rows = graph_rows(rows, self.config.max_num_seqs) if has_graph else rows
-        edits, num_top = wishes(batch)
+        edit_slots, slot_contents = self._edit_slots.of_batch(batch)
         shape, num_words = self.inputs.fill(
-            batch, padded_rows, self._launched_rows, fixed_shape=has_graph, set_aside=[*edits]
+            batch, padded_rows, self._launched_rows, has_graph, edit_slots
         )
         self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
         index = self.inputs.buffer_index
-        return Step(shape, rows, index, num_words, edits, num_top, prompt_logprobs(batch))
+        logprobs = {row: batch.sampling[row].logprobs for row in batch.wishful_rows}
+        num_top = {row: number for row, number in logprobs.items() if number is not None}
+        return Step(shape, rows, index, num_words, slot_contents, num_top, prompt_logprobs(batch))
 
     @torch.inference_mode()
     def run(self, step: Step) -> PendingStep:
-        """Run a step whose inputs are in the host buffer."""
-        shape, rows = step.shape, step.rows
+        """Run a step whose inputs are in the host buffer, as far as it gets without masks."""
+        shape = step.shape
         with self.on_device(), self.in_own_dtype():
             self.inputs.send(step.buffer_index, step.num_words)
+            if step.slot_contents:
+                self.sampler.edits.write(step.slot_contents)
             # Its tokens will be written there.
-            pending = PendingStep(self.sampler.host_tokens[step.buffer_index, :rows])
+            token_ids = self.sampler.host_tokens[step.buffer_index, : step.rows]
+            pending = PendingStep(step, token_ids)
             if step.prompt_logprobs is not None:
                 logits = self._run_with_prompt_logprobs(shape, step.prompt_logprobs, pending)
             elif self.graphs is not None and not shape.is_prefill:
-                logits = self.graphs.run(shape)
+                logits = self.graphs.run(shape.for_graph)
             else:
                 logits = self._run(shape)
-            if step.edits:
-                sampling = self.inputs.view(shape).sampling(shape.truncates)
-                self.sampler.resample(logits[:rows], sampling, step.edits, step.buffer_index)
-            if step.num_top:
-                k = max(step.num_top.values())
-                pending.logprobs = self.sampler.logprobs(logits[:rows], [*step.num_top], k)
-            if self.on_gpu:
-                pending.done = torch.cuda.Event()
-                pending.done.record()
+            if shape.waits:
+                pending.logits = logits
+            else:
+                self._finish(pending, logits)
             return pending
+
+    @torch.inference_mode()
+    def sample(self, pending: PendingStep, masks: np.ndarray) -> None:
+        """Sample the tokens of a step that waits for `masks` [rows with masks, words] int32, in the
+        order of their rows; see `EditTables.masks`. The tokens of the steps before are known."""
+        assert pending.logits is not None
+        with self.on_device(), self.in_own_dtype():
+            self.sampler.edits.write_masks(masks)
+            self._sample(pending.logits, pending.step.shape)
+            self._finish(pending, pending.logits)
+            pending.logits = None
 
     def collect(self, step: PendingStep) -> list[int]:
         """Wait for a step's tokens, one a row. At most one newer step may be under way."""
@@ -190,6 +205,7 @@ class ModelRunner:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
         self._launched_rows = {}
+        self._edit_slots.clear()
 
     def change_weights(self, fill: Callable[[dict[str, View], frozenset[str]], None]) -> None:
         """Let `fill` write to the weights where they are, so that CUDA Graphs stay valid. It gets
@@ -225,14 +241,15 @@ class ModelRunner:
                 torch.cuda.empty_cache()
 
     def _run(self, shape: StepShape) -> torch.Tensor:
-        """The step itself, on the device from its inputs to the sampled tokens: what a graph
-        captures. Returns the logits, [rows, vocab]."""
+        """The step itself, on the device from its inputs to the sampled tokens, or if it waits for
+        masks to the logits: what a graph captures. Returns the logits, [rows, vocab]."""
         inputs = self.inputs.view(shape)
         context = self._context(shape, inputs)
         stream = self.model(inputs.input_ids, self.sampler.tokens, context)
         out = None if self.logits is None else self.logits[: shape.rows]
         logits = self.model.compute_logits(stream, out)
-        self.sampler.sample(logits, inputs.sampling(shape.truncates))
+        if not shape.waits:
+            self._sample(logits, shape)
         return logits
 
     def _run_with_prompt_logprobs(
@@ -251,8 +268,22 @@ class ModelRunner:
                 found = self.sampler.logprobs_of(logits, to_device(own, self.device), span.num_top)
                 pending.prompt_logprobs.append((span.row, span.position + start, found))
         logits = self.model.compute_logits(stream[to_device(wanted.last, self.device)])
-        self.sampler.sample(logits, inputs.sampling(shape.truncates))
+        if not shape.waits:
+            self._sample(logits, shape)
         return logits
+
+    def _sample(self, logits: torch.Tensor, shape: StepShape) -> None:
+        self.sampler.sample(logits, self.inputs.view(shape).sampling(shape))
+
+    def _finish(self, pending: PendingStep, logits: torch.Tensor) -> None:
+        """What comes after the sampling, and is in no graph."""
+        step = pending.step
+        if step.num_top:
+            k = max(step.num_top.values())
+            pending.logprobs = self.sampler.logprobs(logits[: step.rows], [*step.num_top], k)
+        if self.on_gpu:
+            pending.done = torch.cuda.Event()
+            pending.done.record()
 
     def _context(self, shape: StepShape, inputs: StepInputs) -> Context:
         metadata = None
@@ -292,14 +323,13 @@ class ModelRunner:
             logits = self._run(shape)
             self.inputs.device.zero_()
             graph_bytes = graph_bytes or self._activation_bytes()
-        # What a step holds at once when rows want their logits changed, and to know of them.
-        edited = self.sampler.whole(logits).clone().float()
         first_token = self.sampler.tokens[:1].expand(LOGPROB_ROWS)
         self.sampler.logprobs_of(logits[:1].expand(LOGPROB_ROWS, -1), first_token, 1)
-        del logits, edited
+        del logits
         torch.cuda.synchronize(self.device)
         # The graphs' own pool holds a decode step's memory once more.
-        return self._activation_bytes() + (graph_bytes if use_graphs else 0)
+        step_bytes = self._activation_bytes() + (graph_bytes if use_graphs else 0)
+        return step_bytes + self.sampler.edits.num_bytes  # which are taken when they are needed
 
     def _activation_bytes(self) -> int:
         stats = torch.cuda.memory_stats(self.device)

@@ -6,7 +6,7 @@ from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step import PendingStep
 from nanovllm.engine.tokenizer import Tokenizer, decode
-from nanovllm.layers.logits import Logprobs
+from nanovllm.layers.logprobs import Logprobs
 from nanovllm.outputs import (
     CompletionOutput,
     Logprob,
@@ -215,8 +215,9 @@ class OutputStream:
 
 
 def _metrics(request: Request) -> RequestMetrics:
-    first_token = min(seq.first_token_time for seq in request.sequences)
     finished = max(seq.finished_time for seq in request.sequences)
+    began = [seq.first_token_time for seq in request.sequences if seq.first_token_time]
+    first_token = min(began, default=finished)  # none, if it ended in an error at once
     later = max(seq.num_generated for seq in request.sequences) - 1
     return RequestMetrics(
         arrival_time=request.arrival_time,

@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.constraints import TokenConstraint
 from nanovllm.engine.sequence import RowSampling, Sequence, SequenceStatus
+from nanovllm.layers.sampler import NONE_LEFT, NOT_FINITE
+
+# Why there is no token to sample, by what stands in its place: see `layers.sampler`.
+_NO_TOKEN = {
+    NOT_FINITE: "the model's logits have NaN or infinity: look for such weights in the checkpoint, "
+    "or use a dtype with a wider range, as bfloat16 or float32 in place of float16",
+    NONE_LEFT: "no token is left to sample: allowed_token_ids, bad_words, min_tokens and "
+    "structured_outputs together rule all of them out",
+}
 
 
 @dataclass
@@ -38,6 +48,18 @@ class Batch:
     def sampling(self) -> list[RowSampling]:
         """How each row is sampled. To be read once the batch is complete."""
         return [seq.sampling for seq in self.seqs]
+
+    @cached_property
+    def wishful_rows(self) -> list[int]:
+        """Rows that want more than a token sampled from their logits as they are, and get one."""
+        rows = [row for row, sampling in enumerate(self.sampling) if sampling.has_wishes]
+        return [row for row in rows if self.yields_token[row]]
+
+    @cached_property
+    def constraints(self) -> dict[int, TokenConstraint]:
+        """Of those rows whose token the host restricts."""
+        pairs = ((row, self.seqs[row].constraint) for row in self.wishful_rows)
+        return {row: constraint for row, constraint in pairs if constraint is not None}
 
 
 class Scheduler:
@@ -79,8 +101,8 @@ class Scheduler:
     def postprocess(self, batch: Batch, token_ids: list[int]) -> list[int]:
         """Append a step's tokens, one per row, to their sequences, and finish those that end by it.
 
-        Returns the rows whose token counts: a chunk of a prompt yields none, and a sequence may
-        have ended while its row was already under way.
+        Returns the rows whose token counts: a chunk of a prompt yields none, a sequence may have
+        ended while its row was already under way, or ends in an error, as no token can be sampled.
         """
         rows, block_size = [], self.block_manager.block_size
         columns = zip(batch.seqs, batch.yields_token, token_ids, strict=True)
@@ -89,6 +111,9 @@ class Scheduler:
                 continue
             seq.num_pending_tokens -= 1
             if seq.status is SequenceStatus.FINISHED:
+                continue
+            if token_id < 0:  # there is none to sample
+                self._finish(seq, "error", _NO_TOKEN[token_id])
                 continue
             rows.append(row)
             num_written = len(seq.token_ids)  # all before the new one

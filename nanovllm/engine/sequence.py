@@ -4,8 +4,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from nanovllm.engine.constraints import TokenConstraint
+from nanovllm.engine.logit_edits import LogitEdits
 from nanovllm.outputs import PositionLogprobs
-from nanovllm.sampling_params import LogitEdits, SamplingParams
+from nanovllm.sampling_params import SamplingParams
 
 
 class SequenceStatus(Enum):
@@ -26,7 +28,6 @@ class RowSampling:
         temperature: what logits are divided by; 0 is greedy.
         top_k, top_p, min_p: 0, 1 and 0 are off.
         truncates: whether one of these three is on.
-        penalizes: whether its tokens so far change the logits of the next.
         edits: what is changed in the logits first; None: nothing.
         logprobs: report the token's log probability and so many of the most likely ones; None: no.
         has_wishes: whether it has edits, or wants log probabilities.
@@ -38,7 +39,6 @@ class RowSampling:
     top_p: float
     min_p: float
     truncates: bool
-    penalizes: bool
     edits: LogitEdits | None
     logprobs: int | None
     has_wishes: bool
@@ -57,6 +57,7 @@ class Sequence:
         max_len: prompt and generated tokens together never exceed this.
         seed: of its random choices, 64 bits as a signed integer.
         eos_token_ids: the model's end-of-sequence tokens.
+        constraint: what restricts its tokens; None: nothing.
 
     Attributes:
         token_ids: prompt and generated tokens known so far.
@@ -83,6 +84,7 @@ class Sequence:
         max_len: int,
         seed: int,
         eos_token_ids: Collection[int] = (),
+        constraint: TokenConstraint | None = None,
     ) -> None:
         params = sampling_params
         self.seq_id = seq_id
@@ -91,14 +93,16 @@ class Sequence:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.sampling_params = params
         self.max_len = max_len
-        self.eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
+        self.constraint = constraint
+        ignores_eos = params.ignore_eos and constraint is None  # which nothing may follow
+        self.eos_token_ids = frozenset(() if ignores_eos else eos_token_ids)
         self.ending_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
         # Not sampled before min_tokens: EOS neither, even if it is ignored, as in vLLM.
         withheld = self.ending_token_ids.union(eos_token_ids)
-        edits = LogitEdits.of(params, withheld, prompt_token_ids)
+        edits = LogitEdits.of(params, withheld, is_constrained=constraint is not None)
         self.sampling = RowSampling(
             seed, params.effective_temperature, min(params.top_k, 2**31 - 1), params.top_p,
-            params.min_p, params.truncates, params.penalizes, edits, params.logprobs,
+            params.min_p, params.truncates, edits, params.logprobs,
             has_wishes=edits is not None or params.logprobs is not None,
         )  # fmt: skip
         self.num_pending_tokens = 0
@@ -127,6 +131,10 @@ class Sequence:
     def needs_prompt_logprobs(self) -> bool:
         """Whether its whole prompt has to be run, whatever the prefix cache holds of it."""
         return 0 < len(self.prompt_logprobs) < self.num_prompt_tokens
+
+    @property
+    def is_running(self) -> bool:
+        return self.status is SequenceStatus.RUNNING
 
     @property
     def is_finished(self) -> bool:

@@ -7,25 +7,8 @@ import torch
 
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import StepShape
-from nanovllm.layers.logits import Logprobs, RowEdits
-
-
-@dataclass
-class PendingStep:
-    """A step that was launched. On a GPU, what it yields may be read after `done`.
-
-    Attributes:
-        token_ids: [rows] int64, on the host.
-        done: None on a CPU, where the step has been computed.
-        logprobs: (rows, log probabilities of the tokens just sampled there).
-        prompt_logprobs: (row, position of the first token, log probabilities of tokens of the
-            row's prompt).
-    """
-
-    token_ids: torch.Tensor
-    done: torch.cuda.Event | None = None
-    logprobs: list[tuple[list[int], Logprobs]] = field(default_factory=list)
-    prompt_logprobs: list[tuple[int, int, Logprobs]] = field(default_factory=list)
+from nanovllm.layers.edit_tables import SlotContents
+from nanovllm.layers.logprobs import Logprobs
 
 
 class PromptSpan(NamedTuple):
@@ -63,7 +46,7 @@ class Step(NamedTuple):
         rows: of the batch.
         buffer_index: the host buffer that holds the inputs, and the one that gets the tokens.
         num_words: of the inputs.
-        edits: by row, of those that are sampled from logits that are edited first.
+        slot_contents: what is written to `EditTables` first.
         num_top: by row, of those that want the log probabilities of their token and of the most
             likely ones: how many of these.
         prompt_logprobs: None if no row wants any.
@@ -73,29 +56,32 @@ class Step(NamedTuple):
     rows: int
     buffer_index: int
     num_words: int
-    edits: dict[int, RowEdits]
+    slot_contents: list[SlotContents]
     num_top: dict[int, int]
     prompt_logprobs: PromptLogprobs | None
 
 
-def wishes(batch: Batch) -> tuple[dict[int, RowEdits], dict[int, int]]:
-    """What some rows of a step want besides a token sampled from their logits as they are: edits of
-    these, and how many of the most likely tokens to report, both by row."""
-    edits: dict[int, RowEdits] = {}
-    num_top: dict[int, int] = {}
-    for row in [row for row, sampling in enumerate(batch.sampling) if sampling.has_wishes]:
-        if not batch.yields_token[row]:
-            continue
-        seq, sampling = batch.seqs[row], batch.sampling[row]
-        num_generated = batch.starts[row] + batch.lengths[row] - seq.num_prompt_tokens
-        if sampling.edits is not None and sampling.edits.apply_to(num_generated):
-            # Only with penalties the engine has waited until all of them are known.
-            generated = seq.output_token_ids if sampling.penalizes else []
-            temperature = sampling.temperature
-            edits[row] = RowEdits(sampling.edits, temperature, num_generated, generated)
-        if sampling.logprobs is not None:
-            num_top[row] = sampling.logprobs
-    return edits, num_top
+@dataclass
+class PendingStep:
+    """A step that was launched. On a GPU, what it yields may be read after `done`.
+
+    Attributes:
+        step: it.
+        token_ids: [rows] int64, on the host.
+        logits: [rows, vocab], padding included, of a step that waits for masks before it can
+            sample.
+        done: None on a CPU, where the step has been computed.
+        logprobs: (rows, log probabilities of the tokens just sampled there).
+        prompt_logprobs: (row, position of the first token, log probabilities of tokens of the
+            row's prompt).
+    """
+
+    step: Step
+    token_ids: torch.Tensor
+    logits: torch.Tensor | None = None
+    done: torch.cuda.Event | None = None
+    logprobs: list[tuple[list[int], Logprobs]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[int, int, Logprobs]] = field(default_factory=list)
 
 
 def prompt_logprobs(batch: Batch) -> PromptLogprobs | None:

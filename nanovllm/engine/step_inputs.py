@@ -10,6 +10,7 @@ from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import RowSampling
 from nanovllm.layers.attention_backends import AttentionBackend
+from nanovllm.layers.edit_tables import RowEdits
 from nanovllm.layers.sampler import SamplingInputs
 
 _NUMPY_TYPES = {"f": np.float32, "l": np.int64}
@@ -26,6 +27,13 @@ class StepShape(NamedTuple):
     max_seqlen_q: int
     max_context_len: int
     truncates: bool = False  # sampling by top_k, top_p or min_p
+    edits: bool = False  # some rows have a slot of `EditTables`
+    waits: bool = False  # for masks, before it can sample
+
+    @property
+    def for_graph(self) -> "StepShape":
+        """The shape of the graph that runs it: one that waits ends with the logits."""
+        return self._replace(truncates=False, edits=False) if self.waits else self
 
 
 class StepInputs(NamedTuple):
@@ -36,6 +44,8 @@ class StepInputs(NamedTuple):
     top_k: Any  # [rows], this and the next two for steps that truncate
     top_p: Any  # [rows] float32
     min_p: Any  # [rows] float32
+    edit_slots: Any  # [rows] of `EditTables`, -1: none
+    mask_places: Any  # [rows] among the step's masks, -1: none
     context_lens: Any  # [rows]
     cu_seqlens_q: Any  # [rows + 1]
     buffer_index: Any  # [1], 0 or 1: which of the host's buffers the tokens go to
@@ -52,8 +62,8 @@ class StepInputs(NamedTuple):
         rows, tokens = shape.rows, shape.tokens
         return [
             (2 * rows, "l"), (rows, "f"), (rows, "i"), (rows, "f"), (rows, "f"), (rows, "i"),
-            (rows + 1, "i"), (1, "i"), (tokens, "i"), (tokens, "i"), (tokens, "i"),
-            (rows * shape.width, "i"),
+            (rows, "i"), (rows, "i"), (rows + 1, "i"), (1, "i"), (tokens, "i"), (tokens, "i"),
+            (tokens, "i"), (rows * shape.width, "i"),
         ]  # fmt: skip
 
     @classmethod
@@ -73,12 +83,16 @@ class StepInputs(NamedTuple):
         pieces[-1] = pieces[-1].reshape(shape.rows, shape.width)  # the block tables
         return cls._make([*pieces, buffer[start:]])
 
-    def sampling(self, truncates: bool) -> SamplingInputs:
+    def sampling(self, shape: StepShape) -> SamplingInputs:
+        edits = RowEdits(
+            self.edit_slots, None if shape.is_prefill else self.input_ids,
+            self.mask_places if shape.waits else None,
+        )  # fmt: skip
         return SamplingInputs(
             temperatures=self.temperatures, seeds=self.seeds,
             positions=self.context_lens,  # the token that is sampled stands where the context ends
-            top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, truncates=truncates,
-            buffer_index=self.buffer_index,
+            top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, truncates=shape.truncates,
+            edits=edits if shape.edits else None, buffer_index=self.buffer_index,
         )  # fmt: skip
 
 
@@ -129,17 +143,16 @@ class InputBuffers:
         padded_rows: int,
         launched_rows: dict[int, int],
         fixed_shape: bool,
-        set_aside: list[int],
+        edit_slots: list[int],
     ) -> tuple[StepShape, int]:
         """Fill the host buffer whose turn it is with a batch, for `send`.
 
         Args:
             padded_rows: rows to run; those past the batch write nowhere and attend to nothing.
             launched_rows: where each sequence was in the step before, whose tokens are not known.
-            fixed_shape: the shape is to depend on `padded_rows` and on `truncates` alone, as a CUDA
-                Graph's must.
-            set_aside: rows that will be sampled later, from other logits. Until then they are
-                greedy, which takes the least time.
+            fixed_shape: the shape is to depend on `padded_rows` and on how rows are sampled alone,
+                as a CUDA Graph's must.
+            edit_slots: of each row, -1 for none.
 
         Returns:
             The step's shape, and how many words of the buffer are in use.
@@ -149,19 +162,24 @@ class InputBuffers:
         ends = starts + lengths
         truncates = True in [row.truncates for row in batch.sampling]
         if fixed_shape:
-            shape = self.decode_shape(padded_rows, truncates)
+            shape = self.decode_shape(padded_rows)
         else:
             reads_tables = batch.is_prefill or self.backend.reads_tables_in_decode
             width = max(len(seq.block_table) for seq in batch.seqs) if reads_tables else 0
             tokens = batch.num_tokens if batch.is_prefill else padded_rows
             shape = StepShape(
-                batch.is_prefill, padded_rows, tokens, width, max(batch.lengths), int(ends.max()),
-                truncates,
-            )  # fmt: skip
+                batch.is_prefill, padded_rows, tokens, width, max(batch.lengths), int(ends.max())
+            )
+        shape = shape._replace(
+            truncates=truncates, edits=max(edit_slots) >= 0, waits=bool(batch.constraints)
+        )
         buffer = self.hosts[self.buffer_index].numpy()
         host = StepInputs.views(buffer, shape)
         host.buffer_index[0] = self.buffer_index
-        self._fill_sampling(host, batch.sampling, truncates, set_aside)
+        self._fill_sampling(host, batch.sampling, truncates)
+        host.edit_slots[: len(edit_slots)] = edit_slots
+        host.mask_places[: len(edit_slots)] = -1
+        host.mask_places[[*batch.constraints]] = np.arange(len(batch.constraints))
         self._fill_rows(host, batch, starts, lengths, shape)
         self._fill_tokens(host, batch, launched_rows)
         if padded_rows > len(batch.seqs):
@@ -181,14 +199,10 @@ class InputBuffers:
         return StepInputs.views(self.device, shape)
 
     @staticmethod
-    def _fill_sampling(
-        host: StepInputs, sampling: list[RowSampling], truncates: bool, set_aside: list[int]
-    ) -> None:
+    def _fill_sampling(host: StepInputs, sampling: list[RowSampling], truncates: bool) -> None:
         rows = len(sampling)
         host.seeds[:rows] = [row.seed for row in sampling]
         host.temperatures[:rows] = [row.temperature for row in sampling]
-        if set_aside:
-            host.temperatures[set_aside] = 0
         if truncates:
             host.top_k[:rows] = [row.top_k for row in sampling]
             host.top_p[:rows] = [row.top_p for row in sampling]
@@ -238,7 +252,8 @@ class InputBuffers:
     def _fill_padding(host: StepInputs, rows: int, truncates: bool) -> None:
         """Decode rows past the batch: they write nowhere, attend to nothing and are greedy, and so
         read no seed."""
-        host.slot_mapping[rows:] = -1
+        for field in (host.slot_mapping, host.edit_slots, host.mask_places):
+            field[rows:] = -1
         for field in (host.context_lens, host.positions, host.input_ids, host.temperatures):
             field[rows:] = 0
         if truncates:

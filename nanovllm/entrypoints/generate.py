@@ -220,6 +220,9 @@ class Generation:
     def write(self, output: RequestOutput) -> None:
         """Append an answer to the output file."""
         id_, line = self.pending.pop(output["request_id"])
+        if (why := output.error) is not None:
+            self.report_bad(line.number, why)
+            return
         self.output_file.write(encode_answer(id_, line.number, line.digest, output))
         self.output_file.flush()  # so that a killed process loses no complete answer
         self.counts.answered += 1

@@ -302,6 +302,8 @@ class NanoVLLM(TemplateLM):
                     if not pending:
                         return
                     for output in self.llm.step():
+                        if output.error is not None:
+                            raise RuntimeError(output.error)
                         yield pending.pop(output["request_id"]), output
                         progress.update()
         finally:  # after an error or Ctrl-C, the engine must be free for other requests

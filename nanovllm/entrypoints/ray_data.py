@@ -110,11 +110,10 @@ class LLMPredictor:
             except (TypeError, ValueError) as error:
                 answers[index]["error"] = reason(error)
         for output in self._run():
-            answers[index_of[output["request_id"]]].update(
-                text=output["text"],
-                token_ids=output["token_ids"],
-                finish_reason=output["finish_reason"],
-            )
+            answer = answers[index_of[output["request_id"]]]
+            answer["error"] = output.error
+            if output.error is None:
+                answer |= {key: output[key] for key in ("text", "token_ids", "finish_reason")}
         return answers
 
     def request(self, row: dict[str, Any]) -> tuple[str | list[int], SamplingParams]:

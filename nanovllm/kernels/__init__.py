@@ -21,6 +21,7 @@ from nanovllm.kernels.all_reduce import (
 )
 from nanovllm.kernels.decode_attention import num_decode_ranges, paged_decode
 from nanovllm.kernels.decode_plan import DecodePlan, max_plan_words, plan_decode
+from nanovllm.kernels.edit_logits import edit_logits
 from nanovllm.kernels.embedding import embed
 from nanovllm.kernels.gumbel import gumbel_sample, gumbel_winners
 from nanovllm.kernels.layernorm import rms_norm
@@ -32,8 +33,8 @@ from nanovllm.kernels.truncate import truncation_thresholds
 
 __all__ = [
     "MAX_HEAD_DIM", "PUSH_BLOCK", "PUSH_SLOTS", "DecodePlan", "add_matmul", "all_reduce",
-    "all_reduce_add", "best_of_ranks", "embed", "gated_matmul", "gumbel_sample", "gumbel_winners",
-    "matmul", "max_plan_words", "num_decode_ranges", "paged_decode", "paged_prefill", "plan_decode",
-    "qk_norm_rope_store", "rms_norm", "silu_and_mul", "summands", "tile_tokens",
-    "truncation_thresholds", "wait_for",
+    "all_reduce_add", "best_of_ranks", "edit_logits", "embed", "gated_matmul", "gumbel_sample",
+    "gumbel_winners", "matmul", "max_plan_words", "num_decode_ranges", "paged_decode",
+    "paged_prefill", "plan_decode", "qk_norm_rope_store", "rms_norm", "silu_and_mul", "summands",
+    "tile_tokens", "truncation_thresholds", "wait_for",
 ]  # fmt: skip

@@ -166,7 +166,8 @@ def _best_of_ranks_kernel(
                 )  # fmt: skip
                 best = tl.maximum(best, got)
         tl.store(slots_ptr + tl.program_id(0), (slot + 1) % 3)
-    token = 0xFFFFFFFF - (best & 0xFFFFFFFF)
+    low = best & 0xFFFFFFFF
+    token = tl.where(low < 2, -1 - low, 0xFFFFFFFF - low)  # 0 and 1 stand for no token
     tl.store(out_ptr + row, token, mask=mask)
     tl.store(host_ptr + tl.load(buffer_index_ptr) * host_stride + row, token, mask=mask)
 

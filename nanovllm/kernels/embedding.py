@@ -47,6 +47,7 @@ def _embed_kernel(
     token = tl.load(token_ids_ptr + index).to(tl.int64)
     if token < 0:
         token = tl.load(sampled_ptr - 1 - token)
+        token = tl.maximum(token, 0)  # where there was none to sample, of a row that has ended
     mask = cols < n
     if HAS_PART:
         token -= first_token

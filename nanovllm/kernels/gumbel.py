@@ -32,6 +32,8 @@ def gumbel_sample(
 ) -> None:
     """Sample one token a row into `out` [rows] int64; ties go to the lowest token id.
 
+    Of a row with NaN or infinity it is -1, and -2 if all are -inf.
+
     Args:
         logits: [rows, vocab], any float dtype.
         temperatures: [rows] float32; 0 takes the most likely token.
@@ -60,6 +62,7 @@ def gumbel_winners(
 
     The largest of several keys is the winner of all: its upper half is the score as an integer in
     the order of the floats, its lower half 2^32 - 1 - token id, so that ties go to the lowest id.
+    -1 and -2 stand for tokens here too, the former with the highest of scores.
 
     Args:
         logits: [rows, tokens of the part], which follow each other from `first_token` on, a
@@ -120,6 +123,9 @@ def _best_of_tile_kernel(
     s1 = _scores(logits_ptr, tokens + QUARTER, vocab_size, BEFORE)
     s2 = _scores(logits_ptr, tokens + 2 * QUARTER, vocab_size, BEFORE)
     s3 = _scores(logits_ptr, tokens + 3 * QUARTER, vocab_size, BEFORE)
+    is_finite = (s0 < float("inf")) & (s1 < float("inf"))  # nor NaN
+    is_finite = is_finite & (s2 < float("inf")) & (s3 < float("inf"))
+    all_finite = tl.min(is_finite.to(tl.int32), axis=0) != 0
     if TRUNCATED:
         threshold = tl.load(thresholds_ptr + row)
         s0, s1 = tl.where(s0 < threshold, floor, s0), tl.where(s1 < threshold, floor, s1)
@@ -138,9 +144,9 @@ def _best_of_tile_kernel(
     best_high, token_high = _better(s2, tokens + 2 * QUARTER, s3, tokens + 3 * QUARTER)
     best, token = _better(best, token, best_high, token_high)
     top = tl.max(best, axis=0)
-    tl.store(best_ptr + row * num_tiles + tile, top)
     first = tl.min(tl.where(best == top, token, vocab_size - 1), axis=0)
-    tl.store(best_token_ptr + row * num_tiles + tile, first)
+    tl.store(best_ptr + row * num_tiles + tile, tl.where(all_finite, top, float("inf")))
+    tl.store(best_token_ptr + row * num_tiles + tile, tl.where(all_finite, first, -1))
 
 
 @triton.jit
@@ -193,11 +199,13 @@ def _best_of_row_kernel(
     token = tl.load(best_token_ptr + row * num_tiles + cols, mask=mask, other=2147483647)
     top = tl.max(best, axis=0)
     winner = tl.min(tl.where(best == top, token, 2147483647), axis=0)
-    winner = tl.where(winner == 2147483647, 0, winner).to(tl.int64)
+    winner = tl.where(top == float("-inf"), -2, winner)
+    winner = tl.where(tl.min(token, axis=0) == -1, -1, winner).to(tl.int64)
     if AS_KEYS:
         bits = (top + 0.0).to(tl.int32, bitcast=True)  # no -0.0, which would be below 0.0
         score = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-        winner = (score << 32) | (0xFFFFFFFF - (FIRST + winner))
+        low = tl.where(winner < 0, -1 - winner, 0xFFFFFFFF - (FIRST + winner))
+        winner = (score << 32) | low
     tl.store(out_ptr + row, winner)
     if HAS_HOST:
         tl.store(host_ptr + tl.load(buffer_index_ptr) * host_stride + row, winner)

@@ -35,4 +35,5 @@ class LMHead(Linear):
 def embed(token_ids: torch.Tensor, sampled: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The formula in torch; see `Embedding.forward`."""
     newest = sampled[(-1 - token_ids).clamp_(min=0)]
+    newest = newest.clamp(min=0)  # where there was none to sample, of a row that has ended
     return F.embedding(torch.where(token_ids < 0, newest, token_ids), weight)

@@ -8,11 +8,11 @@ the counter, so that a token depends on nothing but its own request.
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanovllm.layers.logits import Logprobs, RowEdits, compute_logprobs, edit_logits_
+from nanovllm.layers.edit_tables import EditTables, RowEdits
+from nanovllm.layers.logprobs import Logprobs, compute_logprobs
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.memory import to_device
 
@@ -22,6 +22,8 @@ MAX_NOISE = 23.0  # of the largest number u that 32 bits give, 1 - 2^-33: -log(-
 # i % (_TILE / 4). Token 5000, say, is token 904 of the second tile, and has number 0.
 _TILE = 4096
 _MASK32 = 0xFFFFFFFF
+# In place of a token: the logits of a row have NaN or infinity, or they are all -inf.
+NOT_FINITE, NONE_LEFT = -1, -2
 
 
 class SamplingInputs(NamedTuple):
@@ -35,6 +37,7 @@ class SamplingInputs(NamedTuple):
         top_p: [rows] float32 in (0, 1]; 1 is off.
         min_p: [rows] float32 in [0, 1]; 0 is off.
         truncates: whether any row has one of these three on; if not, they are not read.
+        edits: None if no row has its logits changed first.
         buffer_index: [1] int32, which of the host's token buffers is written.
     """
 
@@ -45,6 +48,7 @@ class SamplingInputs(NamedTuple):
     top_p: torch.Tensor
     min_p: torch.Tensor
     truncates: bool
+    edits: RowEdits | None
     buffer_index: torch.Tensor
 
     def of_rows(self, rows: torch.Tensor) -> "SamplingInputs":
@@ -60,20 +64,31 @@ class Sampler:
     Args:
         max_rows: of a step.
         device: of the logits.
+        vocab_size: of the model.
+        here: the tokens whose logits are here; None: all.
 
     Attributes:
+        edits: what requests change in their logits.
         tokens: [max_rows] int64, on the device: what the last step sampled.
         host_tokens: [2, max_rows] int64: the same on the host, in two buffers taken in turns, since
-            the host may not have read the step before.
+            the host may not have read the step before. `NOT_FINITE` or `NONE_LEFT` stand where
+            there was no token to sample.
     """
 
-    def __init__(self, max_rows: int, device: torch.device) -> None:
+    def __init__(
+        self, max_rows: int, device: torch.device, vocab_size: int, here: slice | None = None
+    ) -> None:
         on_gpu = device.type == "cuda"
+        here = slice(0, vocab_size) if here is None else here
+        width = here.stop - here.start
+        self.edits = EditTables(max_rows, device, width, here.start, vocab_size)
         self.tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.host_tokens = torch.zeros(2, max_rows, dtype=torch.int64, pin_memory=on_gpu)
 
     def sample(self, logits: torch.Tensor, inputs: SamplingInputs) -> None:
         """Sample a token for each row of `logits` [rows, vocab]."""
+        if inputs.edits is not None:
+            logits = self.edits.edited(logits, inputs.edits, self.tokens)
         out = self.tokens[: len(logits)]
         thresholds = self.thresholds(logits, inputs) if inputs.truncates else None
         if has_kernels(logits):
@@ -86,37 +101,6 @@ class Sampler:
                 logits, inputs.temperatures, inputs.seeds, inputs.positions, out, thresholds
             )
             self.host_tokens[int(inputs.buffer_index), : len(out)] = out
-
-    def resample(
-        self,
-        logits: torch.Tensor,
-        inputs: SamplingInputs,
-        edits: dict[int, RowEdits],
-        buffer_index: int,
-    ) -> None:
-        """Sample some rows of a step, their logits edited first. `sample` took them for greedy.
-
-        Args:
-            logits: [rows, vocab] of the whole step, which stay as they are.
-            edits: by row.
-            buffer_index: the value of `inputs.buffer_index`, known to the host.
-        """
-        rows = to_device([*edits], logits.device)
-        temperatures = [edit.temperature for edit in edits.values()]
-        edited = self.whole(logits[rows]).float()
-        edit_logits_(edited, [*edits.values()])
-        own = inputs.of_rows(rows)._replace(
-            temperatures=to_device(temperatures, logits.device, np.float32)
-        )
-        out = torch.empty_like(rows)
-        thresholds = row_thresholds(edited, own) if own.truncates else None
-        sample = kernels.gumbel_sample if has_kernels(edited) else gumbel_sample
-        args = (edited, own.temperatures, own.seeds, own.positions, out)
-        sample(*args, thresholds=thresholds)
-        self.tokens[rows] = out
-        # All rows, as one copy is all it takes.
-        host, num_rows = self.host_tokens[buffer_index], len(logits)
-        host[:num_rows].copy_(self.tokens[:num_rows], non_blocking=True)
 
     def logprobs(
         self, logits: torch.Tensor, rows: list[int], k: int
@@ -206,16 +190,21 @@ def gumbel_winners(
     thresholds: torch.Tensor | None = None,
     first_token: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The highest score of each row, noise included, [rows] float32, and its token, [rows] int64.
+    """The highest score of each row, noise included, [rows] float32, and its token, [rows] int64:
+    infinity and `NOT_FINITE` for a row with NaN or infinity, -inf and `NONE_LEFT` if all are -inf.
 
     `logits` are of consecutive tokens from `first_token` on.
     """
     best = logits.max(dim=-1)  # the first of equals, as argmax; faster on a CPU
     scores, tokens = best.values.float(), best.indices + first_token
-    for row in temperatures.nonzero().flatten().tolist():
+    is_finite = scores < float("inf")  # the largest of any with NaN is NaN
+    tokens[scores == float("-inf")] = NONE_LEFT
+    tokens[~is_finite] = NOT_FINITE
+    scores[~is_finite] = float("inf")
+    for row in ((temperatures > 0) & (tokens >= 0)).nonzero().flatten().tolist():
         threshold = float("-inf") if thresholds is None else thresholds[row]
         own = logits[row].float()
-        own = own.where(own >= threshold, float("-inf"))  # NaN too
+        own = own.where(own >= threshold, float("-inf"))
         scores[row], tokens[row] = _winner(
             own / temperatures[row], seeds[row], positions[row], first_token
         )
@@ -230,8 +219,6 @@ def _winner(
     No noise exceeds MAX_NOISE. So once the token with the highest score has its noise, a token more
     than MAX_NOISE below that sum cannot win, and needs none drawn.
     """
-    if scores.max() == float("-inf"):
-        return scores[0], first_token
     first_tile, before = divmod(first_token, _TILE)  # of the first tile, `before` are not here
     after = -(before + len(scores)) % _TILE
     tiles = F.pad(scores, (before, after), value=float("-inf")).view(-1, 4, _TILE // 4)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.connection import Connection
 
+import numpy as np
 import torch
 
 from nanovllm.config import Config
@@ -46,7 +47,7 @@ class RankRunner(ModelRunner):
         )
 
     def largest_decode_shape(self) -> StepShape:
-        return self.inputs.decode_shape(self.config.max_num_seqs, truncates=True)
+        return super().largest_decode_shape()._replace(truncates=True)
 
     def agree_on_blocks(self, num_fitting: int) -> int:
         return self.group.least(num_fitting)
@@ -95,6 +96,14 @@ class LeadingRunner(RankRunner):
             try:
                 self.ranks.send(step, inputs.data)
                 return self.run(step)
+            except BaseException as error:
+                raise self._fail_with(error) from error
+
+    def sample(self, pending: PendingStep, masks: np.ndarray) -> None:
+        with no_interrupt():
+            try:
+                self.ranks.send_masks(masks)
+                super().sample(pending, masks)
             except BaseException as error:
                 raise self._fail_with(error) from error
 

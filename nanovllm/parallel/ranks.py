@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -84,14 +85,11 @@ class Ranks:
         Args:
             inputs: the bytes of its host buffer that are in use.
         """
-        self.check()
-        for rank, connection in self._connections.items():
-            try:
-                connection.send(step)
-                connection.send_bytes(inputs)
-            except (OSError, TypeError):  # the watcher may just have closed it
-                self._has_ended(rank)
-        self.check()
+        self._send(step, inputs)
+
+    def send_masks(self, masks: np.ndarray) -> None:
+        """Let all ranks sample the tokens of a step that waits for masks."""
+        self._send(masks.shape, masks.data.cast("B"))
 
     def check(self) -> None:
         """Raises:
@@ -156,6 +154,16 @@ class Ranks:
         self._end(patience=10 if self.failure is None else 0)
         if threading.current_thread() is not self._watcher:
             self._watcher.join(_PATIENCE)  # it may still be busy with a failure
+
+    def _send(self, what: object, content: memoryview) -> None:
+        self.check()
+        for rank, connection in self._connections.items():
+            try:
+                connection.send(what)
+                connection.send_bytes(content)
+            except (OSError, TypeError):  # the watcher may just have closed it
+                self._has_ended(rank)
+        self.check()
 
     def _start(self, rank: int, config: Config) -> None:
         ours, theirs = socket.socketpair()

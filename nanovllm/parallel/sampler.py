@@ -3,8 +3,8 @@
 Each rank finds the best of its own tokens; the best of the ranks' winners is the token of the row,
 and no logits travel. A winner travels as one integer, `winner_keys`, whose order is that of scores,
 and of falling token ids among equal ones. For top-k, top-p and min-p each rank gets the whole
-logits of a share of the rows, finds their thresholds, and tells the others. Rows whose logits are
-edited, or whose log probabilities are wanted, are put together on each rank.
+logits of a share of the rows, finds their thresholds, and tells the others. Rows whose log
+probabilities are wanted are put together on each rank.
 """
 
 import torch
@@ -25,14 +25,16 @@ class ParallelSampler(Sampler):
     """
 
     def __init__(self, max_rows: int, device: torch.device, vocab_size: int, group: Group) -> None:
-        super().__init__(max_rows, device)
-        self.group = group
         parts = [vocab_part(vocab_size, rank, group.size) for rank in range(group.size)]
+        super().__init__(max_rows, device, vocab_size, parts[group.rank])
+        self.group = group
         self._first_token = parts[group.rank].start
         self._widths = [part.stop - part.start for part in parts]
 
     def sample(self, logits: torch.Tensor, inputs: SamplingInputs) -> None:
         """Sample a token for each row of `logits` [rows, tokens of this rank]."""
+        if inputs.edits is not None:
+            logits = self.edits.edited(logits, inputs.edits, self.tokens)
         out = self.tokens[: len(logits)]
         thresholds = self.thresholds(logits, inputs) if inputs.truncates else None
         args = (logits, inputs.temperatures, inputs.seeds, inputs.positions)
@@ -78,8 +80,9 @@ def winner_keys(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     of equal scores the one of the lowest token."""
     bits = (scores + 0.0).view(torch.int32).long()  # no -0.0, which would be below 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (ordered << 32) | (_LOW - tokens)
+    return (ordered << 32) | torch.where(tokens < 0, -1 - tokens, _LOW - tokens)
 
 
 def token_of_key(keys: torch.Tensor) -> torch.Tensor:
-    return _LOW - (keys & _LOW)
+    low = keys & _LOW
+    return torch.where(low < 2, -1 - low, _LOW - low)  # 0 and 1 stand for no token

@@ -10,10 +10,12 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from nanovllm.config import Config
+from nanovllm.engine.step import Step
 from nanovllm.parallel.group import HOST, Group
 from nanovllm.parallel.rank_runner import RankRunner
 from nanovllm.parallel.ranks import READY
@@ -48,9 +50,13 @@ def _serve(
     group = Group.of_config(config, store, rank)
     runner = RankRunner(config, group)
     connection.send(READY)
-    while (step := connection.recv()) is not None:
-        runner.receive(step, connection)
-        runner.run(step)
+    while (message := connection.recv()) is not None:
+        if isinstance(message, Step):
+            runner.receive(message, connection)
+            pending = runner.run(message)
+        else:  # the shape of masks that the step waits for
+            masks = np.frombuffer(connection.recv_bytes(), np.int32).reshape(message)
+            runner.sample(pending, masks)
     runner.reset()
 
 

@@ -1,13 +1,17 @@
 """Ctrl-C, or an exception, in the middle of a run: the engine is empty after, and works."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from helpers.checkpoints import Reference
+from helpers.constraints import Allowed
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, Fault, assert_empty, build
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import input_processor
+from nanovllm.engine.sequence import Sequence
 
 
 @BOTH_ORDERS
@@ -69,14 +73,14 @@ def test_an_error_comes_with_the_outputs_that_are_there(
         assert output["token_ids"] == tiny_reference.tokens(prompt, param.max_tokens)
 
 
-def test_outputs_of_the_step_that_fails_come_with_the_error(llm: LLM, tiny_reference: Reference):
-    """With penalties, tokens are read before the next step is launched."""
-    params = [
-        SamplingParams(temperature=0, max_tokens=2),
-        SamplingParams(temperature=0, max_tokens=9, presence_penalty=1),
-    ]
+def test_outputs_of_the_step_that_fails_come_with_the_error(
+    llm: LLM, tiny_reference: Reference, monkeypatch: pytest.MonkeyPatch
+):
+    """With a constraint, the tokens before are read while the step is under way."""
+    monkeypatch.setattr(input_processor, "Sequence", partial(Sequence, constraint=Allowed()))
+    params = [SamplingParams(temperature=0, max_tokens=n) for n in (2, 9)]
     llm.config.async_scheduling = True
-    Fault(llm.model_runner, "launch", 3, RuntimeError("device on fire"), False)
+    Fault(llm.model_runner, "sample", 3, RuntimeError("device on fire"), False)
     with pytest.raises(RuntimeError) as caught:
         llm.generate(PROMPTS[:2], params, use_tqdm=False)
     short, long = caught.value.finished_outputs

@@ -53,8 +53,6 @@ def test_what_a_step_does_for_its_row_is_known_from_the_start():
     assert (sampling.top_p, sampling.min_p, sampling.logprobs) == (0.5, 0.25, 3)
     assert not sampling.truncates, "greedy takes the best token anyway"
     assert sequence(top_p=0.5).sampling.truncates
-    assert not sampling.penalizes
-    assert sequence(presence_penalty=0.5).sampling.penalizes
 
 
 @pytest.mark.parametrize("ignore_eos", [False, True])

@@ -35,7 +35,7 @@ def send(llm: LLM, batch: Batch, padded_rows: int) -> tuple[StepShape, StepInput
 def fill_and_send(
     inputs: InputBuffers, batch: Batch, padded_rows: int, fixed_shape: bool = False
 ) -> StepShape:
-    shape, num_words = inputs.fill(batch, padded_rows, {}, fixed_shape, set_aside=[])
+    shape, num_words = inputs.fill(batch, padded_rows, {}, fixed_shape, [-1] * len(batch.seqs))
     inputs.send(inputs.buffer_index, num_words)
     return shape
 

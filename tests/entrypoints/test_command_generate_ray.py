@@ -205,6 +205,7 @@ def test_a_model_that_cannot_be_loaded(run: Run, tmp_path: Path):
     assert "model directory './nowhere' does not exist" in run.capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_resume_after_a_kill_loses_and_doubles_nothing(run: Run, tmp_path: Path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out"
     source.write_text("\n".join(prompts(1000)))

@@ -173,6 +173,7 @@ def test_gpus_of_a_replica(
     assert (arguments["compute"].min_size, arguments["compute"].max_size) == (3, 3)
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_or_doubled_when_actors_die(
     local: None, ours: LLMPredictor, tmp_path: Path
 ):
@@ -192,6 +193,7 @@ def test_nothing_is_lost_or_doubled_when_actors_die(
     assert [row["text"] for row in found] == [row["text"] for row in expected]
 
 
+@pytest.mark.slow
 def test_a_block_that_fails_in_a_fresh_engine_too_ends_the_run(local: None, tmp_path: Path):
     answers = ray.data.from_items(number_prompts(300), override_num_blocks=3).map_batches(
         FaultyPredictor,

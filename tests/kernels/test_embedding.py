@@ -12,10 +12,12 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 def check_embed(function, device: str = "cpu") -> None:
     weight = normal(50, 96, dtype=torch.float16, device=device)
-    token_ids = torch.tensor([7, -1, 49, 0, -3, -1], dtype=torch.int32, device=device)
-    sampled = torch.tensor([11, -9999, 48], device=device)  # the second one is nobody's
+    token_ids = torch.tensor([7, -1, 49, 0, -3, -1, -4], dtype=torch.int32, device=device)
+    # The second one is nobody's; in place of the fourth there was none to sample.
+    sampled = torch.tensor([11, -9999, 48, -2], device=device)
+    found = function(token_ids, sampled, weight)
     expected = weight[torch.tensor([7, 11, 49, 0, 48, 11], device=device)]
-    assert torch.equal(function(token_ids, sampled, weight), expected)
+    assert torch.equal(found[:-1], expected) and found[-1].isfinite().all()
 
 
 @interpreted

@@ -136,23 +136,8 @@ def test_the_highest_of_all_is_found_though_few_have_noise(vocab: int, spread: f
     sampler.gumbel_sample(logits, temperatures, seeds, positions, out)
     scores = logits / temperatures[:, None]
     scores += torch.stack([noise_of_tokens(2**40 + row, row, vocab) for row in range(rows)])
-    assert out.tolist() == scores.argmax(dim=1).tolist()
-
-
-def test_a_logit_that_is_no_number_is_never_sampled_and_stops_nobody() -> None:
-    logits = normal(4, 50, dtype=FP32)
-    logits[:3, 7] = math.nan
-    logits[2] = math.nan
-    temperatures = torch.tensor([1.0, 5.0, 1.0, 1.0])
-    seeds, positions = torch.arange(4), torch.arange(4, dtype=torch.int32)
-    off = torch.zeros(4, dtype=torch.int32)
-    for top_k, top_p in ((0, 1.0), (5, 1.0), (0, 0.9), (5, 0.9)):
-        out = torch.zeros(4, dtype=torch.int64)
-        thresholds = sampler.truncation_thresholds(
-            logits, temperatures, off + top_k, torch.full((4,), top_p), torch.zeros(4)
-        )
-        sampler.gumbel_sample(logits, temperatures, seeds, positions, out, thresholds)
-        assert ((out >= 0) & (out < 50)).all() and 7 not in out[:2].tolist()
+    none_left = scores.amax(dim=1) == float("-inf")
+    assert out.tolist() == scores.argmax(dim=1).where(~none_left, sampler.NONE_LEFT).tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -221,6 +206,26 @@ def test_greedy_takes_the_lowest_of_the_best(function, vocab: int, dtype: torch.
     logits[5, -1] = -3.0
     tokens = sample(function, logits, [0.0] * 6, [7] * 6)
     assert tokens.tolist() == lowest_of_the_best(logits).tolist()
+
+
+@interpreted
+@on_cpu
+@pytest.mark.parametrize("function", [gumbel_sample, sampler.gumbel_sample])
+@pytest.mark.parametrize("vocab", [50, 2 * TILE + 1500])
+@pytest.mark.parametrize("place", [0, -1])
+def test_rows_without_a_token_to_sample_say_so(
+    function, vocab: int, place: int, dtype: torch.dtype
+) -> None:
+    """One logit that is no number, or too large for one, is enough: the softmax has none then."""
+    logits = normal(10, vocab, dtype=dtype)
+    expected = sample(function, logits, [0.0, 1.0] * 5, [3] * 10).tolist()
+    logits[:2, place], logits[2:4, place] = math.nan, math.inf
+    expected[:4] = [sampler.NOT_FINITE] * 4
+    logits[4:6] = -math.inf
+    expected[4:6] = [sampler.NONE_LEFT] * 2
+    logits[6:8] = math.nan
+    expected[6:8] = [sampler.NOT_FINITE] * 2
+    assert sample(function, logits, [0.0, 1.0] * 5, [3] * 10).tolist() == expected
 
 
 @interpreted

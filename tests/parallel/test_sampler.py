@@ -5,7 +5,7 @@ import torch
 
 from helpers.kernel_inputs import interpreted
 from nanovllm.kernels.gumbel import gumbel_winners as winners_triton
-from nanovllm.layers.sampler import gumbel_sample, gumbel_winners
+from nanovllm.layers.sampler import NONE_LEFT, NOT_FINITE, gumbel_sample, gumbel_winners
 from nanovllm.parallel.sampler import token_of_key, winner_keys
 from nanovllm.parallel.sharding import vocab_part
 
@@ -26,6 +26,8 @@ def test_winners_of_parts_give_the_tokens_of_all(keys_of, vocab_size, size, trun
     temperatures = torch.tensor([0.0, 0.5, 1.0, 2.0, 0.0, 1.0])
     seeds = torch.randint(2**62, (rows,), generator=generator)
     positions = torch.arange(rows, dtype=torch.int32) * 7
+    logits[1] = float("-inf")  # it has no token to sample, nor has the next
+    logits[2, -1] = logits[4, 0] = float("nan")
     thresholds = logits.topk(4).values[:, -1].contiguous() if truncated else None
     expected = torch.empty(rows, dtype=torch.int64)
     gumbel_sample(logits, temperatures, seeds, positions, expected, thresholds)
@@ -40,6 +42,7 @@ def test_winners_of_parts_give_the_tokens_of_all(keys_of, vocab_size, size, trun
 def test_keys_are_ordered_as_scores_and_then_by_token() -> None:
     inf = float("inf")
     pairs = [
+        (-inf, NONE_LEFT),
         (-inf, 5),
         (-2.0, 1),
         (-1.5, 9),
@@ -49,7 +52,7 @@ def test_keys_are_ordered_as_scores_and_then_by_token() -> None:
         (1e-30, 3),
         (2.5, 151935),
     ]
-    pairs += [(2.5, 4), (inf, 2**31 - 1)]
+    pairs += [(2.5, 4), (inf, NOT_FINITE)]
     keys = winner_keys(torch.tensor([s for s, _ in pairs]), torch.tensor([t for _, t in pairs]))
     assert keys.tolist() == sorted(keys.tolist())
     assert token_of_key(keys).tolist() == [token for _, token in pairs]

@@ -1,0 +1,138 @@
+"""Rows whose next tokens the host restricts, in one batch with all other kinds."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.constraints import Allowed, allowed_after
+from helpers.engines import BOTH_ORDERS, PROMPTS, assert_empty, build
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine import input_processor
+from nanovllm.engine.sequence import Sequence
+
+LENGTH = 20
+STEPS = [7, 7, None, 30]  # of the constraint of each of PROMPTS
+OPTIONS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 1.0, "seed": 3, "frequency_penalty": 0.5},
+    {"temperature": 1.0, "seed": 4, "logprobs": 2},
+    {"temperature": 0.8, "top_k": 2, "seed": 5, "logit_bias": {1: 2.0}},
+]
+PARAMS = [SamplingParams(max_tokens=LENGTH, **options) for options in OPTIONS]
+
+
+@pytest.fixture(autouse=True)
+def constraints(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Allowed]]:
+    """Each sequence whose seed has an entry in STEPS gets a constraint; by seed."""
+    made: dict[int, Allowed] = {}
+
+    def constrained(*args: Any, **kwargs: Any) -> Sequence:
+        prompt = args[1]
+        index = next((i for i, own in enumerate(PROMPTS) if own == prompt), None)
+        if index is None or STEPS[index] is None:
+            return Sequence(*args, **kwargs)
+        made[index] = Allowed(step=STEPS[index])
+        return Sequence(*args, **kwargs, constraint=made[index])
+
+    monkeypatch.setattr(input_processor, "Sequence", constrained)
+    return made
+
+
+def expected_of(llm: LLM, index: int) -> list[int]:
+    """Token by token, each a request of its own that allows the same ones."""
+    prompt, tokens, last = PROMPTS[index], [], 0
+    for position in range(LENGTH):
+        options = dict(OPTIONS[index])
+        if STEPS[index] is not None:
+            options["allowed_token_ids"] = allowed_after(last, STEPS[index], 128)
+        penalty = options.pop("frequency_penalty", 0)
+        if penalty:  # it would count what is prompt here as generated
+            options["logit_bias"] = {t: -penalty * tokens.count(t) for t in set(tokens)}
+        # It is no prompt of PROMPTS, so that nothing constrains it.
+        whole = [*prompt, *tokens] if position else [*prompt[:-1], prompt[-1]]
+        params = SamplingParams(max_tokens=1, **options)
+        (output,) = unconstrained(llm, whole, params)
+        last = output["token_ids"][0]
+        tokens.append(last)
+    return tokens
+
+
+def unconstrained(llm: LLM, prompt: list[int], params: SamplingParams) -> list:
+    constrained = input_processor.Sequence
+    input_processor.Sequence = Sequence  # type: ignore[misc]
+    try:
+        return llm.generate([prompt], params, use_tqdm=False)
+    finally:
+        input_processor.Sequence = constrained  # type: ignore[misc]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path) -> list[list[int]]:
+    with build(tiny) as llm:
+        return [expected_of(llm, index) for index in range(len(PROMPTS))]
+
+
+@BOTH_ORDERS
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_kvcache_blocks": 8, "max_model_len": 64},
+        {"max_num_batched_tokens": 16},
+    ],
+    ids=["roomy", "preempted", "chunked"],
+)
+def test_every_token_is_one_that_may_come(
+    tiny: Path,
+    expected: list[list[int]],
+    constraints: dict[int, Allowed],
+    options: dict[str, int],
+    async_scheduling: bool,
+):
+    with build(tiny, async_scheduling=async_scheduling, **options) as llm:
+        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        assert [output["token_ids"] for output in outputs] == expected
+        assert {index: one.accepted for index, one in constraints.items()} == {
+            index: expected[index] for index in (0, 1, 3)
+        }
+        if "num_kvcache_blocks" in options:
+            assert llm.scheduler.num_preemptions
+        assert_empty(llm)
+
+
+def test_ranks_sample_what_one_does(tiny: Path, expected: list[list[int]]):
+    with build(tiny, tensor_parallel_size=2) as llm:
+        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        assert [output["token_ids"] for output in outputs] == expected
+
+
+@BOTH_ORDERS
+def test_a_row_without_any_token_left_ends_in_an_error_alone(
+    tiny: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, async_scheduling: bool
+):
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", [7, 7, None, 0])
+    with build(tiny, async_scheduling=async_scheduling) as llm:
+        with pytest.raises(RuntimeError, match="prompt 3: no token is left to sample") as caught:
+            llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        *others, bad = caught.value.finished_outputs
+        assert [output["token_ids"] for output in others] == expected[:3]
+        assert (bad["finish_reason"], bad["token_ids"]) == ("error", [])
+        assert_empty(llm)
+
+
+def test_a_stop_string_or_an_abort_ends_a_constrained_row(tiny: Path, expected: list[list[int]]):
+    with build(tiny) as llm:
+        stop = SamplingParams(temperature=0, max_tokens=LENGTH, stop_token_ids=[expected[0][3]])
+        ids = [llm.add_request(PROMPTS[0], stop), llm.add_request(PROMPTS[1], PARAMS[1])]
+        for _ in range(3):
+            llm.step()
+        llm.abort(ids[1])
+        outputs = []
+        while not llm.is_finished():
+            outputs += llm.step()
+        (output,) = outputs
+        assert output["token_ids"] == expected[0][: expected[0].index(expected[0][3]) + 1]
+        assert_empty(llm)
