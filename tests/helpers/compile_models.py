@@ -27,6 +27,7 @@ from helpers.compile_launches import (
 )
 from nanovllm.engine.step_inputs import StepInputs, StepShape
 from nanovllm.layers.attention_backends import TritonBackend
+from nanovllm.layers.edit_tables import EditTables
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import find_model_class
 from nanovllm.utils.context import Context
@@ -82,7 +83,7 @@ SAMPLE = [
 
 
 def launches_of(step: Step) -> list[CompiledLaunch]:
-    """All that two layers, the head and sampling with truncation launch."""
+    """All that two layers, the head and sampling with edits and truncation launch."""
     content = {"num_hidden_layers": 2, "vocab_size": VOCAB_SIZE, "sliding_window": None}
     content |= MODELS[step.model]
     model_class = find_model_class(content)
@@ -99,8 +100,9 @@ def launches_of(step: Step) -> list[CompiledLaunch]:
         heads, head_dim = config.num_key_value_heads, config.head_dim
         backend = TritonBackend(BLOCK_SIZE, heads, head_dim, step.card.device)
         shape = StepShape(
-            is_prefill, rows, rows * length, 16 if is_prefill else 0, length, MAX_MODEL_LEN, True
-        )
+            is_prefill, rows, rows * length, 16 if is_prefill else 0, length, MAX_MODEL_LEN,
+            truncates=True, edits=True, waits=True,
+        )  # fmt: skip
         device = torch.device("cuda")
         inputs = StepInputs.views(torch.empty(10**6, dtype=torch.int32, device=device), shape)
         cache = torch.empty(
@@ -109,6 +111,7 @@ def launches_of(step: Step) -> list[CompiledLaunch]:
         sampler = Sampler.__new__(Sampler)
         sampler.tokens = torch.empty(512, dtype=torch.int64, device=device)
         sampler.host_tokens = torch.empty(2, 512, dtype=torch.int64, device=device)
+        sampler.edits = _edit_tables(512, device)
         context = Context(
             backend=backend, kv_cache=[(cache, cache)] * 2,
             cos_sin=torch.empty(MAX_MODEL_LEN, head_dim, dtype=torch.float32, device=device),
@@ -120,8 +123,18 @@ def launches_of(step: Step) -> list[CompiledLaunch]:
         )  # fmt: skip
         stream = model(inputs.input_ids, sampler.tokens, context)
         out = torch.empty(rows, VOCAB_SIZE, dtype=step.dtype, device=device)
-        sampler.sample(model.compute_logits(stream, out), inputs.sampling(truncates=True))
+        sampler.sample(model.compute_logits(stream, out), inputs.sampling(shape))
     return launched
+
+
+def _edit_tables(rows: int, device: torch.device) -> EditTables:
+    tables = EditTables(rows, device, VOCAB_SIZE)
+    tables.options = torch.empty(rows, 4, device=device)
+    tables.seen = torch.empty(rows, VOCAB_SIZE, dtype=torch.int16, device=device)
+    tables.bias = tables._logits = torch.empty(rows, VOCAB_SIZE, device=device)
+    tables.masks = torch.empty(rows, tables.num_words, dtype=torch.int32, device=device)
+    tables._is_allocated = True
+    return tables
 
 
 def all_steps() -> Iterator[Step]:
