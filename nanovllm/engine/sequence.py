@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from nanovllm.engine.constraints import TokenConstraint
 from nanovllm.outputs import PositionLogprobs
 from nanovllm.sampling_params import LogitEdits, SamplingParams
 
@@ -57,6 +58,7 @@ class Sequence:
         max_len: prompt and generated tokens together never exceed this.
         seed: of its random choices, 64 bits as a signed integer.
         eos_token_ids: the model's end-of-sequence tokens.
+        constraint: which tokens may come next, besides what the parameters allow; None: any.
 
     Attributes:
         token_ids: prompt and generated tokens known so far.
@@ -83,6 +85,7 @@ class Sequence:
         max_len: int,
         seed: int,
         eos_token_ids: Collection[int] = (),
+        constraint: TokenConstraint | None = None,
     ) -> None:
         params = sampling_params
         self.seq_id = seq_id
@@ -90,6 +93,7 @@ class Sequence:
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self.sampling_params = params
+        self.constraint = constraint
         self.max_len = max_len
         self.eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
         self.ending_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
