@@ -230,7 +230,10 @@ class SamplingParams:
         if value is None:
             return
         if isinstance(value, Mapping):
-            self._set("structured_outputs", StructuredOutputsParams(**value))
+            try:
+                self._set("structured_outputs", StructuredOutputsParams(**value))
+            except TypeError as error:
+                raise TypeError(f"structured_outputs: {error}") from error
         elif not isinstance(value, StructuredOutputsParams):
             raise TypeError(
                 f"structured_outputs must be StructuredOutputsParams or a dict, got {value!r}"

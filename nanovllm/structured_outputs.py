@@ -53,9 +53,11 @@ class StructuredOutputsParams:
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"{name} must be a string, got {value!r}")
         for name in ("json_object", "disable_any_whitespace"):
-            if getattr(self, name) not in (None, True, False):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        given = [name for name in KINDS if getattr(self, name) not in (None, False)]
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        values = {name: getattr(self, name) for name in KINDS}
+        given = [name for name, value in values.items() if not (value is None or value is False)]
         if len(given) != 1:
             raise ValueError(
                 f"structured_outputs needs exactly one of {', '.join(KINDS)}, got "

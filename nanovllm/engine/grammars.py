@@ -190,7 +190,7 @@ def fill_grammar_masks(rows: Sequence[tuple[int, GrammarConstraint]], out: np.nd
         out[indices] = masks[indices, : out.shape[1]]
     if grammars.other_eos:
         for row, constraint in rows:
-            _set_bits(out[row], grammars.other_eos, _may_end(constraint.matcher))
+            _set_bits(out[row], grammars.other_eos, constraint.matcher.is_accepting())
 
 
 @functools.cache
@@ -199,10 +199,6 @@ def _executor() -> "LLExecutor":
     from llguidance import LLExecutor
 
     return LLExecutor()
-
-
-def _may_end(matcher: "LLMatcher") -> bool:
-    return matcher.is_accepting() or matcher.is_stopped()
 
 
 def _set_bits(mask: np.ndarray, token_ids: Iterable[int], value: bool) -> None:

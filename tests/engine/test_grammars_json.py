@@ -1,13 +1,12 @@
 """Whatever is sampled from the masks of a JSON schema, and ends, is valid by the schema."""
 
 import json
-import random
 
 import jsonschema
 import numpy as np
 import pytest
 
-from helpers.constraints import EOS, constraint, demo_bytes, factory, num_words
+from helpers.constraints import EOS, demo_bytes, factory, num_words
 from helpers.schemas import random_document_schema
 from nanovllm.engine.constraints import MakeConstraint, fill_masks
 

@@ -1,7 +1,7 @@
 """Constraints driven by hand, and the demo's tokens as bytes."""
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers.paths import DEMO
 from nanovllm import SamplingParams, StructuredOutputsParams
-from nanovllm.engine.constraints import ConstraintMaker, TokenConstraint
+from nanovllm.engine.constraints import ConstraintMaker, MakeConstraint, TokenConstraint
 
 EOS = (0, 2)  # the demo's, as its generation_config says
 OTHER_SPECIAL = 1
@@ -48,12 +48,14 @@ def constraint(
     bad_words: Collection[str] = (), vocab_size: int = 800, eos: tuple[int, ...] = EOS, **what: Any
 ) -> TokenConstraint:
     """Of one completion; `what` is of StructuredOutputsParams."""
-    return factory(bad_words, vocab_size, eos, **what)()
+    made = factory(bad_words, vocab_size, eos, **what)()
+    assert made is not None
+    return made
 
 
 def factory(
     bad_words: Collection[str] = (), vocab_size: int = 800, eos: tuple[int, ...] = EOS, **what: Any
-) -> Callable[[], TokenConstraint]:
+) -> MakeConstraint:
     structure = StructuredOutputsParams(**what) if what else None
     params = SamplingParams(bad_words=list(bad_words), structured_outputs=structure)
     (make,) = maker(vocab_size, eos).prepare([params])

@@ -35,7 +35,9 @@ def _integer(rng: random.Random, depth: int) -> dict[str, Any]:
 
 def _number(rng: random.Random, depth: int) -> dict[str, Any]:
     low = rng.randint(-400, 400) / rng.choice([1, 4, 10, 100])
-    bounds = rng.choice([{}, {"minimum": low}, {"maximum": low}, {"minimum": low, "maximum": low + 3}])
+    bounds = rng.choice(
+        [{}, {"minimum": low}, {"maximum": low}, {"minimum": low, "maximum": low + 3}]
+    )
     return {"type": "number", **bounds}
 
 
@@ -53,7 +55,9 @@ def _pattern(rng: random.Random, depth: int) -> dict[str, Any]:
 
 def _enum(rng: random.Random, depth: int) -> dict[str, Any]:
     values = [*WORDS, 0, -7, 1.5, None, True, [1, "a"], {"k": [None]}]
-    return rng.choice([{"enum": rng.sample(values, rng.randint(1, 5))}, {"const": rng.choice(values)}])
+    return rng.choice(
+        [{"enum": rng.sample(values, rng.randint(1, 5))}, {"const": rng.choice(values)}]
+    )
 
 
 def _simple(rng: random.Random, depth: int) -> dict[str, Any]:
@@ -80,7 +84,12 @@ def _array(rng: random.Random, depth: int) -> dict[str, Any]:
     ])  # fmt: skip
     if rng.random() < 0.2:
         first = [random_schema(rng, depth) for _ in range(2)]
-        return {"type": "array", "prefixItems": first, "items": False, "minItems": rng.randint(0, 2)}
+        return {
+            "type": "array",
+            "prefixItems": first,
+            "items": False,
+            "minItems": rng.randint(0, 2),
+        }
     return {"type": "array", "items": random_schema(rng, depth), **bounds}
 
 
@@ -93,7 +102,9 @@ def _any_of(rng: random.Random, depth: int) -> dict[str, Any]:
 def _all_of(rng: random.Random, depth: int) -> dict[str, Any]:
     if rng.random() < 0.5:
         low = rng.randint(-50, 50)
-        return {"allOf": [{"type": "integer", "minimum": low}, {"maximum": low + rng.randint(0, 30)}]}
+        return {
+            "allOf": [{"type": "integer", "minimum": low}, {"maximum": low + rng.randint(0, 30)}]
+        }
     parts = [{"properties": {n: _enum(rng, 0)}, "required": [n]} for n in rng.sample(WORDS, 2)]
     return {"type": "object", "allOf": parts}
 
