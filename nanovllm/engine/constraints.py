@@ -83,7 +83,7 @@ class ConstraintMaker:
         spelled = []
         for index, param in enumerate(params):
             try:
-                self._check_tokenizer(param)
+                self._check(param)
                 spelled.append(self._spellings(param))
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from error
@@ -104,10 +104,12 @@ class ConstraintMaker:
         assert self._tokenizer is not None
         return Grammars(self._tokenizer, self._eos_token_ids, self._vocab_size)
 
-    def _check_tokenizer(self, params: SamplingParams) -> None:
+    def _check(self, params: SamplingParams) -> None:
         for name in ("bad_words", "structured_outputs"):
             if getattr(params, name) and self._tokenizer is None:
                 raise ValueError(f"{name} needs text, and the checkpoint has no tokenizer")
+        if params.structured_outputs is not None:
+            _ = self._grammars  # whether there can be any
 
     def _spellings(self, params: SamplingParams) -> tuple[TokenIds, ...]:
         if not params.bad_words:

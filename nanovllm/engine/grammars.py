@@ -116,7 +116,7 @@ class Grammar:
         self.grammars = grammars
         self.originals = [compile()]
         self._compile = compile
-        self._turns = itertools.count(1)
+        self._turns = itertools.count()
 
     def matcher(self) -> "LLMatcher":
         """At the start of the text: a copy, 10 us, which shares its original's lexer."""

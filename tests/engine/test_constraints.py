@@ -7,7 +7,6 @@ import pytest
 
 from helpers.constraints import (
     EOS,
-    accept_text,
     allowed,
     bits,
     constraint,
@@ -107,12 +106,19 @@ def test_without_a_tokenizer_there_is_no_text(options: dict[str, Any]):
         without.prepare([SamplingParams(), SamplingParams(**options)])
 
 
+def test_an_engine_without_an_end_refuses_structures():
+    endless = ConstraintMaker(demo_tokenizer(), set(), 800)
+    structured = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
+    with pytest.raises(ValueError, match="prompt 1: structured_outputs needs an end-of-sequence"):
+        endless.prepare([SamplingParams(bad_words=["a"]), structured])
+
+
 def test_a_word_of_tokens_that_the_model_lacks_cannot_come():
     last = demo_tokenizer().decode([799])
     assert demo_tokenizer().encode(last) == [799]
-    (make,) = maker(700).prepare([SamplingParams(bad_words=[last])])
-    one = make()
-    assert one is None or len(allowed(one, 700)) == 32 * num_words(700)
+    bare = SamplingParams(bad_words=[last])
+    assert maker(700).prepare([bare])[0]() is None
+    assert maker(800).prepare([bare])[0]() is not None
 
 
 def test_every_completion_of_a_request_has_its_own():
