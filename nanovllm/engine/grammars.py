@@ -119,7 +119,7 @@ class Grammar:
         self._turns = itertools.count()
 
     def matcher(self) -> "LLMatcher":
-        """At the start of the text: a copy, 10 us, which shares its original's lexer."""
+        """At the start of the text: a copy, 4 us, which shares its original's lexer."""
         turn = next(self._turns) % NUM_LEXERS
         while len(self.originals) <= turn:
             self.originals.append(self._compile())

@@ -14,7 +14,7 @@ from helpers.constraints import (
     demo_tokenizer,
     maker,
     num_words,
-)  # fmt: skip
+)
 from helpers.paths import DEMO
 from nanovllm import SamplingParams, StructuredOutputsParams
 from nanovllm.config import Config

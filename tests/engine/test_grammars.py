@@ -18,7 +18,7 @@ from helpers.constraints import (
     demo_bytes,
     demo_tokenizer,
     factory,
-)  # fmt: skip
+)
 from nanovllm import StructuredOutputsParams
 from nanovllm.engine.grammars import NUM_LEXERS, Grammar, Grammars
 
