@@ -61,7 +61,9 @@ OTHER_OPTIONS: dict[str, Other] = {
     "enable_prompt_adapter": Other(_one_of(False), _NO_LORA),
     "speculative_config": Other(_one_of(), "speculative decoding is not served: leave it out"),
     "speculative_model": Other(_one_of(), "speculative decoding is not served: leave it out"),
-    "guided_decoding_backend": Other(_one_of("auto"), "structured outputs are not served"),
+    "guided_decoding_backend": Other(
+        _one_of("auto", "guidance"), "structured outputs are llguidance's: leave it out"
+    ),
     "limit_mm_per_prompt": Other(lambda value: not value, _TEXT_ONLY),
     "mm_processor_kwargs": Other(lambda value: not value, _TEXT_ONLY),
     "task": Other(_one_of("auto", "generate"), _GENERATES),
@@ -88,7 +90,7 @@ OTHER_OPTIONS: dict[str, Other] = {
 CALL_OPTIONS: dict[str, Other] = {
     "lora_request": Other(lambda value: not value, _NO_LORA),
     "prompt_adapter_request": Other(_one_of(), _NO_LORA),
-    "guided_options_request": Other(_one_of(), "structured outputs are not served"),
+    "guided_options_request": Other(_one_of(), "give structured_outputs in SamplingParams"),
     "priority": Other(lambda value: not value, "requests run first come, first served"),
     "tokenization_kwargs": Other(lambda value: not value, "give token ids"),
     "mm_processor_kwargs": Other(lambda value: not value, _TEXT_ONLY),

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.structured_outputs import StructuredOutputsParams
 from nanovllm.utils.validation import as_integer, as_number
 
 if TYPE_CHECKING:
@@ -25,9 +26,7 @@ _OTHERS: dict[str, tuple[tuple[object, ...], str]] = {
     "detokenize": ((True,), "LLM(skip_tokenizer_init=True) makes no text"),
     "spaces_between_special_tokens": ((True,), "it is always True"),
     "logits_processors": ((), "see logit_bias and allowed_token_ids"),
-    "bad_words": ((), "see logit_bias, which takes -100 for a token"),
-    "guided_decoding": ((), "structured outputs are not served"),
-    "structured_outputs": ((), "structured outputs are not served"),
+    "guided_decoding": ((), "give structured_outputs=StructuredOutputsParams(...)"),
     "truncate_prompt_tokens": ((), "cut the prompt's token ids before"),
     "extra_args": ((), "leave it out"),
 }
@@ -66,6 +65,10 @@ class SamplingParams:
             token of the prompt or generated before; 1e-5 to 1e5, 1 does nothing.
         logit_bias: added to the logits of these tokens, limited to -100 to 100.
         allowed_token_ids: no other token is sampled.
+        bad_words: no token is sampled that would complete one of these strings, as the tokenizer
+            spells it at the start of a text or after a space.
+        structured_outputs: what the whole text must be, or a dict of its fields. An ended structure
+            cannot go on, so not with `min_tokens` or `ignore_eos`.
         skip_special_tokens: leave special tokens out of the text.
 
     Raises:
@@ -91,6 +94,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: list[int] | tuple[int, ...] | None = None
+    bad_words: str | list[str] | tuple[str, ...] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     skip_special_tokens: bool = True
 
     best_of: InitVar[Any] = None
@@ -100,9 +105,7 @@ class SamplingParams:
     detokenize: InitVar[Any] = None
     spaces_between_special_tokens: InitVar[Any] = None
     logits_processors: InitVar[Any] = None
-    bad_words: InitVar[Any] = None
     guided_decoding: InitVar[Any] = None
-    structured_outputs: InitVar[Any] = None
     truncate_prompt_tokens: InitVar[Any] = None
     extra_args: InitVar[Any] = None
 
@@ -149,6 +152,11 @@ class SamplingParams:
                 raise ValueError("allowed_token_ids is empty: no token could be sampled")
         if self.logit_bias is not None:
             self._set("logit_bias", self._bias())
+        self._set("bad_words", self._strings("bad_words"))
+        for word in self.bad_words or ():
+            if not word.strip():
+                raise ValueError(f"bad_words has {word!r}, which is only space: see logit_bias")
+        self._structure()
         self._checked = self._values()
 
     @property
@@ -217,6 +225,23 @@ class SamplingParams:
         if "" in strings:
             raise ValueError(f"{name} has an empty string, which is everywhere")
         return tuple(strings)
+
+    def _structure(self) -> None:
+        value: Any = self.structured_outputs
+        if value is None:
+            return
+        if isinstance(value, Mapping):
+            try:
+                self._set("structured_outputs", StructuredOutputsParams(**value))
+            except TypeError as error:
+                raise TypeError(f"structured_outputs: {error}") from error
+        elif not isinstance(value, StructuredOutputsParams):
+            raise TypeError(
+                f"structured_outputs must be StructuredOutputsParams or a dict, got {value!r}"
+            )
+        if self.min_tokens or self.ignore_eos:
+            name = "min_tokens" if self.min_tokens else "ignore_eos"
+            raise ValueError(f"{name} with structured_outputs: an ended structure cannot go on")
 
     def _token_ids(self, name: str) -> tuple[int, ...]:
         value = getattr(self, name)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from helpers.constraints import Allowed, allowed_after
+from helpers.allowed import Allowed, allowed_after
 from helpers.engines import BOTH_ORDERS, PROMPTS, assert_empty, build
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import input_processor
@@ -29,13 +29,13 @@ def constraints(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Allowed]]
     """Each sequence whose seed has an entry in STEPS gets a constraint; by seed."""
     made: dict[int, Allowed] = {}
 
-    def constrained(*args: Any, **kwargs: Any) -> Sequence:
+    def constrained(*args: Any) -> Sequence:
         prompt = args[1]
         index = next((i for i, own in enumerate(PROMPTS) if own == prompt), None)
         if index is None or STEPS[index] is None:
-            return Sequence(*args, **kwargs)
+            return Sequence(*args)
         made[index] = Allowed(step=STEPS[index])
-        return Sequence(*args, **kwargs, constraint=made[index])
+        return Sequence(*args[:6], constraint=made[index])
 
     monkeypatch.setattr(input_processor, "Sequence", constrained)
     return made

@@ -32,6 +32,8 @@ BAD_PARAMS = [
          {5: True}],
     ),
     ("stop", ["", ["a", ""]], [5, b"a", ["a", 5], [None], {"a"}, True]),
+    ("bad_words", ["", ["a", ""], " ", ["a", "\n"]], [5, b"a", ["a", 5], [None], {"a"}, True]),
+    ("structured_outputs", [{}], [5, "json", [], True, {"schema": {}}]),
     ("seed", [2**64, -(2**63) - 1], [1.0, "1", True]),
     ("temperature", [-1e-9, NAN, INF, -INF, 10**400], [None, "1", True, 1j, np.ones(2)]),
 ]  # fmt: skip
@@ -76,7 +78,7 @@ def test_what_changes_nothing_is_taken(others: dict):
     [
         ("best_of", 4, "cumulative_logprob"), ("use_beam_search", True, "beam search"),
         ("detokenize", False, "skip_tokenizer_init"), ("logits_processors", [print], "logit_bias"),
-        ("bad_words", ["no"], "-100"), ("guided_decoding", {"json": "{}"}, "structured outputs"),
+        ("guided_decoding", {"json": "{}"}, "structured_outputs"),
         ("truncate_prompt_tokens", 5, "token ids before"), ("length_penalty", 0.8, "beam search"),
     ],
 )  # fmt: skip

@@ -1,8 +1,15 @@
-"""What restricts the tokens that may come next, known to the host alone."""
+"""What restricts the next token of a completion beyond its parameters: a grammar, bad words."""
 
-from typing import Protocol
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol, TypeAlias
 
 import numpy as np
+
+from nanovllm.engine.bad_words import BadWords, TokenIds, spellings
+from nanovllm.engine.grammars import Grammar, GrammarConstraint, Grammars, fill_grammar_masks
+from nanovllm.engine.tokenizer import Tokenizer
+from nanovllm.sampling_params import SamplingParams
 
 
 class TokenConstraint(Protocol):
@@ -12,15 +19,135 @@ class TokenConstraint(Protocol):
         """The sequence's next token is known."""
 
     def restrict(self, mask: np.ndarray) -> None:
-        """Clear the bits of tokens that may not come next.
+        """Clear the bits of the tokens that may not come next.
 
         Args:
-            mask: [words] int32; bit i % 32 of word i // 32 is token i.
+            mask: [ceil(vocab / 32)] int32: bit i % 32 of word i // 32 is token i.
         """
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but the end can follow, or the end was accepted."""
 
-def fill_masks(constraints: list[TokenConstraint], out: np.ndarray) -> None:
-    """The mask of each constraint, into `out` [constraints, words] int32."""
-    out[:] = -1
-    for constraint, mask in zip(constraints, out, strict=True):
-        constraint.restrict(mask)
+
+class AllOf:
+    """A `TokenConstraint`: what all of several allow.
+
+    Args:
+        parts: in the order in which they restrict; a grammar comes first.
+    """
+
+    def __init__(self, parts: Sequence[TokenConstraint]) -> None:
+        self.parts = parts
+
+    def accept(self, token_id: int) -> None:
+        for part in self.parts:
+            part.accept(token_id)
+
+    def restrict(self, mask: np.ndarray) -> None:
+        for part in self.parts:
+            part.restrict(mask)
+
+    @property
+    def is_complete(self) -> bool:
+        return any(part.is_complete for part in self.parts)
+
+
+MakeConstraint: TypeAlias = Callable[[], TokenConstraint | None]  # one for each completion
+
+
+class ConstraintMaker:
+    """Prepares the constraints of requests: compiles grammars, tokenizes bad words.
+
+    Args:
+        tokenizer: the engine's; None if there is none.
+        eos_token_ids: the engine's.
+        vocab_size: the model's.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, eos_token_ids: Collection[int], vocab_size: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._vocab_size = vocab_size
+
+    def prepare(self, params: Sequence[SamplingParams]) -> list[MakeConstraint]:
+        """For each prompt's parameters, what makes the constraint of one of its completions.
+
+        Raises:
+            ImportError: if the library for structured outputs is missing.
+            ValueError: for what cannot work, by its place in the list.
+        """
+        structures = [p.structured_outputs for p in params]
+        spelled = []
+        for index, param in enumerate(params):
+            try:
+                self._check(param)
+                spelled.append(self._spellings(param))
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from error
+        # All at once, since compiling runs in parallel.
+        wanted = [structure for structure in structures if structure is not None]
+        compiled = self._grammars.compile_all(wanted) if wanted else {}
+        makers: list[MakeConstraint] = []
+        for index, (structure, words) in enumerate(zip(structures, spelled)):
+            grammar = None if structure is None else compiled[structure]
+            if isinstance(grammar, ValueError):
+                raise ValueError(f"prompt {index}: {grammar}") from grammar
+            makers.append(functools.partial(_make, grammar, words))
+        return makers
+
+    @functools.cached_property
+    def _grammars(self) -> Grammars:
+        """Made when the first is wanted: it takes 1 to 2 s for 150,000 tokens."""
+        assert self._tokenizer is not None
+        return Grammars(self._tokenizer, self._eos_token_ids, self._vocab_size)
+
+    def _check(self, params: SamplingParams) -> None:
+        for name in ("bad_words", "structured_outputs"):
+            if getattr(params, name) and self._tokenizer is None:
+                raise ValueError(f"{name} needs text, and the checkpoint has no tokenizer")
+        if params.structured_outputs is not None:
+            _ = self._grammars  # whether there can be any
+
+    def _spellings(self, params: SamplingParams) -> tuple[TokenIds, ...]:
+        if not params.bad_words:
+            return ()
+        assert self._tokenizer is not None
+        found = spellings(params.bad_words, self._tokenizer)
+        # A model may lack tokens of its tokenizer.
+        return tuple(tokens for tokens in found if max(tokens) < self._vocab_size)
+
+
+def _make(grammar: Grammar | None, words: tuple[TokenIds, ...]) -> TokenConstraint | None:
+    parts: list[TokenConstraint] = []
+    if grammar is not None:
+        parts.append(GrammarConstraint(grammar))
+    if words:
+        parts.append(BadWords(words))
+    if len(parts) == 2:
+        return AllOf(parts)
+    return parts[0] if parts else None
+
+
+def fill_masks(constraints: Sequence[TokenConstraint | None], out: np.ndarray) -> None:
+    """Which tokens may come next, of many rows at once: all of them where there is no constraint.
+
+    Args:
+        constraints: of one engine, one a row.
+        out: [rows, ceil(vocab / 32)] int32, contiguous, as in `restrict`; overwritten.
+    """
+    grammars: list[tuple[int, GrammarConstraint]] = []
+    others: list[tuple[int, TokenConstraint]] = []
+    for row, constraint in enumerate(constraints):
+        parts = constraint.parts if isinstance(constraint, AllOf) else (constraint,)
+        if isinstance(parts[0], GrammarConstraint):
+            grammars.append((row, parts[0]))
+            parts = parts[1:]
+        else:
+            out[row] = -1
+        others += [(row, part) for part in parts if part is not None]
+    fill_grammar_masks(grammars, out)
+    for row, part in others:
+        part.restrict(out[row])

@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any, TypeAlias
 
 from nanovllm.config import Config
+from nanovllm.engine.constraints import ConstraintMaker, MakeConstraint
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.tokenizer import Tokenizer
 from nanovllm.sampling_params import SamplingParams
@@ -91,6 +92,9 @@ class InputProcessor:
         self.config = config
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
+        self._constraints = ConstraintMaker(
+            tokenizer, eos_token_ids, config.model_config.vocab_size
+        )
         self._ids = count()
         self._seeds = random.Random(config.seed)
 
@@ -99,6 +103,7 @@ class InputProcessor:
 
         Raises:
             TypeError, ValueError: for one that cannot work, by its place in the list.
+            ImportError: for structured outputs without their library.
         """
         checked = []
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
@@ -110,10 +115,16 @@ class InputProcessor:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             checked.append((content if isinstance(content, str) else None, token_ids, param))
+        makers = self._constraints.prepare(params)
         now = time.time()
-        return [Request(text, self._sequences(ids, param), now) for text, ids, param in checked]
+        return [
+            Request(text, self._sequences(ids, param, make_constraint), now)
+            for (text, ids, param), make_constraint in zip(checked, makers)
+        ]
 
-    def _sequences(self, token_ids: list[int], params: SamplingParams) -> list[Sequence]:
+    def _sequences(
+        self, token_ids: list[int], params: SamplingParams, make_constraint: MakeConstraint
+    ) -> list[Sequence]:
         drawn = self._seeds.getrandbits(63)  # in any case: seeds of later requests stay the same
         seed = drawn if params.seed is None else params.seed
         max_len = self.config.max_model_len
@@ -125,8 +136,11 @@ class InputProcessor:
             own = params if index == 0 else replace(params, prompt_logprobs=None)
             signed = (seed + index + 2**63) % 2**64 - 2**63  # the same 64 bits as an int64
             sequences.append(
-                Sequence(next(self._ids), token_ids, own, max_len, signed, self.eos_token_ids)
-            )
+                Sequence(
+                    next(self._ids), token_ids, own, max_len, signed, self.eos_token_ids,
+                    make_constraint(),
+                )
+            )  # fmt: skip
         return sequences
 
     def _check_params(self, params: SamplingParams) -> None:

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from nanovllm.config import Config
@@ -321,14 +320,8 @@ class LLMEngine:
         if batch.constraints:
             while len(self._in_flight) > 1:
                 outputs += self._collect()
-            self.model_runner.sample(step, self._masks(batch))
-
-    def _masks(self, batch: Batch) -> np.ndarray:
-        """Of the constrained rows, in their order: [rows, words] int32."""
-        num_words = -(-self.config.model_config.vocab_size // 32)
-        masks = np.empty((len(batch.constraints), num_words), dtype=np.int32)
-        fill_masks([*batch.constraints.values()], masks)
-        return masks
+            fill_masks([*batch.constraints.values()], self.model_runner.masks(step))
+            self.model_runner.sample(step)
 
     def _collect(self) -> list[RequestOutput]:
         """Wait for the oldest step in flight, and take its tokens in."""

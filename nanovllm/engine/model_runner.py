@@ -157,7 +157,10 @@ class ModelRunner:
         index = self.inputs.buffer_index
         logprobs = {row: batch.sampling[row].logprobs for row in batch.wishful_rows}
         num_top = {row: number for row, number in logprobs.items() if number is not None}
-        return Step(shape, rows, index, num_words, slot_contents, num_top, prompt_logprobs(batch))
+        return Step(
+            shape, rows, index, num_words, slot_contents, len(batch.constraints), num_top,
+            prompt_logprobs(batch),
+        )  # fmt: skip
 
     @torch.inference_mode()
     def run(self, step: Step) -> PendingStep:
@@ -182,13 +185,17 @@ class ModelRunner:
                 self._finish(pending, logits)
             return pending
 
+    def masks(self, pending: PendingStep) -> np.ndarray:
+        """[masks, words] int32: to be filled before `sample`, in the order of their rows. The
+        tokens of the steps before must be known. See `EditTables.masks`."""
+        return self.sampler.edits.host_masks(pending.step.num_masks)
+
     @torch.inference_mode()
-    def sample(self, pending: PendingStep, masks: np.ndarray) -> None:
-        """Sample the tokens of a step that waits for `masks` [rows with masks, words] int32, in the
-        order of their rows; see `EditTables.masks`. The tokens of the steps before are known."""
+    def sample(self, pending: PendingStep) -> None:
+        """Sample the tokens of a step that waits for masks."""
         assert pending.logits is not None
         with self.on_device(), self.in_own_dtype():
-            self.sampler.edits.write_masks(masks)
+            self.sampler.edits.send_masks(pending.step.num_masks)
             self._sample(pending.logits, pending.step.shape)
             self._finish(pending, pending.logits)
             pending.logits = None

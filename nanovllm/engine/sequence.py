@@ -57,7 +57,7 @@ class Sequence:
         max_len: prompt and generated tokens together never exceed this.
         seed: of its random choices, 64 bits as a signed integer.
         eos_token_ids: the model's end-of-sequence tokens.
-        constraint: what restricts its tokens; None: nothing.
+        constraint: which tokens may come next, besides what the parameters allow; None: any.
 
     Attributes:
         token_ids: prompt and generated tokens known so far.
@@ -94,8 +94,7 @@ class Sequence:
         self.sampling_params = params
         self.max_len = max_len
         self.constraint = constraint
-        ignores_eos = params.ignore_eos and constraint is None  # which nothing may follow
-        self.eos_token_ids = frozenset(() if ignores_eos else eos_token_ids)
+        self.eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
         self.ending_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
         # Not sampled before min_tokens: EOS neither, even if it is ignored, as in vLLM.
         withheld = self.ending_token_ids.union(eos_token_ids)

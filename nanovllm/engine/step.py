@@ -47,6 +47,7 @@ class Step(NamedTuple):
         buffer_index: the host buffer that holds the inputs, and the one that gets the tokens.
         num_words: of the inputs.
         slot_contents: what is written to `EditTables` first.
+        num_masks: that it waits for before it can sample.
         num_top: by row, of those that want the log probabilities of their token and of the most
             likely ones: how many of these.
         prompt_logprobs: None if no row wants any.
@@ -57,6 +58,7 @@ class Step(NamedTuple):
     buffer_index: int
     num_words: int
     slot_contents: list[SlotContents]
+    num_masks: int
     num_top: dict[int, int]
     prompt_logprobs: PromptLogprobs | None
 

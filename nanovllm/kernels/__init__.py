@@ -37,5 +37,6 @@ __all__ = [
     "all_reduce", "all_reduce_add", "best_of_ranks", "edit_logits", "embed", "gated_matmul",
     "gumbel_sample", "gumbel_winners", "matmul", "max_plan_words", "num_decode_ranges",
     "paged_decode", "paged_prefill", "plan_decode", "qk_norm_rope_store", "rms_norm",
-    "silu_and_mul", "summands", "tile_tokens", "token_logprobs", "truncation_thresholds", "wait_for",
+    "silu_and_mul", "summands", "tile_tokens", "token_logprobs", "truncation_thresholds",
+    "wait_for",
 ]  # fmt: skip

@@ -127,12 +127,15 @@ class EditTables:
             named = [(slot, bias.token_ids, bias.values) for slot, bias in biases]
             self._put(self.bias, named, np.float32)
 
-    def write_masks(self, masks: np.ndarray) -> None:
-        """Send a step's masks, [number, words] int32. Those of the last must have been used."""
+    def host_masks(self, number: int) -> np.ndarray:
+        """[number, words] int32, to be filled for `send_masks`. Those sent before must have been
+        used."""
         self._allocate()
-        host = self._host_masks[: len(masks)]
-        host.numpy()[:] = masks
-        self.masks[: len(masks)].copy_(host, non_blocking=True)
+        return self._host_masks[:number].numpy()
+
+    def send_masks(self, number: int) -> None:
+        """Send so many masks to the device."""
+        self.masks[:number].copy_(self._host_masks[:number], non_blocking=True)
 
     def edited(self, logits: torch.Tensor, edits: RowEdits, sampled: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocab] as they are to be sampled from, in float32.

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.connection import Connection
 
-import numpy as np
 import torch
 
 from nanovllm.config import Config
@@ -99,11 +98,11 @@ class LeadingRunner(RankRunner):
             except BaseException as error:
                 raise self._fail_with(error) from error
 
-    def sample(self, pending: PendingStep, masks: np.ndarray) -> None:
+    def sample(self, pending: PendingStep) -> None:
         with no_interrupt():
             try:
-                self.ranks.send_masks(masks)
-                super().sample(pending, masks)
+                self.ranks.send_masks(self.masks(pending))
+                super().sample(pending)
             except BaseException as error:
                 raise self._fail_with(error) from error
 

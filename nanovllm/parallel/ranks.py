@@ -31,6 +31,7 @@ from nanovllm.parallel.group import HOST, TIMEOUT
 _T = TypeVar("_T")
 _POLL = 0.5  # seconds between looks at how long rank 0 has been waiting
 _PATIENCE = 30  # seconds for what should take none
+MASKS = "masks"  # what follows are those of the step before
 READY = "ready"  # what a rank says when it can run steps; all else is why it cannot
 
 
@@ -89,7 +90,7 @@ class Ranks:
 
     def send_masks(self, masks: np.ndarray) -> None:
         """Let all ranks sample the tokens of a step that waits for masks."""
-        self._send(masks.shape, masks.data.cast("B"))
+        self._send(MASKS, masks.data.cast("B"))
 
     def check(self) -> None:
         """Raises:

@@ -10,7 +10,6 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -54,9 +53,9 @@ def _serve(
         if isinstance(message, Step):
             runner.receive(message, connection)
             pending = runner.run(message)
-        else:  # the shape of masks that the step waits for
-            masks = np.frombuffer(connection.recv_bytes(), np.int32).reshape(message)
-            runner.sample(pending, masks)
+        else:  # MASKS
+            connection.recv_bytes_into(runner.masks(pending))
+            runner.sample(pending)
     runner.reset()
 
 

@@ -1,13 +1,12 @@
 """Ctrl-C, or an exception, in the middle of a run: the engine is empty after, and works."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.allowed import Allowed
 from helpers.checkpoints import Reference
-from helpers.constraints import Allowed
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, Fault, assert_empty, build
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import input_processor
@@ -77,7 +76,11 @@ def test_outputs_of_the_step_that_fails_come_with_the_error(
     llm: LLM, tiny_reference: Reference, monkeypatch: pytest.MonkeyPatch
 ):
     """With a constraint, the tokens before are read while the step is under way."""
-    monkeypatch.setattr(input_processor, "Sequence", partial(Sequence, constraint=Allowed()))
+    monkeypatch.setattr(
+        input_processor,
+        "Sequence",
+        lambda *args: Sequence(*args[:6], constraint=Allowed()),
+    )
     params = [SamplingParams(temperature=0, max_tokens=n) for n in (2, 9)]
     llm.config.async_scheduling = True
     Fault(llm.model_runner, "sample", 3, RuntimeError("device on fire"), False)

@@ -33,7 +33,8 @@ def check(vocab: int, part: slice, dtype: torch.dtype, device: str) -> None:
     masks = np.random.default_rng(1).integers(-(2**31), 2**31, (4, cpu.num_words), dtype=np.int32)
     for tables in (cpu, own):
         tables.write(all_contents)
-        tables.write_masks(masks)
+        tables.host_masks(len(masks))[:] = masks
+        tables.send_masks(len(masks))
     order = torch.arange(rows, dtype=torch.int32).flip(0)
     order[5] = -1
     mask_places = torch.full((rows,), -1, dtype=torch.int32)

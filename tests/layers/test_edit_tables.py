@@ -37,6 +37,11 @@ def edited(tables: EditTables, slots: list[int], newest: list[int] | None = None
     return tables.edited(logits_of(len(slots)), edits, torch.tensor([3, 7])).clone()
 
 
+def write_masks(tables: EditTables, masks: np.ndarray) -> None:
+    tables.host_masks(len(masks))[:] = masks
+    tables.send_masks(len(masks))
+
+
 @pytest.mark.parametrize("newest_is_counted", [True, False])
 @pytest.mark.parametrize(
     ("options", "expected"),
@@ -143,7 +148,7 @@ def test_each_part_of_the_vocabulary_has_its_part_of_everything():
     for part in (slice(0, VOCAB), slice(0, 6), slice(6, 10)):
         tables = EditTables(2, CPU, part.stop - part.start, part.start, VOCAB)
         tables.write([contents(1, [1, 6, 6], [7, 2], **options)])
-        tables.write_masks(masks)
+        write_masks(tables, masks)
         for _ in range(2):
             edits = RowEdits(int32(1), int32(7), int32(0))
             own = tables.edited(logits_of(1)[:, part], edits, torch.tensor([0])).clone()
@@ -160,7 +165,7 @@ def test_masks_leave_the_tokens_whose_bits_are_set(vocab: int):
     masks = (bits << np.arange(32, dtype=np.uint32)).sum(axis=2, dtype=np.uint32).view(np.int32)
     tables = EditTables(rows, CPU, vocab)
     tables.write([SlotContents(slot, (1.0, 0.0, 0.0), None, None) for slot in range(rows)])
-    tables.write_masks(masks)
+    write_masks(tables, masks)
     edits = RowEdits(int32(2, 0, -1, 1), None, int32(1, 3, -1, -1))
     found = tables.edited(torch.zeros(rows, vocab), edits, torch.tensor([0]))
     expected = torch.zeros(rows, vocab)

@@ -1,0 +1,235 @@
+"""Structured outputs by llguidance, a library that is imported when the first one is asked for.
+
+It parses the text byte by byte as tokens come, and walks a tree of the vocabulary for the tokens
+that may come next. https://github.com/guidance-ai/llguidance. Why this one, and what it costs:
+docs/structured-outputs.md.
+"""
+
+import functools
+import itertools
+import json
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nanovllm.engine.tokenizer import Tokenizer
+from nanovllm.structured_outputs import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher
+    from llguidance._lib import JsonCompileOptions
+
+NUM_CACHED = 256  # compiled grammars
+# Matchers of one lexer wait for each other. With so many, the threads that fill masks seldom meet.
+NUM_LEXERS = 32
+MANY_ROWS = 8  # so many masks are worth waking threads
+
+
+class Grammars:
+    """Compiles what requests ask for, and keeps what was used last.
+
+    Args:
+        tokenizer: the engine's.
+        eos_token_ids: the engine's.
+        vocab_size: the model's, with or without tokens that the tokenizer lacks.
+
+    Raises:
+        ImportError: if llguidance is not installed.
+        ValueError: if the tokenizer or the end-of-sequence tokens are of no use here.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, eos_token_ids: Collection[int], vocab_size: int
+    ) -> None:
+        try:
+            from llguidance.hf import from_tokenizer
+        except ImportError as error:
+            raise ImportError(
+                "structured_outputs needs llguidance: pip install nanovllm[structured]"
+            ) from error
+        self.eos_token_ids = frozenset(eos_token_ids)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = sorted(i for i in self.eos_token_ids if i in added and added[i].special)
+        if not special:
+            raise ValueError(
+                "structured_outputs needs an end-of-sequence token that is a special token of the "
+                f"tokenizer; the engine has {sorted(self.eos_token_ids)}: set eos_token_id in "
+                "generation_config.json"
+            )
+        # The library allows these after a complete text. The others would be text, or nothing, to
+        # it: their bits are set here.
+        self.eos_token_id = special[0]
+        self.other_eos = sorted(i for i in self.eos_token_ids.difference(special) if i < vocab_size)
+        size = max(vocab_size, len(tokenizer))
+        self.num_words = (size + 31) // 32  # of the library's masks
+        try:
+            backed: Any = tokenizer
+            self._tokenizer = from_tokenizer(backed, n_vocab=size, eos_token=special)
+        except ValueError as error:
+            raise ValueError(f"structured_outputs cannot use this tokenizer: {error}") from error
+        self.compile = functools.lru_cache(NUM_CACHED)(self._compile)
+
+    def compile_all(
+        self, wanted: Iterable[StructuredOutputsParams]
+    ) -> "dict[StructuredOutputsParams, Grammar | ValueError]":
+        """What `compile` returns or raises for each, made in several threads."""
+        distinct = list(dict.fromkeys(wanted))
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return dict(zip(distinct, pool.map(self._try_compile, distinct)))
+
+    def _try_compile(self, params: StructuredOutputsParams) -> "Grammar | ValueError":
+        try:
+            return self.compile(params)
+        except ValueError as error:
+            return ValueError(f"structured_outputs: {error}")
+
+    def _compile(self, params: StructuredOutputsParams) -> "Grammar":
+        """Raises:
+        ValueError: with the library's reason.
+        """
+        from llguidance import LLMatcher
+
+        source = _source(params)
+        grammar = Grammar(self, lambda: LLMatcher(self._tokenizer, source, log_level=0))
+        reason = grammar.originals[0].get_error()
+        if reason:
+            raise ValueError(reason.strip())
+        return grammar
+
+
+class Grammar:
+    """A compiled one, of which each completion gets a matcher of its own.
+
+    Args:
+        grammars: what made it.
+        compile: makes a matcher at the start of the text, about 1 ms.
+
+    Attributes:
+        originals: matchers that stay at the start of the text.
+    """
+
+    def __init__(self, grammars: Grammars, compile: "Callable[[], LLMatcher]") -> None:
+        self.grammars = grammars
+        self.originals = [compile()]
+        self._compile = compile
+        self._turns = itertools.count()
+
+    def matcher(self) -> "LLMatcher":
+        """At the start of the text: a copy, 4 us, which shares its original's lexer."""
+        turn = next(self._turns) % NUM_LEXERS
+        while len(self.originals) <= turn:
+            self.originals.append(self._compile())
+        return self.originals[turn].deep_copy()
+
+
+class GrammarConstraint:
+    """A `TokenConstraint`: the tokens that keep to a grammar.
+
+    After a complete text all end-of-sequence tokens may come, and nothing but them if it cannot go
+    on. Other special tokens never may, nor tokens that the tokenizer lacks. A text that outgrows
+    the library's limits is ended, with a warning.
+
+    Args:
+        grammar: compiled.
+    """
+
+    def __init__(self, grammar: Grammar) -> None:
+        self.grammars = grammar.grammars
+        self.matcher = grammar.matcher()
+        self._has_warned = False
+
+    def accept(self, token_id: int) -> None:
+        if not self.is_complete:
+            is_eos = token_id in self.grammars.eos_token_ids
+            self.matcher.consume_token(self.grammars.eos_token_id if is_eos else token_id)
+        if self.matcher.is_error() and not self._has_warned:
+            self._has_warned = True
+            reason = self.matcher.get_error().partition("\n")[0]
+            warnings.warn(
+                f"structured_outputs: a text ends before it is complete: {reason}", stacklevel=2
+            )
+
+    def restrict(self, mask: np.ndarray) -> None:
+        allowed = np.empty((1, len(mask)), dtype=np.int32)
+        fill_grammar_masks([(0, self)], allowed)
+        mask &= allowed[0]
+
+    @property
+    def is_complete(self) -> bool:
+        return self.matcher.is_stopped()
+
+
+def fill_grammar_masks(rows: Sequence[tuple[int, GrammarConstraint]], out: np.ndarray) -> None:
+    """Overwrite rows of `out` with the masks of one engine's constraints.
+
+    Many are computed in parallel, in threads of the library. The GIL is free meanwhile.
+
+    Args:
+        rows: an index of `out` and what may come there, no index twice.
+        out: [any number, ceil(vocab / 32)] int32, contiguous.
+    """
+    if not rows:
+        return
+    grammars = rows[0][1].grammars
+    masks = out
+    if out.shape[1] != grammars.num_words:  # the model lacks tokens of the tokenizer
+        masks = np.empty((len(out), grammars.num_words), dtype=np.int32)
+    start, size = masks.ctypes.data, masks.strides[0]
+    if len(rows) < MANY_ROWS:
+        for row, constraint in rows:
+            constraint.matcher.unsafe_compute_mask_ptr(start + row * size, size)
+    else:
+        matchers = [(constraint.matcher, row) for row, constraint in rows]
+        _executor().unsafe_compute_mask_ptr(matchers, start, size, len(masks))
+    if masks is not out:
+        indices = [row for row, _ in rows]
+        out[indices] = masks[indices, : out.shape[1]]
+    if grammars.other_eos:
+        for row, constraint in rows:
+            _set_bits(out[row], grammars.other_eos, constraint.matcher.is_accepting())
+
+
+@functools.cache
+def _executor() -> "LLExecutor":
+    """The library's threads: 80% of the cores, at most 32."""
+    from llguidance import LLExecutor
+
+    return LLExecutor()
+
+
+def _set_bits(mask: np.ndarray, token_ids: Iterable[int], value: bool) -> None:
+    words = mask.view(np.uint32)
+    for token_id in token_ids:
+        index, bit = divmod(token_id, 32)
+        words[index] &= ~np.uint32(1 << bit)
+        words[index] |= np.uint32(value << bit)
+
+
+def _source(params: StructuredOutputsParams) -> str:
+    """The library's form of what is asked for.
+
+    Raises:
+        ValueError: for a grammar in GBNF that cannot be read.
+    """
+    from llguidance import LLMatcher, grammar_from
+
+    if params.regex is not None:
+        return LLMatcher.grammar_from_regex(params.regex)
+    if params.choice is not None:
+        # One terminal of all: with a rule for each, some thousands are too many.
+        strings = (json.dumps(text, ensure_ascii=False) for text in params.choice)
+        return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(strings))
+    if params.grammar is not None:
+        return grammar_from("grammar", params.grammar)
+    schema = '{"type": "object"}' if params.json is None else params.json
+    assert isinstance(schema, str)
+    options: JsonCompileOptions = {}
+    if params.disable_any_whitespace:
+        options["whitespace_flexible"] = False
+    if params.whitespace_pattern is not None:
+        options["whitespace_pattern"] = params.whitespace_pattern
+    return LLMatcher.grammar_from_json_schema(schema, overrides=options)
