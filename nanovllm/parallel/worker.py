@@ -54,7 +54,7 @@ def _serve(
             runner.receive(message, connection)
             pending = runner.run(message)
         else:  # MASKS
-            connection.recv_bytes_into(runner.masks(pending))
+            connection.recv_bytes_into(runner.masks(pending).data.cast("B"))
             runner.sample(pending)
     runner.reset()
 
