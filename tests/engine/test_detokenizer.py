@@ -19,11 +19,12 @@ from helpers.growing_text import (
     word_ids,
 )
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.tokenizer import Decoder
 
 
 def check_growth(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip: bool) -> None:
     """Take `ids` in, one by one, and check the text after each."""
-    detokenizer, whole = Detokenizer(tokenizer, skip), text_of(tokenizer, ids, skip)
+    detokenizer, whole = Detokenizer(Decoder(tokenizer), skip), text_of(tokenizer, ids, skip)
     for token_id, expected in zip(ids, growth(tokenizer, ids, skip), strict=True):
         before = detokenizer.text
         detokenizer.append(token_id)
@@ -101,7 +102,7 @@ def test_a_special_token_inside_of_a_character_does_not_part_it(demo: PreTrained
     first, second, third = (byte_of[char] for char in token[0])
     check_growth(demo, [first, IM_START, second, third], skip=True)
     check_growth(demo, [first, IM_START, second, third], skip=False)
-    detokenizer = Detokenizer(demo)
+    detokenizer = Detokenizer(Decoder(demo))
     texts = []
     for token_id in (first, IM_START, second, third):
         detokenizer.append(token_id)
@@ -112,28 +113,28 @@ def test_a_special_token_inside_of_a_character_does_not_part_it(demo: PreTrained
 def test_special_tokens_show_only_if_asked_for(demo: PreTrainedTokenizerBase):
     ids = demo.encode("Hi<|im_end|>中<|im_start|>", add_special_tokens=False)
     for skip, expected in ((True, "Hi中"), (False, "Hi<|im_end|>中<|im_start|>")):
-        detokenizer = Detokenizer(demo, skip)
+        detokenizer = Detokenizer(Decoder(demo), skip)
         for token_id in ids:
             detokenizer.append(token_id)
         assert detokenizer.text == expected
 
 
 def test_nothing_at_all_is_an_empty_text(demo: PreTrainedTokenizerBase):
-    detokenizer = Detokenizer(demo, stop=("a",))
+    detokenizer = Detokenizer(Decoder(demo), stop=("a",))
     assert (detokenizer.text, detokenizer.num_safe) == ("", 0)
     detokenizer.finish()
     assert (detokenizer.text, detokenizer.num_safe, detokenizer.stopped_by) == ("", 0, None)
 
 
 def test_work_per_token_does_not_grow_with_the_text(demo: PreTrainedTokenizerBase):
-    class Counting:
+    class Counting(Decoder):
         most = 0
 
-        def decode(self, token_ids: list[int], **options: bool) -> str:
+        def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
             self.most = max(self.most, len(token_ids))
-            return demo.decode(token_ids, **options)
+            return super().decode(token_ids, skip_special_tokens)
 
-    counting = Counting()
+    counting = Counting(demo)
     detokenizer = Detokenizer(counting)
     ids = demo.encode("数到一百：👍🏽 and so on. " * 40, add_special_tokens=False)
     for token_id in ids:

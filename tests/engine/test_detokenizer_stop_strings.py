@@ -17,6 +17,7 @@ from helpers.growing_text import (
     word_ids,
 )
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.tokenizer import Decoder
 
 
 def stops_in(text: str) -> st.SearchStrategy[tuple[str, ...]]:
@@ -48,7 +49,7 @@ def check_stops(
     min_tokens: int,
 ) -> None:
     """Take `ids` in until a stop string ends the text, against a plain search in the whole text."""
-    detokenizer = Detokenizer(tokenizer, skip, stops, include_stop)
+    detokenizer = Detokenizer(Decoder(tokenizer), skip, stops, include_stop)
     whole = text_of(tokenizer, ids, skip)
     steps = [(text, n >= min_tokens) for n, text in enumerate(growth(tokenizer, ids, skip), 1)]
     safe_texts, before = [], ""
@@ -75,6 +76,8 @@ def check_stops(
         held = held_back(text, stops)
         if min_tokens == 0 and number < len(ids):
             assert detokenizer.num_safe == len(text) - held
+        elif number == len(ids):
+            assert detokenizer.num_safe == len(text), "it has ended: nothing is taken back"
         else:  # `text` may end with a whole stop string, which is as well held back or not
             assert len(text) - max(held, *map(len, stops)) <= detokenizer.num_safe
             assert detokenizer.num_safe <= len(text) - held
@@ -130,7 +133,7 @@ def run_words(
     tokenizer: PreTrainedTokenizerBase, text: str, stop: tuple[str, ...], **options: bool
 ) -> list[tuple[str, str, str | None]]:
     """After each word: the text, what of it is safe, and the stop string found."""
-    detokenizer, seen = Detokenizer(tokenizer, True, stop, **options), []
+    detokenizer, seen = Detokenizer(Decoder(tokenizer), True, stop, **options), []
     for token_id in tokenizer.encode(text, add_special_tokens=False):
         detokenizer.append(token_id)
         safe = detokenizer.text[: detokenizer.num_safe]
@@ -174,7 +177,7 @@ def test_of_several_stop_strings_the_first_in_the_text_ends_it(words: PreTrained
 
 
 def test_a_stop_string_that_no_token_may_end_with_stays(words: PreTrainedTokenizerBase):
-    detokenizer = Detokenizer(words, True, ("t2 t3",))
+    detokenizer = Detokenizer(Decoder(words), True, ("t2 t3",))
     seen = []
     for token_id, may_stop in ((1, False), (2, False), (3, False), (2, False), (3, True)):
         detokenizer.append(token_id, may_stop)
@@ -190,7 +193,7 @@ def test_a_stop_string_that_ends_with_the_first_token_that_may_is_found(
     words: PreTrainedTokenizerBase,
 ):
     """Its beginning came with tokens that might not stop."""
-    detokenizer = Detokenizer(words, True, ("t1 t2 t3",))
+    detokenizer = Detokenizer(Decoder(words), True, ("t1 t2 t3",))
     for token_id, may_stop in ((1, False), (2, False), (3, True)):
         detokenizer.append(token_id, may_stop)
     assert (detokenizer.text, detokenizer.stopped_by) == ("", "t1 t2 t3")
@@ -200,7 +203,7 @@ def test_what_is_shown_at_the_very_end_no_stop_string_ends(demo: PreTrainedToken
     """By then it is settled why the request has ended."""
     assert demo.decode([512]) == "不\ufffd"
     for stop in (BROKEN, "不\ufffd"):
-        detokenizer = Detokenizer(demo, True, (stop,))
+        detokenizer = Detokenizer(Decoder(demo), True, (stop,))
         detokenizer.append(512)
         assert (detokenizer.text, detokenizer.stopped_by) == ("不", None)
         detokenizer.finish()
@@ -211,7 +214,7 @@ def test_a_stop_string_is_found_before_the_first_bytes_of_a_character(
     demo: PreTrainedTokenizerBase,
 ):
     for include, text in ((False, ""), (True, "不")):
-        detokenizer = Detokenizer(demo, True, ("不",), include)
+        detokenizer = Detokenizer(Decoder(demo), True, ("不",), include)
         detokenizer.append(512)
         detokenizer.finish()
         assert (detokenizer.text, detokenizer.stopped_by) == (text, "不")
@@ -224,7 +227,7 @@ def test_a_stop_string_ends_inside_of_a_token_after_whole_characters_only(
     byte_of = {demo.convert_ids_to_tokens(i): i for i in range(3, 259)}
     (token,) = demo.backend_tokenizer.pre_tokenizer.pre_tokenize_str("🙂")
     ids = [byte_of[char] for char in token[0]]
-    detokenizer = Detokenizer(demo, True, ("a🙂",))
+    detokenizer = Detokenizer(Decoder(demo), True, ("a🙂",))
     seen = []
     for token_id in [*demo.encode("ba"), *ids]:
         detokenizer.append(token_id)
