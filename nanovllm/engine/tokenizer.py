@@ -49,7 +49,7 @@ class Decoder:
     def is_byte(self, token_id: int) -> bool:
         """Whether a token is one byte by byte fallback. A run of them is decoded as a whole: each
         is a broken character unless all of them together are valid UTF-8."""
-        return bool(_BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token_id) or ""))
+        return bool(_BYTE.fullmatch(self._token(token_id) or ""))
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token is left out of the text where special tokens are."""
@@ -57,7 +57,7 @@ class Decoder:
 
     def is_known(self, token_id: int) -> bool:
         """Whether the tokenizer has the token. A model's vocabulary may be larger."""
-        return self._tokenizer.convert_ids_to_tokens(token_id) is not None
+        return self._token(token_id) is not None
 
     def has_special_token(self, text: str) -> bool:
         """Whether the text of a special token is in a text."""
@@ -65,7 +65,8 @@ class Decoder:
 
     @cached_property
     def _special_tokens(self) -> list[str]:
-        return self._tokenizer.convert_ids_to_tokens([*self._special_token_ids])
+        tokens = [self._token(token_id) for token_id in self._special_token_ids]
+        return [token for token in tokens if token]
 
     @cached_property
     def _special_token_ids(self) -> frozenset[int]:
@@ -75,6 +76,10 @@ class Decoder:
         except NotImplementedError:  # of Mistral's own
             return ids
         return ids.union(token_id for token_id, token in added.items() if token.special)
+
+    def _token(self, token_id: int) -> str | None:
+        token: str | None = self._tokenizer.convert_ids_to_tokens(token_id)  # type: ignore[assignment]
+        return token
 
 
 def load_tokenizer(model_dir: Path) -> Tokenizer | None:

@@ -9,11 +9,17 @@ from helpers.growing_text import (
     BROKEN,
     END_OF_TEXT,
     EXAMPLES,
+    FIRST_WORD,
     IM_END,
     IM_START,
+    SPACE,
     WORDS_EOS,
+    A,
+    B,
+    byte_ids,
     demo_ids,
     growth,
+    piece_ids,
     text_of,
     texts,
     word_ids,
@@ -108,6 +114,40 @@ def test_a_special_token_inside_of_a_character_does_not_part_it(demo: PreTrained
         detokenizer.append(token_id)
         texts.append(detokenizer.text)
     assert texts == ["", "", "", "中"]
+
+
+@EXAMPLES
+@given(ids=piece_ids, skip=st.booleans())
+@example(ids=[SPACE, SPACE, B], skip=True)
+@example(ids=[*byte_ids("é"), *byte_ids("🙂")[:2]], skip=True)
+@example(ids=[*byte_ids("é"), 1, *byte_ids("🙂")[:2]], skip=True)
+@example(ids=[*byte_ids("é"), 999, *byte_ids("🙂")[:2]], skip=False)
+def test_any_pieces_grow_to_what_decoding_all_gives(
+    pieces: PreTrainedTokenizerBase, ids: list[int], skip: bool
+):
+    detokenizer, whole = Detokenizer(Decoder(pieces), skip), text_of(pieces, ids, skip)
+    unused = Detokenizer(Decoder(pieces), skip, stop=("xyz", "xyz</s>"))
+    for number, token_id in enumerate(ids, 1):
+        before = detokenizer.text
+        detokenizer.append(token_id)
+        unused.append(token_id)
+        assert detokenizer.text.startswith(before) and whole.startswith(detokenizer.text)
+        if FIRST_WORD <= token_id < 999:  # it ends a run of bytes
+            assert detokenizer.text == text_of(pieces, ids[:number], skip).rstrip(BROKEN)
+    detokenizer.finish()
+    unused.finish()
+    assert detokenizer.text == unused.text == whole
+
+
+def test_bytes_are_held_back_until_they_can_be_broken_no_more(llama: PreTrainedTokenizerBase):
+    ids = [A, *byte_ids("é"), *byte_ids("🙂"), B, *byte_ids("é"), *byte_ids("🙂")[:2]]
+    detokenizer, texts = Detokenizer(Decoder(llama)), []
+    for token_id in ids:
+        detokenizer.append(token_id)
+        texts.append(detokenizer.text)
+    assert texts == ["a"] * 7 + ["aé🙂b"] * 5
+    detokenizer.finish()
+    assert detokenizer.text == "aé🙂b" + BROKEN * 4 == text_of(llama, ids)
 
 
 def test_special_tokens_show_only_if_asked_for(demo: PreTrainedTokenizerBase):

@@ -2,7 +2,8 @@
 
 from itertools import pairwise
 
-from hypothesis import given
+import pytest
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
@@ -10,8 +11,15 @@ from helpers.checkpoints import VOCAB_SIZE
 from helpers.growing_text import (
     BROKEN,
     EXAMPLES,
+    FORTY_TWO,
+    IM_START,
+    SPACE,
+    A,
+    B,
+    byte_ids,
     demo_ids,
     growth,
+    piece_ids,
     text_of,
     texts,
     word_ids,
@@ -234,3 +242,87 @@ def test_a_stop_string_ends_inside_of_a_token_after_whole_characters_only(
         seen.append((detokenizer.text[: detokenizer.num_safe], detokenizer.stopped_by))
     assert len(ids) == 4
     assert seen[-4:] == [("b", None)] * 3 + [("b", "a🙂")]
+
+
+# Stop strings that have a special token
+
+
+def run(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    stop: str,
+    skip: bool = True,
+    include: bool = False,
+) -> tuple[str, str | None, list[str]]:
+    """The text, the stop string found, and what was safe after each token before it."""
+    detokenizer, safe = Detokenizer(Decoder(tokenizer), skip, (stop,), include), []
+    for token_id in ids:
+        detokenizer.append(token_id)
+        if detokenizer.stopped_by is not None:
+            break
+        safe.append(detokenizer.text[: detokenizer.num_safe])
+    detokenizer.finish()
+    return detokenizer.text, detokenizer.stopped_by, safe
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_special_token_is_found_whether_or_not_it_is_shown(
+    demo: PreTrainedTokenizerBase, skip: bool
+):
+    start, end = "<|im_start|>", "<|im_end|>"
+    shown = "" if skip else start
+    ids = demo.encode(f"{start}a42{end}b", add_special_tokens=False)
+    assert run(demo, ids, end, skip)[:2] == (f"{shown}a42", end)
+    assert run(demo, ids, end, skip, include=True)[:2] == (f"{shown}a42{end}", end)
+    assert run(demo, ids, f"42{end}", skip)[:2] == (f"{shown}a", f"42{end}")
+    assert run(demo, ids, f"2{end}b", skip)[:2] == (f"{shown}a4", f"2{end}b")
+    assert run(demo, ids, f"{start}a", skip)[:2] == ("", f"{start}a")
+
+
+def test_what_may_be_before_a_special_token_of_a_stop_string_is_held_back(
+    demo: PreTrainedTokenizerBase,
+):
+    ids = [byte for char in "a4" for byte in demo.encode(char)] + [IM_START, *demo.encode("b")]
+    text, stopped_by, safe = run(demo, ids, "4<|im_start|>c")
+    assert (text, stopped_by) == ("a4b", None)
+    assert safe == ["a", "a", "a", "a4b"]
+
+
+def test_what_a_special_token_is_written_with_ends_no_text_that_leaves_it_out(
+    demo: PreTrainedTokenizerBase,
+):
+    ids = [*demo.encode("a"), IM_START, *demo.encode("b")]
+    assert run(demo, ids, "im")[:2] == ("ab", None)
+    assert run(demo, ids, "ab")[:2] == ("", "ab")
+
+
+@EXAMPLES
+@given(ids=piece_ids, include=st.booleans(), stop=st.sampled_from(["</s>", "42</s>", "</s><s>"]))
+@example(ids=[A, *byte_ids("é"), 2], include=False, stop="</s>")
+@example(ids=[A, *byte_ids("é")[:1], 2], include=True, stop="</s>")
+@example(ids=[1, SPACE, FORTY_TWO, 2], include=True, stop="42</s>")
+def test_what_precedes_a_special_token_that_stops_stays(
+    llama: PreTrainedTokenizerBase, ids: list[int], include: bool, stop: str
+):
+    """It is what decoding the tokens before gives."""
+    tokens = llama.convert_ids_to_tokens(ids)
+    wanted = {"</s>": ["</s>"], "42</s>": ["42", "</s>"], "</s><s>": ["</s>", "<s>"]}[stop]
+    known = [place for place, token in enumerate(tokens) if token is not None]
+    places = [
+        known[i] for i in range(len(known))
+        if [tokens[place] for place in known[i : i + len(wanted)]] == wanted
+    ]  # fmt: skip
+    text, stopped_by, safe = run(llama, ids, stop, include=include)
+    if places:
+        before = text_of(llama, ids[: places[0]])
+        assert (text, stopped_by) == (before + (stop if include else ""), stop)
+    else:
+        before = text
+        assert (text, stopped_by) == (text_of(llama, ids), None)
+    for shorter, longer in pairwise([*safe, before]):
+        assert longer.startswith(shorter), "text that was safe is gone"
+
+
+def test_a_stop_string_of_bytes_ends_the_text_with_its_last_byte(llama: PreTrainedTokenizerBase):
+    assert run(llama, [A, *byte_ids("é"), B], "é") == ("a", "é", ["a", "a"])
+    assert run(llama, [A, *byte_ids("é🙂"), B], "🙂")[:2] == ("aé", "🙂")
