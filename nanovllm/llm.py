@@ -19,7 +19,7 @@ from nanovllm.engine.input_processor import (
 )
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.stats import StepStats
-from nanovllm.engine.tokenizer import Tokenizer
+from nanovllm.engine.tokenizer import Tokenizer, encode_many
 from nanovllm.other_options import CALL_OPTIONS, check_call
 from nanovllm.outputs import RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
@@ -135,7 +135,12 @@ class LLM(LLMEngine):
         if _is_list(messages) and messages and not isinstance(messages[0], dict):
             conversations = list(messages)
         texts = [self.chat_text(conversation, **template) for conversation in conversations]
-        outputs = self.generate([self._encode(text) for text in texts], sampling_params, use_tqdm)
+        encoded = encode_many(self.tokenizer, texts, add_special_tokens=False)
+        prompts: list[Any] = [
+            self._encode(text) if token_ids is None else token_ids
+            for text, token_ids in zip(texts, encoded, strict=True)
+        ]
+        outputs = self.generate(prompts, sampling_params, use_tqdm)
         for output, text in zip(outputs, texts, strict=True):
             output["prompt"] = text
         return outputs

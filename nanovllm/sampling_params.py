@@ -60,8 +60,8 @@ class SamplingParams:
             unless it is a special one that is skipped.
         stop_token_ids: tokens that end the request.
         seed: makes the request's random choices repeatable, whatever else runs beside it; any
-            integer of 64 bits. None, or -1, draws one from the engine's own seed. Completion i of
-            `n` has the seed plus i.
+            integer of 64 bits. None, or -1, draws one from the engine's own seed. Of `n`
+            completions the first has this seed, and the others a hash of it and their index.
         logprobs: return the log probability of each token and of so many most likely ones.
         prompt_logprobs: the same for the tokens of the prompt.
         n: how many completions of the prompt to sample.

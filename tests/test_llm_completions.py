@@ -55,6 +55,12 @@ def test_seeds_of_completions_wrap_around(llm: LLM, seed: int):
     assert len({*map(tuple, tokens_of(output["outputs"]))}) == 4
 
 
+def test_requests_of_neighbouring_seeds_share_no_completion(llm: LLM):
+    outputs = sample(llm, *({"n": 4, "seed": seed, "ignore_eos": True} for seed in range(8)))
+    found = [tuple(tokens) for output in outputs for tokens in tokens_of(output["outputs"])]
+    assert len({*found}) == len(found) == 32
+
+
 @BOTH_ORDERS
 @pytest.mark.parametrize(("length", "full"), [(40, 2), (33, 2), (32, 1), (16, 0), (1, 0)])
 def test_completions_share_the_full_blocks_of_the_prompt(
@@ -100,7 +106,7 @@ def test_a_request_is_given_back_when_its_last_completion_has_ended(
     model: Model, async_scheduling: bool
 ):
     """Here the completions end one by one, with the stop tokens."""
-    options = {"n": 6, "seed": 3, "max_tokens": 40, "stop_token_ids": list(range(8))}
+    options = {"n": 6, "seed": 8, "max_tokens": 40, "stop_token_ids": list(range(8))}
     with build(model, async_scheduling=async_scheduling) as llm:
         (expected,) = map(summary, sample(llm, options))
         lengths = [len(tokens) for tokens, *_ in expected]

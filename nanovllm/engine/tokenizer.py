@@ -22,6 +22,7 @@ _CLASSES = {
 }
 
 
+_TEXTS_AT_ONCE = 1000  # an encoding takes more memory than its ids, and Ctrl-C waits meanwhile
 # A token that is one byte, of a tokenizer that has such for characters it does not know.
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
@@ -80,6 +81,37 @@ class Decoder:
     def _token(self, token_id: int) -> str | None:
         token: str | None = self._tokenizer.convert_ids_to_tokens(token_id)  # type: ignore[assignment]
         return token
+
+
+def encode_many(
+    tokenizer: Tokenizer | None, texts: list[str], add_special_tokens: bool = True
+) -> list[list[int] | None]:
+    """The tokens of each text, as `tokenizer.encode` gives them, made by several threads.
+
+    Returns:
+        None for texts that have to be encoded one by one: there is but one, the tokenizer has no
+        threads, or a text near by is no Unicode, and `encode` says which.
+    """
+    encoded: list[list[int] | None] = [None] * len(texts)
+    if len(texts) < 2 or not getattr(tokenizer, "is_fast", False):
+        return encoded
+    assert tokenizer is not None
+    backend = tokenizer.backend_tokenizer
+    # As `encode` does. Setting what is set would disturb another thread that is encoding.
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens != tokenizer.split_special_tokens:
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        span = slice(start, start + _TEXTS_AT_ONCE)
+        try:
+            found = backend.encode_batch_fast(texts[span], add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeError):
+            continue
+        encoded[span] = [one.ids for one in found]
+    return encoded
 
 
 def load_tokenizer(model_dir: Path) -> Tokenizer | None:
