@@ -162,8 +162,9 @@ class LLM(LLMEngine):
         """The text that the chat template makes of a conversation.
 
         Args:
-            messages: dicts with "role" and "content": a string, or a list of OpenAI's text parts,
-                which are joined by newlines if the template takes only strings.
+            messages: dicts with "role" and "content": a string, or a list of OpenAI's text parts;
+                of these the one becomes the other if the template takes nothing else (parts are
+                joined by newlines).
             add_generation_prompt: end where the answer is to begin.
             continue_final_message: end inside of the last message, to have it completed.
             tools: functions, or their JSON schemas, that the model may call.
@@ -194,8 +195,9 @@ class LLM(LLMEngine):
             assert isinstance(text, str)  # since tokenize=False
             return text
 
+        source = f"{chat_template} {tokenizer.chat_template}"  # the first may name one of several
         try:
-            return render(for_template(checked, render))
+            return render(for_template(checked, render, source))
         except Exception as error:  # of jinja, and whatever a template raises
             raise ValueError(f"the chat template does not take these messages: {error}") from error
 

@@ -5,6 +5,7 @@ import pytest
 from helpers.engines import BOTH_ORDERS, assert_empty
 from helpers.small_model import PROMPT, Model, build, sample, summary, tokens_of, words
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.input_processor import nth_seed
 
 
 @pytest.fixture
@@ -53,6 +54,13 @@ def test_greedy_completions_are_equal(llm: LLM):
 def test_seeds_of_completions_wrap_around(llm: LLM, seed: int):
     (output,) = sample(llm, {"n": 4, "seed": seed, "ignore_eos": True})
     assert len({*map(tuple, tokens_of(output["outputs"]))}) == 4
+
+
+def test_seeds_of_completions_are_those_of_splitmix64():
+    outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # as Java has them
+    assert [nth_seed(0, index) % 2**64 for index in range(4)] == [0, *outputs]
+    for index, seed in enumerate((-5, 2**64 - 5)):
+        assert nth_seed(seed, 0) == -5 and nth_seed(seed, index) == nth_seed(-5, index)
 
 
 def test_requests_of_neighbouring_seeds_share_no_completion(llm: LLM):

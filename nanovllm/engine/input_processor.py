@@ -73,6 +73,19 @@ def params_list(params: Params, num_prompts: int) -> list[SamplingParams]:
     return [SamplingParams() if one is None else one.checked() for one in many]
 
 
+def nth_seed(seed: int, index: int) -> int:
+    """The seed of a completion, 64 bits as a signed integer: the first has the request's. Another
+    has a hash of that and its index, the output number `index` of SplitMix64 (Steele, Lea and Flood
+    2014, doi:10.1145/2660193.2660195), so that requests of neighbouring seeds share none."""
+    z = seed
+    if index > 0:
+        z = (seed + index * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        z ^= z >> 31
+    return (z + 2**63) % 2**64 - 2**63
+
+
 class InputProcessor:
     """Checks prompts and parameters against the model, and makes requests of them.
 
@@ -129,9 +142,9 @@ class InputProcessor:
         for index in range(params.n):
             # The first one reports the prompt's log probabilities for all.
             own = params if index == 0 else replace(params, prompt_logprobs=None)
-            signed = (_nth_seed(seed, index) + 2**63) % 2**64 - 2**63  # as an int64
+            own_seed = nth_seed(seed, index)
             sequences.append(
-                Sequence(next(self._ids), token_ids, own, max_len, signed, self.eos_token_ids)
+                Sequence(next(self._ids), token_ids, own, max_len, own_seed, self.eos_token_ids)
             )
         return sequences
 
@@ -202,18 +215,6 @@ class InputProcessor:
                 "max_model_len or num_kvcache_blocks if the model allows"
             )
         return token_ids
-
-
-def _nth_seed(seed: int, index: int) -> int:
-    """The seed of a completion, 64 bits: the first has the request's. The others' are hashes of
-    both, the n-th output of SplitMix64 (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195),
-    so that requests of neighbouring seeds share none."""
-    if index == 0:
-        return seed
-    z = (seed + index * 0x9E3779B97F4A7C15) % 2**64
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-    return z ^ (z >> 31)
 
 
 def _as_list(value: Any) -> Any:
