@@ -38,11 +38,13 @@ class Detokenizer:
         self._token_ids: list[int] = []
         self._is_finished = False
         self._shown = _GrowingText(decoder, skip_special_tokens)
+        # Those that the text shown can have are searched for there, and the others in a text with
+        # special tokens, which is made only for them.
         with_special = [one for one in stop if decoder.has_special_token(one)]
         if not skip_special_tokens:
-            with_special = []  # they are in the text that is shown
+            with_special = []
         self._search = _Search(self._shown, [one for one in stop if one not in with_special])
-        self._full: _GrowingText | None = None  # the text with special tokens, if it is needed
+        self._full: _GrowingText | None = None
         self._full_search = self._search
         if with_special:
             self._full = _GrowingText(decoder, skip_special_tokens=False)
