@@ -36,7 +36,8 @@ class Config:
             the model can. Capped by the model here, and by the engine if its KV cache is smaller.
         gpu_memory_utilization: the share of the GPU's memory that this engine may take.
         enforce_eager: never use CUDA Graphs.
-        kvcache_block_size: tokens per KV block, a multiple of 16 (of 256 with flash-attn).
+        kvcache_block_size: tokens per KV block, a multiple of 16 (of 256 with flash-attn); None is
+            256 with flash-attn, else 64, once the attention backend is known.
         num_kvcache_blocks: size of the KV cache; None computes it from the memory that is free.
         device: "auto" (cuda if there is one, else cpu), or any torch device string of these two.
         dtype: "auto" (the checkpoint's), "bfloat16", "float16" ("half") or "float32" ("float"), or
@@ -67,7 +68,7 @@ class Config:
     max_model_len: int = None  # type: ignore[assignment]  # a number once it is resolved
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
-    kvcache_block_size: int = 256
+    kvcache_block_size: int = None  # type: ignore[assignment]  # a number once it is resolved
     num_kvcache_blocks: int | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -142,8 +143,7 @@ class Config:
             )
 
     def _check_options(self) -> None:
-        for name in ("max_num_batched_tokens", "kvcache_block_size"):
-            self._check_integer(name, at_least=1)
+        self._check_integer("max_num_batched_tokens", at_least=1)
         self._check_integer("max_num_seqs", at_least=1, below=2**15)  # a row's number has 15 bits
         if self.max_model_len is not None:
             self._check_integer("max_model_len", at_least=2)
@@ -151,10 +151,12 @@ class Config:
         self._check_integer("tensor_parallel_size", at_least=1)
         if self.num_kvcache_blocks is not None:
             self._check_integer("num_kvcache_blocks", at_least=1)
-        if self.kvcache_block_size % 16:
-            raise ValueError(
-                f"kvcache_block_size must be a multiple of 16, got {self.kvcache_block_size}"
-            )
+        if self.kvcache_block_size is not None:
+            self._check_integer("kvcache_block_size", at_least=1)
+            if self.kvcache_block_size % 16:
+                raise ValueError(
+                    f"kvcache_block_size must be a multiple of 16, got {self.kvcache_block_size}"
+                )
         share = as_number("gpu_memory_utilization", self.gpu_memory_utilization)
         if not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {share}")

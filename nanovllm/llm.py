@@ -19,7 +19,7 @@ from nanovllm.engine.input_processor import (
 )
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.stats import StepStats
-from nanovllm.engine.tokenizer import Tokenizer
+from nanovllm.engine.tokenizer import Tokenizer, encode_many
 from nanovllm.other_options import CALL_OPTIONS, check_call
 from nanovllm.outputs import RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
@@ -140,7 +140,12 @@ class LLM(LLMEngine):
         if _is_list(messages) and messages and not isinstance(messages[0], dict):
             conversations = list(messages)
         texts = [self.chat_text(conversation, **template) for conversation in conversations]
-        outputs = self.generate([self._encode(text) for text in texts], sampling_params, use_tqdm)
+        encoded = encode_many(self.tokenizer, texts, add_special_tokens=False)
+        prompts: list[Any] = [
+            self._encode(text) if token_ids is None else token_ids
+            for text, token_ids in zip(texts, encoded, strict=True)
+        ]
+        outputs = self.generate(prompts, sampling_params, use_tqdm)
         for output, text in zip(outputs, texts, strict=True):
             output["prompt"] = text
         return outputs
@@ -162,8 +167,9 @@ class LLM(LLMEngine):
         """The text that the chat template makes of a conversation.
 
         Args:
-            messages: dicts with "role" and "content": a string, or a list of OpenAI's text parts,
-                which are joined by newlines if the template takes only strings.
+            messages: dicts with "role" and "content": a string, or a list of OpenAI's text parts;
+                of these the one becomes the other if the template takes nothing else (parts are
+                joined by newlines).
             add_generation_prompt: end where the answer is to begin.
             continue_final_message: end inside of the last message, to have it completed.
             tools: functions, or their JSON schemas, that the model may call.
@@ -194,8 +200,9 @@ class LLM(LLMEngine):
             assert isinstance(text, str)  # since tokenize=False
             return text
 
+        source = f"{chat_template} {tokenizer.chat_template}"  # the first may name one of several
         try:
-            return render(for_template(checked, render))
+            return render(for_template(checked, render, source))
         except Exception as error:  # of jinja, and whatever a template raises
             raise ValueError(f"the chat template does not take these messages: {error}") from error
 

@@ -50,12 +50,15 @@ class SamplingParams:
         max_tokens: the most tokens to generate, at least 1; None: up to the engine's max_model_len.
         min_tokens: no end-of-sequence or stop token, and no stop string, before so many tokens.
         ignore_eos: go on to `max_tokens` even when the model says that it is done.
-        stop: a string, or several, that end the request; cut from the text.
-        include_stop_str_in_output: leave it in the text.
+        stop: a string, or several, that end the request; cut from the text. One that has a special
+            token in it, "42<|im_end|>" say, is found even where special tokens are skipped.
+        include_stop_str_in_output: leave it in the text, as a whole: special tokens in it stay,
+            too, whatever `skip_special_tokens` says. A token that ends the request stays as well,
+            unless it is a special one that is skipped.
         stop_token_ids: tokens that end the request.
         seed: makes the request's random choices repeatable, whatever else runs beside it; any
-            integer of 64 bits. None, or -1, draws one from the engine's own seed. Completion i of
-            `n` has the seed plus i.
+            integer of 64 bits. None, or -1, draws one from the engine's own seed. Of `n`
+            completions the first has this seed, and the others a hash of it and their index.
         logprobs: return the log probability of each token and of so many most likely ones.
         prompt_logprobs: the same for the tokens of the prompt.
         n: how many completions of the prompt to sample.

@@ -115,6 +115,19 @@ def test_a_chat_beside_an_open_stream_gets_its_own_answer(llm: LLM):
 # What the template is told
 
 
+def test_a_turn_of_a_short_chat_finds_most_of_those_before_in_the_cache():
+    """With the default size of blocks."""
+    messages: list[dict[str, str]] = []
+    with LLM(DEMO, device="cpu", num_kvcache_blocks=40) as llm:
+        assert llm.config.kvcache_block_size == 64
+        for turn in range(5):
+            messages.append({"role": "user", "content": f"{turn}+38= " * 5})
+            (output,) = llm.chat(messages, ANSWER, use_tqdm=False)
+            messages.append({"role": "assistant", "content": "8 " * 20})
+        assert output["num_prompt_tokens"] < 512
+        assert output["num_cached_tokens"] > output["num_prompt_tokens"] / 2
+
+
 def test_the_prompt_is_the_templates_text(llm: LLM):
     for messages in CONVERSATIONS:
         assert shown(llm, messages) == templated(llm, messages)

@@ -57,6 +57,41 @@ def test_text_in_parts_reaches_the_model(llm: LLM, template: str, expected: str)
     assert shown(llm, messages, chat_template=template) == expected + rest
 
 
+# Parts alone, of users; fails on a string.
+STRICT_PARTS = (
+    START + "{% if m.role == 'user' %}{% if m.content is string %}{{ raise_exception('no') }}"
+    "{% endif %}[{{ m.content[0]['text'] }}]{% else %}[{{ m.content }}]{% endif %}" + END
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (STRINGS, "[a][user][c]>"), (ANYTHING, "[a][user][c]>"), (BOTH, "[a][user][c]>"),
+        (BOTH_FROM_USERS, "[a][user][c]>"), (PARTS, "[a|][user|][c|]>"),
+    ],
+    ids=["strings", "anything", "both", "both from users", "parts"],
+)  # fmt: skip
+def test_text_in_strings_reaches_the_model(llm: LLM, template: str, expected: str):
+    """One has a word that templates have, too."""
+    messages = [
+        {"role": "system", "content": "a"},
+        {"role": "user", "content": "user"},
+        {"role": "user", "content": "c"},
+    ]
+    assert shown(llm, messages, chat_template=template) == expected
+
+
+def test_strings_become_parts_only_where_the_template_takes_nothing_else(llm: LLM):
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    assert shown(llm, messages[1:], chat_template=STRICT_PARTS) == "[b]>"
+    # Strings and parts in one conversation
+    mixed = [*messages, {"role": "user", "content": parts("c", "d")}]
+    assert shown(llm, mixed, chat_template=PARTS) == "[a|][b|][c|d|]>"
+    # What the template leaves out in any form
+    assert shown(llm, messages, chat_template="{{ messages[1].content[0].text }}>") == "b>"
+
+
 def test_a_string_may_stand_for_a_part(llm: LLM):
     messages = [{"role": "user", "content": ("a", "b")}]
     assert shown(llm, messages, chat_template=STRINGS) == "[a\nb]>"

@@ -5,6 +5,7 @@ import pytest
 from helpers.engines import BOTH_ORDERS, assert_empty
 from helpers.small_model import PROMPT, Model, build, sample, summary, tokens_of, words
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.input_processor import nth_seed
 
 
 @pytest.fixture
@@ -55,6 +56,19 @@ def test_seeds_of_completions_wrap_around(llm: LLM, seed: int):
     assert len({*map(tuple, tokens_of(output["outputs"]))}) == 4
 
 
+def test_seeds_of_completions_are_those_of_splitmix64():
+    outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # as Java has them
+    assert [nth_seed(0, index) % 2**64 for index in range(4)] == [0, *outputs]
+    for index, seed in enumerate((-5, 2**64 - 5)):
+        assert nth_seed(seed, 0) == -5 and nth_seed(seed, index) == nth_seed(-5, index)
+
+
+def test_requests_of_neighbouring_seeds_share_no_completion(llm: LLM):
+    outputs = sample(llm, *({"n": 4, "seed": seed, "ignore_eos": True} for seed in range(8)))
+    found = [tuple(tokens) for output in outputs for tokens in tokens_of(output["outputs"])]
+    assert len({*found}) == len(found) == 32
+
+
 @BOTH_ORDERS
 @pytest.mark.parametrize(("length", "full"), [(40, 2), (33, 2), (32, 1), (16, 0), (1, 0)])
 def test_completions_share_the_full_blocks_of_the_prompt(
@@ -100,7 +114,7 @@ def test_a_request_is_given_back_when_its_last_completion_has_ended(
     model: Model, async_scheduling: bool
 ):
     """Here the completions end one by one, with the stop tokens."""
-    options = {"n": 6, "seed": 3, "max_tokens": 40, "stop_token_ids": list(range(8))}
+    options = {"n": 6, "seed": 8, "max_tokens": 40, "stop_token_ids": list(range(8))}
     with build(model, async_scheduling=async_scheduling) as llm:
         (expected,) = map(summary, sample(llm, options))
         lengths = [len(tokens) for tokens, *_ in expected]

@@ -149,6 +149,22 @@ def test_the_token_that_ends_is_in_the_text_only_if_asked_for(demo: LLM, skip: b
     assert gather(demo.stream(prompt, with_stop)) == parts([expected])
 
 
+@pytest.mark.parametrize("include", [True, False])
+@pytest.mark.parametrize("stop", ["<|im_end|>", "5<|im_end|>"])
+def test_a_special_token_in_a_stop_string_ends_a_request_that_ignores_it(
+    demo: LLM, stop: str, include: bool
+):
+    prompt = question("47+38=")
+    params = SamplingParams(
+        temperature=0, max_tokens=20, ignore_eos=True, stop=stop, include_stop_str_in_output=include
+    )
+    (output,) = demo.generate(prompt, params, use_tqdm=False)
+    assert output["token_ids"][-1] == IM_END
+    assert (output["finish_reason"], output["stop_reason"]) == ("stop", stop)
+    assert output["text"] == ("47 + 38 = 85<|im_end|>"[: None if include else -len(stop)])
+    assert gather(demo.stream(prompt, params)) == parts([output])
+
+
 def test_special_tokens_in_the_middle_of_a_text(demo: LLM):
     for skip, expected in ((True, ""), (False, "<|im_start|>" * 4)):
         params = SamplingParams(

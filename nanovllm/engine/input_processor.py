@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from nanovllm.config import Config
 from nanovllm.engine.constraints import ConstraintMaker, MakeConstraint
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.tokenizer import Tokenizer
+from nanovllm.engine.tokenizer import Tokenizer, encode_many
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.validation import as_integer
 
@@ -74,6 +74,19 @@ def params_list(params: Params, num_prompts: int) -> list[SamplingParams]:
     return [SamplingParams() if one is None else one.checked() for one in many]
 
 
+def nth_seed(seed: int, index: int) -> int:
+    """The seed of a completion, 64 bits as a signed integer: the first has the request's. Another
+    has a hash of that and its index, the output number `index` of SplitMix64 (Steele, Lea and Flood
+    2014, doi:10.1145/2660193.2660195), so that requests of neighbouring seeds share none."""
+    z = seed
+    if index > 0:
+        z = (seed + index * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        z ^= z >> 31
+    return (z + 2**63) % 2**64 - 2**63
+
+
 class InputProcessor:
     """Checks prompts and parameters against the model, and makes requests of them.
 
@@ -106,10 +119,11 @@ class InputProcessor:
             ImportError: for structured outputs without their library.
         """
         checked = []
+        encoded = self._encode_texts(prompts)
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
             name = f"prompt {index}"
             content = _unwrapped(prompt, name)
-            token_ids = self._token_ids(content, name)
+            token_ids = self._token_ids(content, name, encoded.get(index))
             try:
                 self._check_params(param)
             except ValueError as error:
@@ -121,6 +135,11 @@ class InputProcessor:
             Request(text, self._sequences(ids, param, make_constraint), now)
             for (text, ids, param), make_constraint in zip(checked, makers)
         ]
+
+    def _encode_texts(self, prompts: list[Prompt]) -> dict[int, list[int] | None]:
+        """The tokens of the prompts that are text, by their place; None: encode it by itself."""
+        texts = {place: text for place, one in enumerate(prompts) if (text := _text_of(one))}
+        return dict(zip(texts, encode_many(self.tokenizer, [*texts.values()]), strict=True))
 
     def _sequences(
         self, token_ids: list[int], params: SamplingParams, make_constraint: MakeConstraint
@@ -134,10 +153,10 @@ class InputProcessor:
         for index in range(params.n):
             # The first one reports the prompt's log probabilities for all.
             own = params if index == 0 else replace(params, prompt_logprobs=None)
-            signed = (seed + index + 2**63) % 2**64 - 2**63  # the same 64 bits as an int64
+            own_seed = nth_seed(seed, index)
             sequences.append(
                 Sequence(
-                    next(self._ids), token_ids, own, max_len, signed, self.eos_token_ids,
+                    next(self._ids), token_ids, own, max_len, own_seed, self.eos_token_ids,
                     make_constraint(),
                 )
             )  # fmt: skip
@@ -170,8 +189,11 @@ class InputProcessor:
                     "vocabulary, end the request"
                 )
 
-    def _token_ids(self, prompt: str | TokenIds, name: str) -> list[int]:
-        """The tokens of a prompt, checked against the model."""
+    def _token_ids(
+        self, prompt: str | TokenIds, name: str, encoded: list[int] | None = None
+    ) -> list[int]:
+        """The tokens of a prompt, checked against the model; `encoded` are those of a text, if they
+        are known."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(
@@ -179,7 +201,7 @@ class InputProcessor:
                     "ids, or add the checkpoint's tokenizer files"
                 )
             try:
-                token_ids = self.tokenizer.encode(prompt)
+                token_ids = self.tokenizer.encode(prompt) if encoded is None else encoded
             except (TypeError, UnicodeError) as error:
                 raise ValueError(f"{name} is not valid Unicode text: {error}") from error
         elif isinstance(prompt, (list, tuple)):
@@ -218,6 +240,12 @@ def _as_list(value: Any) -> Any:
     is_sequence = hasattr(value, "__len__") and hasattr(value, "__getitem__")
     is_text = isinstance(value, (str, bytes, collections.abc.Mapping))
     return list(value) if is_sequence and not is_text else value
+
+
+def _text_of(prompt: Prompt) -> str | None:
+    """The text of a prompt that has one, which may be one that is refused for something else."""
+    text: Any = prompt.get("prompt") if isinstance(prompt, collections.abc.Mapping) else prompt
+    return text if isinstance(text, str) else None
 
 
 def _unwrapped(prompt: Prompt, name: str) -> str | TokenIds:

@@ -78,6 +78,7 @@ class ModelRunner:
             config.kvcache_block_size,
         )  # fmt: skip
         self.attention_backend = self.backend.name
+        config.kvcache_block_size = self.backend.block_size
         use_graphs = self.on_gpu and not config.enforce_eager and self.backend.can_capture
         load_model(self.model, config, headers)
         # Before anything is allocated for so many positions.

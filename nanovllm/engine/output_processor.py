@@ -5,7 +5,7 @@ from nanovllm.engine.input_processor import Request
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step import PendingStep
-from nanovllm.engine.tokenizer import Tokenizer, decode
+from nanovllm.engine.tokenizer import Decoder, Tokenizer
 from nanovllm.layers.logprobs import Logprobs
 from nanovllm.outputs import (
     CompletionOutput,
@@ -28,7 +28,7 @@ class OutputProcessor:
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self.tokenizer = tokenizer
+        self.decoder = None if tokenizer is None else Decoder(tokenizer)
         self._detokenizers: dict[int, Detokenizer] = {}  # by seq_id
         self._token_texts: dict[int, str] = {}
 
@@ -93,10 +93,10 @@ class OutputProcessor:
 
     def _detokenizer_of(self, seq: Sequence) -> Detokenizer | None:
         """The one that follows the sequence's text, from now on; None without a tokenizer."""
-        if self.tokenizer is not None and seq.seq_id not in self._detokenizers:
+        if self.decoder is not None and seq.seq_id not in self._detokenizers:
             params = seq.sampling_params
             self._detokenizers[seq.seq_id] = Detokenizer(
-                self.tokenizer, params.skip_special_tokens, tuple(params.stop or ()),
+                self.decoder, params.skip_special_tokens, tuple(params.stop or ()),
                 params.include_stop_str_in_output,
             )  # fmt: skip
         return self._detokenizers.get(seq.seq_id)
@@ -145,7 +145,7 @@ class OutputProcessor:
 
     def _text(self, seq: Sequence) -> str:
         """All of a finished sequence's text."""
-        if self.tokenizer is None:
+        if self.decoder is None:
             return ""
         detokenizer = self._detokenizers.get(seq.seq_id)
         if detokenizer is not None:
@@ -154,7 +154,7 @@ class OutputProcessor:
         params, token_ids = seq.sampling_params, seq.output_token_ids
         if seq.ended_by_token and not params.include_stop_str_in_output:
             del token_ids[-1]
-        return decode(self.tokenizer, token_ids, params.skip_special_tokens)
+        return self.decoder.decode(token_ids, params.skip_special_tokens)
 
     def _entries(
         self, token_ids: list[int], ks: list[int], logprobs: Logprobs
@@ -171,8 +171,8 @@ class OutputProcessor:
         return entries
 
     def _token_text(self, token_id: int) -> str | None:
-        if token_id not in self._token_texts and self.tokenizer is not None:
-            self._token_texts[token_id] = decode(self.tokenizer, [token_id], False)
+        if token_id not in self._token_texts and self.decoder is not None:
+            self._token_texts[token_id] = self.decoder.decode([token_id], False)
         return self._token_texts.get(token_id)
 
 

@@ -44,19 +44,23 @@ def encode_line(record: dict[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def lock(file: BinaryIO) -> None:
-    """Keep other runs off an open output file, until it is closed or the process ends.
+def lock(file: BinaryIO | int, path: str | Path) -> None:
+    """Keep other runs off an output, until it is closed or the process ends.
+
+    Args:
+        file: the output file, open, or the number of the open output directory.
+        path: of that.
 
     Raises:
         CommandError: if another run has it.
     """
-    if fcntl is None or not Path(file.name).is_file():  # a pipe, or /dev/null, may be shared
-        return
+    if fcntl is None or not (Path(path).is_file() or Path(path).is_dir()):
+        return  # a pipe, or /dev/null, may be shared
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise CommandError(
-            f"another run is writing to {file.name}: wait for its end, or give another --output"
+            f"another run is writing to {path}: wait for its end, or give another --output"
         ) from None
     except OSError:  # a file system that has no locks
         return

@@ -156,9 +156,8 @@ def run(args: argparse.Namespace) -> int:
             import readline  # noqa: F401  gives input() line editing and a history
     options = {"max_tokens": None} | given_options(args, SAMPLING_OPTIONS)
     try:
-        # The engine's default seed would give the same answers in each chat. The prefix cache
-        # keeps whole blocks: of small ones it keeps more of each turn for the next.
-        with load_llm(args, seed=secrets.randbits(31), kvcache_block_size=64) as llm:
+        # The engine's default seed would give the same answers in each chat.
+        with load_llm(args, seed=secrets.randbits(31)) as llm:
             params = sampling_params(llm, options)
             chat = Chat(llm, params, args.system, chat_template_kwargs(args))
             chat.check_template()

@@ -250,7 +250,7 @@ def run(args: argparse.Namespace) -> int:
             if output_path.exists() and output_path.samefile(input_path):
                 raise CommandError("--output is the input: give it another name")
             with output_path.open("ab") as output_file:
-                lock(output_file)  # before the file is read, and maybe cut
+                lock(output_file, output_file.name)  # before the file is read, and maybe cut
                 digests = read_digests(output_path)
                 with (
                     _seekable(input_file) if digests else nullcontext(input_file) as lines,

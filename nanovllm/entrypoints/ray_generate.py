@@ -8,8 +8,10 @@ sorted array in Ray's object store, and the tasks that read the input drop the r
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import xxhash
 from tqdm import tqdm
 
 from nanovllm import SamplingParams
+from nanovllm.entrypoints.answer_file import lock
 from nanovllm.entrypoints.common import (
     ENGINE_OPTIONS,
     SAMPLING_OPTIONS,
@@ -105,33 +108,34 @@ def run(args: argparse.Namespace) -> int:
     }
     counts, reported_keys = Counts(), set[str]()
     try:
-        _connect()
-        written = _written_digests(target, _parts(target, directory, prefix, args.output))
-        counts.skipped = len(written)
-        counted = (
-            _files(files, root)
-            # With the one CPU of a repartition, Ray would make one task of both, which gives out
-            # its first rows when it has read the whole file.
-            .map_batches(
-                _row_reader(source, written), batch_size=1, batch_format="pyarrow", num_cpus=0.5
+        with _locked(target, directory):
+            _connect()
+            written = _written_digests(target, _parts(target, directory, prefix, args.output))
+            counts.skipped = len(written)
+            counted = (
+                _files(files, root)
+                # With the one CPU of a repartition, Ray would make one task of both, which gives
+                # out its first rows when it has read the whole file.
+                .map_batches(
+                    _row_reader(source, written), batch_size=1, batch_format="pyarrow", num_cpus=0.5
+                )
+                # The work of a replica, and all that is done again if it dies, is one batch.
+                .repartition(target_num_rows_per_block=batch_size)
+                .map_batches(
+                    RowAnswerer,
+                    fn_constructor_args=(_absolute(args.model),),
+                    fn_constructor_kwargs=options,
+                    **replica_arguments(replicas, batch_size, engine),
+                )
             )
-            # The work of a replica, and all that is done again if it dies, is one batch.
-            .repartition(target_num_rows_per_block=batch_size)
-            .map_batches(
-                RowAnswerer,
-                fn_constructor_args=(_absolute(args.model),),
-                fn_constructor_kwargs=options,
-                **replica_arguments(replicas, batch_size, engine),
-            )
-        )
-        with tqdm(desc="Answering", unit=" rows") as progress:
-            for row in counted.iter_rows():
-                counts.answered += row["answered"]
-                counts.bad += row["bad"]
-                progress.update(row["answered"] + row["bad"])
-                for key in sorted({*row["unknown_keys"]} - reported_keys):
-                    reported_keys.add(key)
-                    tqdm.write(unknown_key_message(key, "a row"), file=sys.stderr)
+            with tqdm(desc="Answering", unit=" rows") as progress:
+                for row in counted.iter_rows():
+                    counts.answered += row["answered"]
+                    counts.bad += row["bad"]
+                    progress.update(row["answered"] + row["bad"])
+                    for key in sorted({*row["unknown_keys"]} - reported_keys):
+                        reported_keys.add(key)
+                        tqdm.write(unknown_key_message(key, "a row"), file=sys.stderr)
     except KeyboardInterrupt:
         return end(counts, interrupted=True)
     except ray.exceptions.RayError as error:
@@ -172,6 +176,18 @@ def _output_directory(location: str, source: FileSystem, root: str) -> tuple[Fil
         raise CommandError(f"--output {location} is a file: with --ray it must be a directory")
     filesystem.create_dir(directory, recursive=True)
     return filesystem, directory
+
+
+@contextmanager
+def _locked(filesystem: FileSystem, directory: str) -> Iterator[None]:
+    """Keeps other runs off an output directory of this machine; elsewhere there are no locks."""
+    with ExitStack() as stack:
+        if filesystem.type_name == "local":
+            with suppress(OSError):  # Windows opens no directory
+                descriptor = os.open(directory, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                lock(descriptor, directory)
+        yield
 
 
 def _parts(filesystem: FileSystem, directory: str, prefix: str, location: str) -> list[str]:

@@ -3,6 +3,10 @@
 "auto" takes what was measured to be the fastest that can run. On Hopper and later GPUs that is this
 project's Triton kernels; on an older GPU flash-attn where it is installed (bf16 or fp16, block size
 a multiple of 256, a head_dim it was built for), else Triton; without a GPU torch.
+
+Unless it is given, the size of a KV block is what suits the backend. Only full blocks are found in
+the prefix cache, so small ones reuse more: of a chat of short turns, blocks of 256 tokens reuse
+nothing.
 """
 
 from abc import ABC, abstractmethod
@@ -20,6 +24,8 @@ try:
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 except ImportError:
     flash_attn_with_kvcache = None
+
+BLOCK_SIZE, FLASH_BLOCK_SIZE = 64, 256  # flash-attn takes multiples of 256
 
 
 class AttentionBackend(ABC):
@@ -199,17 +205,19 @@ def make_backend(
     dtype: torch.dtype,
     num_kv_heads: int,
     head_dim: int,
-    block_size: int,
+    block_size: int | None,
 ) -> AttentionBackend:
-    """The backend that `select_backend` names."""
+    """The backend that `select_backend` names, with its own default if `block_size` is None."""
     name = select_backend(name, device, dtype, head_dim, block_size)
+    if block_size is None:
+        block_size = FLASH_BLOCK_SIZE if name == "flash-attn" else BLOCK_SIZE
     if name == "triton":
         return TritonBackend(block_size, num_kv_heads, head_dim, device)
     return FlashBackend(block_size) if name == "flash-attn" else TorchBackend(block_size)
 
 
 def select_backend(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int | None
 ) -> str:
     """The backend asked for, or the best that can run if that is "auto".
 
@@ -243,7 +251,7 @@ def _triton_obstacle(device: torch.device, head_dim: int) -> str | None:
 
 
 def _flash_obstacle(
-    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int
+    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int | None
 ) -> str | None:
     if device.type != "cuda":
         return f"it needs a GPU, and device is {str(device)!r}"
@@ -251,7 +259,7 @@ def _flash_obstacle(
         return "flash-attn is not installed (pip install 'nanovllm[flash]')"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 and bfloat16 only, and dtype is {dtype}"
-    if block_size % 256:
+    if block_size is not None and block_size % FLASH_BLOCK_SIZE:
         return f"it needs kvcache_block_size to be a multiple of 256, got {block_size}"
     try:  # builds differ in the head dims they hold
         cache = torch.zeros(1, 256, 1, head_dim, dtype=dtype, device=device)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import transformers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from helpers.checkpoints import Reference, add_tokenizer, edit_json, make_checkpoint
 from helpers.engines import GREEDY, PROMPTS, build
-from nanovllm.engine.tokenizer import load_tokenizer
+from nanovllm.engine.tokenizer import encode_many, load_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,63 @@ def test_the_tokenizer_is_the_one_that_autotokenizer_makes(
         assert ours(text).input_ids == theirs(text).input_ids
         ids = theirs(text).input_ids
         assert ours.decode(ids) == theirs.decode(ids)
+
+
+TEXTS = ["Hello", "", "<|im_start|>user\né 漢字 🙂<|im_end|>", "  a" * 50, "1234,\n\n"]
+
+
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+@pytest.mark.parametrize("split_special_tokens", [True, False])
+def test_many_texts_have_the_tokens_of_each(
+    demo_copy: Path, add_special_tokens: bool, split_special_tokens: bool
+):
+    """Whatever tokenizer.json has of truncation and padding, and in groups of any size."""
+    tokenizer = load_tokenizer(demo_copy)
+    backend, kwargs = tokenizer.backend_tokenizer, {"add_special_tokens": add_special_tokens}
+    backend.post_processor = TemplateProcessing(
+        "<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    tokenizer.split_special_tokens = split_special_tokens
+    expected = [tokenizer.encode(text, **kwargs) for text in TEXTS]
+    assert (expected[0][0] == 1) == add_special_tokens and len(expected[3]) > 20
+    for at_once in (1000, 2):
+        backend.enable_truncation(8)
+        backend.enable_padding(length=20)
+        backend.encode_special_tokens = not split_special_tokens
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nanovllm.engine.tokenizer._TEXTS_AT_ONCE", at_once)
+            assert encode_many(tokenizer, TEXTS, **kwargs) == expected
+
+
+def test_texts_that_are_no_unicode_are_left_to_encode(
+    demo_copy: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tokenizer = load_tokenizer(demo_copy)
+    monkeypatch.setattr("nanovllm.engine.tokenizer._TEXTS_AT_ONCE", 2)
+    encoded = encode_many(tokenizer, ["a", "b", "c", "\ud800", "d"])
+    assert encoded == [
+        tokenizer.encode("a"),
+        tokenizer.encode("b"),
+        None,
+        None,
+        tokenizer.encode("d"),
+    ]
+
+
+def test_prompts_and_chats_are_encoded_together(demo_copy: Path, monkeypatch: pytest.MonkeyPatch):
+    chats = [[{"role": "user", "content": text}] for text in ("47+38=", "Hi")]
+    prompts = ["Hello", [1, 2], {"prompt": "Hi"}]
+    with build(demo_copy) as llm:
+        expected = [*llm.generate(prompts, GREEDY, False), *llm.chat(chats, GREEDY, False)]
+
+        def fail(*_: object, **__: object) -> None:
+            raise AssertionError("one by one")
+
+        monkeypatch.setattr(type(llm.tokenizer), "encode", fail)
+        found = [*llm.generate(prompts, GREEDY, False), *llm.chat(chats, GREEDY, False)]
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ("prompt", "prompt_token_ids", "text"):
+            assert ours[name] == theirs[name]
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '{"tokenizer_class": []}', "{"])

@@ -195,6 +195,21 @@ def test_places_that_cannot_be_used(run: Run, tmp_path: Path):
     assert (status, message) == (2, "error: --replicas must be at least 1, got 0")
 
 
+def test_a_second_run_on_the_same_output_is_refused(run: Run, tmp_path: Path):
+    fcntl = pytest.importorskip("fcntl")
+    source, target = tmp_path / "in.jsonl", tmp_path / "out"
+    source.write_text('{"prompt": "a"}\n')
+    target.mkdir()
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # as a run has it while it lives
+        status, message = run(source, target)
+        assert status == 2 and f"another run is writing to {target}" in message
+        assert not [*target.iterdir()]
+    finally:
+        os.close(descriptor)
+
+
 @pytest.mark.slow
 def test_a_model_that_cannot_be_loaded(run: Run, tmp_path: Path):
     source = tmp_path / "in.jsonl"
@@ -218,6 +233,7 @@ def test_resume_after_a_kill_loses_and_doubles_nothing(run: Run, tmp_path: Path)
         assert process.poll() is None, "the process ended before the test could stop it"
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    assert "another run is writing to" in run(source, target)[1]
     process.send_signal(signal.SIGKILL)
     process.wait()
     time.sleep(5)  # until its actors have noticed

@@ -117,7 +117,7 @@ def test_texts_may_be_as_long_as_the_model_allows(tmp_path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
     config["max_position_embeddings"] = 8192  # more than the engine's default
     (path / "config.json").write_text(json.dumps(config))
-    model = NanoVLLM(str(path), device="cpu", num_kvcache_blocks=32)
+    model = NanoVLLM(str(path), device="cpu", num_kvcache_blocks=128)
     assert model.max_length == 8192 - 2
     model.llm.close()
 

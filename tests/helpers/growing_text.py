@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from helpers.checkpoints import VOCAB_SIZE
 
@@ -41,9 +42,73 @@ word_ids = st.lists(
     max_size=24,
 )
 
+# Tokens in the manner of SentencePiece: special ones, then the 256 bytes, then pieces of words.
+SPECIAL = ["<unk>", "<s>", "</s>"]
+FIRST_BYTE = len(SPECIAL)
+FIRST_WORD = FIRST_BYTE + 256
+WORDS = [
+    "▁",
+    "▁▁",
+    "▁a",
+    "b",
+    "é",
+    "中",
+    "▁don",
+    "'",
+    "t",
+    "n",
+    ".",
+    "▁.",
+    "▁n't",
+    "42",
+    "\n",
+    BROKEN,
+]
+SPACE, SPACES, A, B = range(FIRST_WORD, FIRST_WORD + 4)
+FORTY_TWO = FIRST_WORD + WORDS.index("42")
+
+
+def byte_ids(text: str) -> list[int]:
+    """Each byte as a token of its own."""
+    return [FIRST_BYTE + byte for byte in text.encode()]
+
+
+# Bytes of characters, whole and in parts, and others.
+piece_ids = st.lists(
+    st.one_of(
+        st.sampled_from(range(FIRST_WORD, FIRST_WORD + len(WORDS))),
+        st.sampled_from(byte_ids("é中🙂")), st.sampled_from(["é", "中", "🙂"]),
+        st.integers(0, FIRST_WORD), st.sampled_from([*range(len(SPECIAL)), 999]),
+    ),
+    max_size=24,
+).map(lambda drawn: [
+    token for one in drawn
+    for token in ([one] if isinstance(one, int) else byte_ids(one))
+])  # fmt: skip
+
+SPACE_MARK = decoders.Replace("▁", " ")
+DECODERS = {
+    "Llama 2": [SPACE_MARK, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)],
+    "Gemma": [SPACE_MARK, decoders.ByteFallback(), decoders.Fuse()],
+    "Metaspace": [decoders.ByteFallback(), decoders.Metaspace()],
+    "WordPiece": [decoders.WordPiece("▁", cleanup=True)],
+}
+
+
+def make_pieces(decoder: str) -> PreTrainedTokenizerBase:
+    """A tokenizer of `WORDS` and bytes. It asks for a clean-up of spaces, as old ones do."""
+    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.decoder = decoders.Sequence(DECODERS[decoder])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", clean_up_tokenization_spaces=True
+    )
+
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip: bool = True) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=skip)
+    return tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
 
 def growth(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip: bool) -> Iterator[str]:

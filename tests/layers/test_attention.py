@@ -92,8 +92,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 
     def pretend(capability: tuple[int, int], has_triton: bool, has_flash: bool) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        kernels = SimpleNamespace(MAX_HEAD_DIM=256) if has_triton else None
-        monkeypatch.setattr(attention_backends, "kernels", kernels)
+        kernels = SimpleNamespace(
+            MAX_HEAD_DIM=256, tile_tokens=lambda *_: 32, num_decode_ranges=lambda *_: 8
+        )
+        monkeypatch.setattr(attention_backends, "kernels", kernels if has_triton else None)
         obstacle = None if has_flash else "flash-attn is not installed"
         monkeypatch.setattr(attention_backends, "_flash_obstacle", lambda *_: obstacle)
 
@@ -136,6 +138,21 @@ def test_heads_that_no_tile_has_room_for_are_refused_or_go_elsewhere(gpu):
         select_backend("triton", torch.device("cuda"), BF16, 512, 256)
     assert select_backend("auto", torch.device("cuda"), BF16, 512, 256) == "torch"
     assert select_backend("auto", torch.device("cuda"), BF16, 256, 256) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("capability", "block_size", "expected"),
+    [
+        ((8, 0), None, ("flash-attn", 256)), ((8, 0), 512, ("flash-attn", 512)),
+        ((9, 0), None, ("triton", 64)), ((9, 0), 256, ("triton", 256)),
+    ],
+)  # fmt: skip
+def test_blocks_have_the_size_that_the_backend_takes_unless_told_otherwise(
+    gpu, capability: tuple[int, int], block_size: int | None, expected: tuple[str, int]
+):
+    gpu(capability, True, True)
+    backend = make_backend("auto", torch.device("cuda"), BF16, 8, 128, block_size)
+    assert (backend.name, backend.block_size) == expected
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from helpers.small_model import (
     words,
 )
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.input_processor import nth_seed
 
 SHARED = words(64, seed=1)
 MIXTURE: dict[str, tuple[list[int], Options]] = {
@@ -112,7 +113,7 @@ def test_each_token_is_the_one_that_the_noise_picks_from_the_exact_probabilities
             if options.get("temperature") == 0:
                 scores = edited_logits(logits, options, prompt, before)
             else:
-                seed, position = SEED_OF[name] + index, len(prompt) + place
+                seed, position = nth_seed(SEED_OF[name], index), len(prompt) + place
                 noise = noise_of_tokens(seed, position, VOCAB)
                 scores = probabilities(logits, options, prompt, before).log() + noise
             assert scores[token] > scores.max() - 1e-4, f"token {place}"
