@@ -1,12 +1,17 @@
 """CUDA Graphs of decode steps: the launches of a step are recorded once and replayed as one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from nanovllm.engine.step_inputs import StepShape
 
 Graphs = dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor]]  # and the logits of each
+
+
+def graph_sizes(max_rows: int) -> list[int]:
+    """All batch sizes that have graphs, rising."""
+    return sorted({graph_rows(rows, max_rows) for rows in range(1, max_rows + 1)})
 
 
 def graph_rows(rows: int, max_rows: int) -> int:
@@ -17,7 +22,8 @@ def graph_rows(rows: int, max_rows: int) -> int:
 
 
 class CudaGraphs:
-    """Runs decode steps, each shape from its second time on as a graph, or once it was captured.
+    """Runs decode steps as graphs, each shape from its second time on, or from the first if it was
+    run ahead: what has to be loaded for a step cannot be loaded while it is captured.
 
     All graphs share one pool of memory.
 
@@ -25,16 +31,19 @@ class CudaGraphs:
         device: of the steps.
         run_step: runs the step of a shape and returns its logits. Inputs and outputs are on the
             device, at the same addresses each time.
+        run_ahead: shapes that were run; more may be added.
     """
 
     def __init__(
         self,
         device: torch.device,
         run_step: Callable[[StepShape], torch.Tensor],
+        run_ahead: Iterable[StepShape] = (),
     ) -> None:
         self.device = device
         self.run_step = run_step
         self.graphs: Graphs = {}
+        self._has_run = set(run_ahead)
         # One pool, one stream: every new stream would bring a cuBLAS workspace.
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
@@ -46,12 +55,13 @@ class CudaGraphs:
 
     def run(self, shape: StepShape) -> torch.Tensor:
         """Run the step of a shape; returns its logits [rows, vocab]."""
-        if shape in self.graphs:
-            graph, logits = self.graphs[shape]
-            graph.replay()
-            return logits
-        logits = self.run_step(shape)
-        self.capture(shape)
+        if shape not in self.graphs:
+            if shape not in self._has_run:
+                self._has_run.add(shape)
+                return self.run_step(shape)
+            self.capture(shape)
+        graph, logits = self.graphs[shape]
+        graph.replay()
         return logits
 
     def capture(self, shape: StepShape) -> None:
@@ -62,10 +72,10 @@ class CudaGraphs:
         0.3).
         """
         graph = torch.cuda.CUDAGraph()
-        # torch.cuda.graph would collect garbage and empty the allocator's cache each time.
-        torch.cuda.synchronize(self.device)
+        # torch.cuda.graph would wait for the device, collect garbage and empty the allocator's
+        # cache each time. Relaxed, as kernels may be loaded meanwhile.
         with torch.cuda.stream(self._stream):
-            graph.capture_begin(self._pool)
+            graph.capture_begin(self._pool, capture_error_mode="relaxed")
             try:
                 logits = self.run_step(shape)
             except BaseException:
@@ -75,7 +85,6 @@ class CudaGraphs:
                     graph.reset()  # the exception's traceback would keep it
                 raise
             graph.capture_end()
-        torch.cuda.synchronize(self.device)
         self.graphs[shape] = graph, logits
 
     def close(self) -> None:

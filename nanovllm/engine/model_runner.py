@@ -1,14 +1,15 @@
 """Runs a model's steps on a device: load, launch, collect."""
 
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 
 from nanovllm.config import Config
-from nanovllm.engine.cuda_graphs import CudaGraphs, graph_rows
+from nanovllm.engine.cuda_graphs import CudaGraphs, graph_rows, graph_sizes
 from nanovllm.engine.kv_cache import allocate_kv_cache, max_blocks, num_fitting_blocks
 from nanovllm.engine.logit_edits import EditSlots
 from nanovllm.engine.model_checks import checked_model_config
@@ -80,7 +81,7 @@ class ModelRunner:
         self.attention_backend = self.backend.name
         config.kvcache_block_size = self.backend.block_size
         use_graphs = self.on_gpu and not config.enforce_eager and self.backend.can_capture
-        load_model(self.model, config, headers)
+        allocate_weights(self.model, config, headers)
         # Before anything is allocated for so many positions.
         most_tokens = self.agree_on_blocks(max_blocks(config, specs)) * config.kvcache_block_size
         config.max_model_len = min(config.max_model_len, most_tokens)
@@ -99,15 +100,20 @@ class ModelRunner:
             shape = (config.max_num_seqs, self.model.lm_head.out_features)
             self.logits = torch.empty(shape, dtype=config.torch_dtype, device=self.device)
         self.kv_cache = allocate_kv_cache(config, specs, num_blocks=1)  # for the warm-up
-        step_bytes = self._warm_up(use_graphs) if self.on_gpu else 0
+        self.compiler = self.make_compiler()
+        run_ahead = self._run_ahead(use_graphs) if self.compiler is not None else []
+        fill_weights(self.model, config, headers)  # while kernels are being compiled
+        with self._kernels_on_demand():
+            step_bytes = self._warm_up(use_graphs) if self.on_gpu else 0
         self.num_kvcache_blocks = config.num_kvcache_blocks or self.agree_on_blocks(
             num_fitting_blocks(config, specs, step_bytes, in_use_before)
         )
         self.kv_cache = allocate_kv_cache(config, specs, self.num_kvcache_blocks)
         self.graphs: CudaGraphs | None = None
         if use_graphs:
-            self.graphs = CudaGraphs(self.device, self._run)
-            self.graphs.capture(self.largest_decode_shape())
+            self.graphs = CudaGraphs(self.device, self._run, run_ahead)
+            with self._kernels_on_demand():
+                self.graphs.capture(self.largest_decode_shape())
         self._launched_rows: dict[int, int] = {}  # seq_id -> row of the last launch
         self._edit_slots = EditSlots(config.max_num_seqs)
 
@@ -122,6 +128,10 @@ class ModelRunner:
         config = self.config
         return Sampler(config.max_num_seqs, self.device, config.model_config.vocab_size)
 
+    def make_compiler(self) -> Any:
+        """What compiles kernels ahead; None if nothing does."""
+        return kernels.Compiler(self.device) if self.on_gpu and kernels is not None else None
+
     def largest_decode_shape(self) -> StepShape:
         """The decode step that needs the most memory."""
         return self.inputs.decode_shape(self.config.max_num_seqs)
@@ -133,6 +143,12 @@ class ModelRunner:
     def on_device(self) -> AbstractContextManager:
         """Makes the runner's GPU the current one: Triton and events go by that."""
         return torch.cuda.device(self.device) if self.on_gpu else nullcontext()
+
+    @contextmanager
+    def in_own_settings(self) -> Iterator[None]:
+        """Around whatever runs the model."""
+        with self.on_device(), self.in_own_dtype(), self._kernels_on_demand():
+            yield
 
     def in_own_dtype(self) -> AbstractContextManager:
         """Switches the caller's `torch.autocast` off: the engine computes in `dtype`."""
@@ -167,7 +183,7 @@ class ModelRunner:
     def run(self, step: Step) -> PendingStep:
         """Run a step whose inputs are in the host buffer, as far as it gets without masks."""
         shape = step.shape
-        with self.on_device(), self.in_own_dtype():
+        with self.in_own_settings():
             self.inputs.send(step.buffer_index, step.num_words)
             if step.slot_contents:
                 self.sampler.edits.write(step.slot_contents)
@@ -195,7 +211,7 @@ class ModelRunner:
     def sample(self, pending: PendingStep) -> None:
         """Sample the tokens of a step that waits for masks."""
         assert pending.logits is not None
-        with self.on_device(), self.in_own_dtype():
+        with self.in_own_settings():
             self.sampler.edits.send_masks(pending.step.num_masks)
             self._sample(pending.logits, pending.step.shape)
             self._finish(pending, pending.logits)
@@ -239,6 +255,8 @@ class ModelRunner:
         self.is_closed = True
         if self.graphs is not None:
             self.graphs.close()
+        if self.compiler is not None:
+            self.compiler.close()
         del self.graphs, self.model, self.kv_cache, self.cos_sin, self.sampler, self.inputs
         del self.logits
         gc.collect()
@@ -246,6 +264,9 @@ class ModelRunner:
             with self.on_device():
                 torch._C._cuda_clearCublasWorkspaces()
                 torch.cuda.empty_cache()
+
+    def _kernels_on_demand(self) -> AbstractContextManager:
+        return nullcontext() if self.compiler is None else self.compiler.on_demand()
 
     def _run(self, shape: StepShape) -> torch.Tensor:
         """The step itself, on the device from its inputs to the sampled tokens, or if it waits for
@@ -306,6 +327,46 @@ class ModelRunner:
             logits_indices=inputs.cu_seqlens_q[1:] - 1 if shape.is_prefill else None,
         )  # fmt: skip
 
+    def _largest_prefill_shape(self) -> StepShape:
+        config = self.config
+        length = min(config.max_num_batched_tokens, config.max_model_len - 1)
+        tokens = min(config.max_num_batched_tokens, config.max_num_seqs * length)
+        rows, width, context = -(-tokens // length), self.inputs.max_width, config.max_model_len
+        return StepShape(True, rows, tokens, width, length, context)
+
+    def _run_padding(self, shape: StepShape) -> torch.Tensor:
+        """Run a step of padding rows, which write nowhere."""
+        inputs = self.inputs.view(shape)
+        inputs.slot_mapping.fill_(-1)
+        inputs.context_lens.fill_(shape.max_seqlen_q)
+        starts = torch.arange(shape.rows + 1) * shape.max_seqlen_q
+        inputs.cu_seqlens_q.copy_(starts.clamp_(max=shape.tokens))
+        logits = self._run(shape)
+        self.inputs.device.zero_()
+        return logits
+
+    def _run_ahead(self, use_graphs: bool) -> list[StepShape]:
+        """Have the kernels of all steps compiled by other threads, those of the warm-up and of
+        single prompts first, and the library's products loaded. Returns the decode shapes.
+
+        Whatever the weights are by now: what is computed is of no use.
+        """
+        largest = self.config.max_num_seqs
+        sizes = [largest, 1, *reversed(graph_sizes(largest))] if use_graphs else [largest, 1]
+        sizes = list(dict.fromkeys(sizes))
+        shapes = [self.inputs.decode_shape(rows) for rows in sizes]
+        shapes += [shape._replace(truncates=True) for shape in shapes]
+        decoder = self.model.model
+        layers = decoder.layers
+        decoder.layers = torch.nn.ModuleList([layers[0], layers[-1]])  # they are much alike
+        try:
+            with self.compiler.ahead():
+                for shape in (shapes[0], self._largest_prefill_shape(), *shapes[1:]):
+                    self._run_padding(shape)
+        finally:
+            decoder.layers = layers
+        return shapes
+
     def _warm_up(self, use_graphs: bool) -> int:
         """Run the largest steps of each kind once, on a cache of one block; returns the bytes that
         a step needs at the most.
@@ -313,22 +374,11 @@ class ModelRunner:
         Libraries load, kernels compile, and the allocator learns the peak. Nothing is written: all
         rows are padding as far as the KV cache is concerned.
         """
-        config = self.config
-        length = min(config.max_num_batched_tokens, config.max_model_len - 1)
-        tokens = min(config.max_num_batched_tokens, config.max_num_seqs * length)
-        rows, width, context = -(-tokens // length), self.inputs.max_width, config.max_model_len
-        prefill = StepShape(True, rows, tokens, width, length, context)
-        decode = self.largest_decode_shape()
+        prefill, decode = self._largest_prefill_shape(), self.largest_decode_shape()
         torch.cuda.reset_peak_memory_stats(self.device)
         graph_bytes = 0  # of the first, a decode step
         for shape in (decode, prefill, decode):
-            inputs = self.inputs.view(shape)
-            inputs.slot_mapping.fill_(-1)
-            inputs.context_lens.fill_(shape.max_seqlen_q)
-            starts = torch.arange(shape.rows + 1) * shape.max_seqlen_q
-            inputs.cu_seqlens_q.copy_(starts.clamp_(max=shape.tokens))
-            logits = self._run(shape)
-            self.inputs.device.zero_()
+            logits = self._run_padding(shape)
             graph_bytes = graph_bytes or self._activation_bytes()
         first_token = self.sampler.tokens[:1].expand(LOGPROB_ROWS)
         k = 1 + (kernels.MOST_TOP if has_kernels(logits) else 0)  # the torch formula takes most
@@ -344,9 +394,8 @@ class ModelRunner:
         return stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
 
 
-def load_model(model: CausalLM, config: Config, headers: Headers) -> None:
-    """Give a network memory on the device, and its weights: those of the files with these headers,
-    or random ones without any.
+def allocate_weights(model: CausalLM, config: Config, headers: Headers) -> None:
+    """Give a network memory on the device, for the weights of the files with these headers.
 
     Raises:
         ValueError, FileNotFoundError: for a checkpoint that cannot be loaded.
@@ -371,6 +420,14 @@ def load_model(model: CausalLM, config: Config, headers: Headers) -> None:
         ) from error
     model.load_state_dict(memory, assign=True)
     model.requires_grad_(False).tie_weights()
+
+
+def fill_weights(model: CausalLM, config: Config, headers: Headers) -> None:
+    """Load a network's weights: those of the files with these headers, random ones without any.
+
+    Raises:
+        ValueError: for a checkpoint that cannot be loaded.
+    """
     views = model.checkpoint_views()
     if headers:
         load_weights(headers, views, model.ignored_tensors())

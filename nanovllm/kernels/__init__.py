@@ -19,6 +19,7 @@ from nanovllm.kernels.all_reduce import (
     best_of_ranks,
     wait_for,
 )
+from nanovllm.kernels.compiling import Compiler
 from nanovllm.kernels.decode_attention import num_decode_ranges, paged_decode
 from nanovllm.kernels.decode_plan import DecodePlan, max_plan_words, plan_decode
 from nanovllm.kernels.edit_logits import edit_logits
@@ -33,7 +34,7 @@ from nanovllm.kernels.rope_store import qk_norm_rope_store
 from nanovllm.kernels.truncate import truncation_thresholds
 
 __all__ = [
-    "MAX_HEAD_DIM", "MOST_TOP", "PUSH_BLOCK", "PUSH_SLOTS", "DecodePlan", "add_matmul",
+    "MAX_HEAD_DIM", "MOST_TOP", "PUSH_BLOCK", "PUSH_SLOTS", "Compiler", "DecodePlan", "add_matmul",
     "all_reduce", "all_reduce_add", "best_of_ranks", "edit_logits", "embed", "gated_matmul",
     "gumbel_sample", "gumbel_winners", "matmul", "max_plan_words", "num_decode_ranges",
     "paged_decode", "paged_prefill", "plan_decode", "qk_norm_rope_store", "rms_norm",

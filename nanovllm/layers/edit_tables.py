@@ -179,8 +179,8 @@ class EditTables:
 
     def _may_come(self, place: int) -> torch.Tensor:
         """[vocab] bool."""
-        bits = (self.masks[place, :, None] >> torch.arange(32)) & 1
-        return bits.flatten()[self.first_token :][: self.vocab_size].bool()
+        bits = np.unpackbits(self.masks[place].numpy().view(np.uint8), bitorder="little")
+        return torch.from_numpy(bits)[self.first_token :][: self.vocab_size].bool()
 
     @staticmethod
     def _rows_with_slots(edits: RowEdits) -> Iterator[tuple[int, int]]:

@@ -45,6 +45,9 @@ class RankRunner(ModelRunner):
             config.max_num_seqs, self.device, config.model_config.vocab_size, self.group
         )
 
+    def make_compiler(self) -> None:
+        """None: in a step in which some kernels do not run, ranks would wait for each other."""
+
     def largest_decode_shape(self) -> StepShape:
         return super().largest_decode_shape()._replace(truncates=True)
 
