@@ -11,7 +11,7 @@ room.
 
 import argparse
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,8 +182,8 @@ def recorded(llm: LLM, letters: dict[int, str]) -> Iterator[list[Step]]:
         shapes.append(shape)
         return shape, num_words
 
-    def recorded_launch(batch: Batch) -> PendingStep:
-        pending = launch(batch)
+    def recorded_launch(batch: Batch, before_it_runs: Callable[[], None]) -> PendingStep:
+        pending = launch(batch, before_it_runs)
         steps[-1].launch_end = perf_counter()
         sent = buffers.view(shapes[-1])
         for name in ("input_ids", "positions", "slot_mapping", "cu_seqlens_q", "context_lens"):

@@ -67,10 +67,10 @@ def at_step(llm: LLM, number: int, function: Callable[[], None]) -> None:
     """Call a function in the step of this number, whoever takes it."""
     launch, numbers = llm.model_runner.launch, iter(range(10**6))
 
-    def wrapped(batch):
+    def wrapped(*args):
         if next(numbers) == number:
             function()
-        return launch(batch)
+        return launch(*args)
 
     llm.model_runner.launch = wrapped
 

@@ -143,9 +143,9 @@ class GrammarConstraint:
         self._has_warned = False
 
     def accept(self, token_id: int) -> None:
-        if not self.is_complete:
-            is_eos = token_id in self.grammars.eos_token_ids
-            self.matcher.consume_token(self.grammars.eos_token_id if is_eos else token_id)
+        is_eos = token_id in self.grammars.eos_token_ids
+        if self.matcher.consume_token(self.grammars.eos_token_id if is_eos else token_id):
+            return  # as almost always
         if self.matcher.is_error() and not self._has_warned:
             self._has_warned = True
             reason = self.matcher.get_error().partition("\n")[0]

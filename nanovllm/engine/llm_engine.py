@@ -5,7 +5,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,9 @@ class LLMEngine:
         self._callers = Callers()
         self._request_of_seq: dict[int, Request] = {}  # by seq_id, of unfinished sequences
         self._in_flight: deque[tuple[Batch, PendingStep]] = deque()
+        # A step that waits for masks before it can be sampled, and who fills them.
+        self._waiting: tuple[PendingStep, Future[None]] | None = None
+        self._mask_thread = ThreadPoolExecutor(1, "masks")
         self._last_collect = 0.0
         self._num_finished = self._num_aborted = self._num_generated = 0
 
@@ -285,6 +288,9 @@ class LLMEngine:
         self._num_aborted += len({id(request) for request in self._request_of_seq.values()})
         self._request_of_seq.clear()
         self._in_flight.clear()
+        if self._waiting is not None:  # it writes to memory of the runner
+            wait([self._waiting[1]])
+            self._waiting = None
         self.output_processor.clear()
         self.scheduler.abort_all()
         self.model_runner.reset()
@@ -313,19 +319,29 @@ class LLMEngine:
             self._collect()
 
     def _launch(self, batch: Batch, outputs: list[RequestOutput]) -> None:
-        """Start a step. Masks depend on the tokens before: these are taken in, and the masks made,
-        while the device computes the logits. Requests that end with them are added to `outputs`."""
-        step = self.model_runner.launch(batch)
+        """Start a step. Masks depend on the tokens before: these are taken in while the device
+        computes the logits, and a thread fills the masks while the next step is planned. Requests
+        that end with these tokens are added to `outputs`."""
+        step = self.model_runner.launch(batch, self._sample_waiting)
         self._in_flight.append((batch, step))
         if batch.constraints:
             while len(self._in_flight) > 1:
                 outputs += self._collect()
-            fill_masks([*batch.constraints.values()], self.model_runner.masks(step))
+            constraints, masks = [*batch.constraints.values()], self.model_runner.masks(step)
+            self._waiting = step, self._mask_thread.submit(fill_masks, constraints, masks)
+
+    def _sample_waiting(self) -> None:
+        """Sample the step that waits for its masks, if there is one."""
+        if self._waiting is not None:
+            (step, filling), self._waiting = self._waiting, None
+            filling.result()
             self.model_runner.sample(step)
 
     def _collect(self) -> list[RequestOutput]:
         """Wait for the oldest step in flight, and take its tokens in."""
         batch, step = self._in_flight.popleft()
+        if self._waiting is not None and self._waiting[0] is step:
+            self._sample_waiting()
         token_ids = self.model_runner.collect(step)
         now = time.perf_counter()
         self.stats.add(batch, now - self._last_collect)

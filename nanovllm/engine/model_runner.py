@@ -156,10 +156,12 @@ class ModelRunner:
         is_on = torch.is_autocast_enabled(kind)
         return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
-    def launch(self, batch: Batch) -> PendingStep:
+    def launch(self, batch: Batch, before_it_runs: Callable[[], None]) -> PendingStep:
         """Start a step; returns at once on a GPU. Tokens that the host does not know yet are taken
-        on the device from the step launched before."""
-        return self.run(self.prepare(batch))
+        on the device from the step launched before. `before_it_runs` may still sample that one."""
+        step = self.prepare(batch)
+        before_it_runs()
+        return self.run(step)
 
     def prepare(self, batch: Batch) -> Step:
         """Fill a host buffer with the inputs of a batch."""
@@ -351,21 +353,27 @@ class ModelRunner:
 
         Whatever the weights are by now: what is computed is of no use.
         """
-        largest = self.config.max_num_seqs
-        sizes = [largest, 1, *reversed(graph_sizes(largest))] if use_graphs else [largest, 1]
-        sizes = list(dict.fromkeys(sizes))
-        shapes = [self.inputs.decode_shape(rows) for rows in sizes]
-        shapes += [shape._replace(truncates=True) for shape in shapes]
+        largest = self._largest_prefill_shape()
+        sizes = [*reversed(graph_sizes(self.config.max_num_seqs))]
+        decode = [self.inputs.decode_shape(rows) for rows in (sizes if use_graphs else sizes[:1])]
+        with_truncation = [shape._replace(truncates=True) for shape in decode]
+        # Prompts of a token. Their number may be odd, which kernels tell from multiples of 16.
+        prefill = [
+            largest._replace(rows=rows, tokens=rows, max_seqlen_q=1)
+            for rows in (3, 17, 33, 65, 129)
+            if rows < sizes[0]
+        ]
+        in_order = [decode[0], largest, decode[-1], *decode[1:-1], with_truncation[0], *prefill]
         decoder = self.model.model
         layers = decoder.layers
         decoder.layers = torch.nn.ModuleList([layers[0], layers[-1]])  # they are much alike
         try:
             with self.compiler.ahead():
-                for shape in (shapes[0], self._largest_prefill_shape(), *shapes[1:]):
+                for shape in in_order:
                     self._run_padding(shape)
         finally:
             decoder.layers = layers
-        return shapes
+        return decode + with_truncation
 
     def _warm_up(self, use_graphs: bool) -> int:
         """Run the largest steps of each kind once, on a cache of one block; returns the bytes that

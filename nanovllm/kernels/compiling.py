@@ -57,15 +57,15 @@ class Compiler:
         finalize_fn: Callable[[Any], None],
         *_: Any,
     ) -> Any:
-        """Called by Triton for a kernel that it has not compiled yet: returns the kernel, or None
-        if it is not to be launched now."""
-        if self._only_compiles:
-            if key not in self._ahead:
+        """Called by Triton for a kernel that it does not know yet: returns the kernel, or None if
+        it is not to be launched now."""
+        ahead = self._ahead.get(key)
+        if self._only_compiles and (ahead is None or not ahead.done()):
+            if ahead is None:
                 self._ahead[key] = self._executor.submit(self._compile_and_load, compile_fn)
             return None
-        ahead = self._ahead.pop(key, None)
-        must_wait = ahead is not None and not ahead.cancel()  # it is under way, or done
-        kernel = ahead.result() if ahead is not None and must_wait else compile_fn()
+        is_there = ahead is not None and not ahead.cancel()  # or under way
+        kernel = ahead.result() if ahead is not None and is_there else compile_fn()
         finalize_fn(kernel)
         return kernel
 

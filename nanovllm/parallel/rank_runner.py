@@ -1,7 +1,7 @@
 """The model runner of a rank, and that of rank 0, which leads the others."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.connection import Connection
 
@@ -91,8 +91,9 @@ class LeadingRunner(RankRunner):
     def on_device(self) -> AbstractContextManager:
         return super().on_device() if self.on_gpu else _threads(self.ranks.num_threads)
 
-    def launch(self, batch: Batch) -> PendingStep:
+    def launch(self, batch: Batch, before_it_runs: Callable[[], None]) -> PendingStep:
         step = self.prepare(batch)
+        before_it_runs()
         inputs = self.inputs.hosts[step.buffer_index][: step.num_words].numpy()
         with no_interrupt():  # it would leave the ranks at different steps
             try:

@@ -2,7 +2,6 @@
 
 import json
 
-import jsonschema
 import numpy as np
 import pytest
 
@@ -10,6 +9,8 @@ from helpers.constraints import EOS, demo_bytes, factory, num_words
 from helpers.schemas import random_document_schema
 from nanovllm.engine.constraints import MakeConstraint, fill_masks
 
+jsonschema = pytest.importorskip("jsonschema")
+pytest.importorskip("llguidance")
 NUM_SCHEMAS, NUM_GROUPS = 500, 4
 MAX_TOKENS = 250
 TEMPERATURE = 1.5

@@ -93,8 +93,8 @@ def test_steps_in_a_row_use_different_host_memory(llm: LLM):
     indices = []
     launch = llm.model_runner.launch
 
-    def spy(batch):
-        result = launch(batch)
+    def spy(*args):
+        result = launch(*args)
         indices.append(llm.model_runner.inputs.buffer_index)
         return result
 
@@ -191,8 +191,8 @@ def test_a_token_that_the_host_has_not_read_is_taken_from_the_step_before(
     lengths = (1, 12, 12, 12)
     for prompt, max_tokens in zip(PROMPTS, lengths, strict=True):
         llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=max_tokens))
-    first = runner.launch(scheduler.schedule())
-    second = runner.launch(batch := scheduler.schedule())
+    first = runner.launch(scheduler.schedule(), lambda: None)
+    second = runner.launch(batch := scheduler.schedule(), lambda: None)
     assert len(batch.seqs) == 3 and not batch.is_prefill
     assert all(seq.num_pending_tokens == 2 for seq in batch.seqs)
     expected = [tiny_reference.tokens(prompt, 2) for prompt in PROMPTS]
