@@ -1,7 +1,9 @@
 """What restricts the next token of a completion beyond its parameters: a grammar, bad words."""
 
 import functools
+import threading
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -131,12 +133,48 @@ def _make(grammar: Grammar | None, words: tuple[TokenIds, ...]) -> TokenConstrai
     return parts[0] if parts else None
 
 
-def fill_masks(constraints: Sequence[TokenConstraint | None], out: np.ndarray) -> None:
+class MaskFiller:
+    """Fills masks in a thread, while its caller goes on."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "masks")
+        self._filling: Future[None] | None = None
+
+    def start(self, constraints: Sequence[TokenConstraint | None], out: np.ndarray) -> None:
+        """Begin to fill `out`, see `fill_masks`. No constraint may change until `finish`."""
+        is_free = threading.Event()
+        self._filling = self._pool.submit(self._fill, constraints, out, is_free)
+        # Else the thread would not get the GIL as long as this one has something to do.
+        is_free.wait()
+
+    def finish(self) -> None:
+        """Wait until they are filled. Without a start, and a second time, it does nothing."""
+        if self._filling is not None:
+            filling, self._filling = self._filling, None
+            filling.result()
+
+    @staticmethod
+    def _fill(
+        constraints: Sequence[TokenConstraint | None], out: np.ndarray, is_free: threading.Event
+    ) -> None:
+        try:
+            fill_masks(constraints, out, is_free.set)
+        finally:
+            is_free.set()
+
+
+def fill_masks(
+    constraints: Sequence[TokenConstraint | None],
+    out: np.ndarray,
+    before_library: Callable[[], None] = lambda: None,
+) -> None:
     """Which tokens may come next, of many rows at once: all of them where there is no constraint.
 
     Args:
         constraints: of one engine, one a row.
         out: [rows, ceil(vocab / 32)] int32, contiguous, as in `restrict`; overwritten.
+        before_library: called when there is little left to do but for a library, which frees the
+            GIL.
     """
     grammars: list[tuple[int, GrammarConstraint]] = []
     others: list[tuple[int, TokenConstraint]] = []
@@ -148,6 +186,6 @@ def fill_masks(constraints: Sequence[TokenConstraint | None], out: np.ndarray) -
         else:
             out[row] = -1
         others += [(row, part) for part in parts if part is not None]
-    fill_grammar_masks(grammars, out)
+    fill_grammar_masks(grammars, out, before_library)
     for row, part in others:
         part.restrict(out[row])

@@ -163,7 +163,11 @@ class GrammarConstraint:
         return self.matcher.is_stopped()
 
 
-def fill_grammar_masks(rows: Sequence[tuple[int, GrammarConstraint]], out: np.ndarray) -> None:
+def fill_grammar_masks(
+    rows: Sequence[tuple[int, GrammarConstraint]],
+    out: np.ndarray,
+    before_library: Callable[[], None] = lambda: None,
+) -> None:
     """Overwrite rows of `out` with the masks of one engine's constraints.
 
     Many are computed in parallel, in threads of the library. The GIL is free meanwhile.
@@ -171,6 +175,7 @@ def fill_grammar_masks(rows: Sequence[tuple[int, GrammarConstraint]], out: np.nd
     Args:
         rows: an index of `out` and what may come there, no index twice.
         out: [any number, ceil(vocab / 32)] int32, contiguous.
+        before_library: called before the library begins.
     """
     if not rows:
         return
@@ -180,10 +185,12 @@ def fill_grammar_masks(rows: Sequence[tuple[int, GrammarConstraint]], out: np.nd
         masks = np.empty((len(out), grammars.num_words), dtype=np.int32)
     start, size = masks.ctypes.data, masks.strides[0]
     if len(rows) < MANY_ROWS:
+        before_library()
         for row, constraint in rows:
             constraint.matcher.unsafe_compute_mask_ptr(start + row * size, size)
     else:
         matchers = [(constraint.matcher, row) for row, constraint in rows]
+        before_library()
         _executor().unsafe_compute_mask_ptr(matchers, start, size, len(masks))
     if masks is not out:
         indices = [row for row, _ in rows]

@@ -5,8 +5,8 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.callers import Callers
-from nanovllm.engine.constraints import fill_masks
+from nanovllm.engine.constraints import MaskFiller
 from nanovllm.engine.input_processor import InputProcessor, Prompt, Request, params_list
 from nanovllm.engine.model_runner import ModelRunner, load_libraries
 from nanovllm.engine.output_processor import OutputProcessor
@@ -94,9 +94,8 @@ class LLMEngine:
         self._callers = Callers()
         self._request_of_seq: dict[int, Request] = {}  # by seq_id, of unfinished sequences
         self._in_flight: deque[tuple[Batch, PendingStep]] = deque()
-        # A step that waits for masks before it can be sampled, and who fills them.
-        self._waiting: tuple[PendingStep, Future[None]] | None = None
-        self._mask_thread = ThreadPoolExecutor(1, "masks")
+        self._mask_filler = MaskFiller()
+        self._waiting: PendingStep | None = None  # for masks, before it can be sampled
         self._last_collect = 0.0
         self._num_finished = self._num_aborted = self._num_generated = 0
 
@@ -288,9 +287,9 @@ class LLMEngine:
         self._num_aborted += len({id(request) for request in self._request_of_seq.values()})
         self._request_of_seq.clear()
         self._in_flight.clear()
-        if self._waiting is not None:  # it writes to memory of the runner
-            wait([self._waiting[1]])
-            self._waiting = None
+        self._waiting = None
+        with suppress(Exception):  # a failure is no news any more
+            self._mask_filler.finish()
         self.output_processor.clear()
         self.scheduler.abort_all()
         self.model_runner.reset()
@@ -327,20 +326,20 @@ class LLMEngine:
         if batch.constraints:
             while len(self._in_flight) > 1:
                 outputs += self._collect()
-            constraints, masks = [*batch.constraints.values()], self.model_runner.masks(step)
-            self._waiting = step, self._mask_thread.submit(fill_masks, constraints, masks)
+            self._mask_filler.start([*batch.constraints.values()], self.model_runner.masks(step))
+            self._waiting = step
 
     def _sample_waiting(self) -> None:
         """Sample the step that waits for its masks, if there is one."""
         if self._waiting is not None:
-            (step, filling), self._waiting = self._waiting, None
-            filling.result()
+            step, self._waiting = self._waiting, None
+            self._mask_filler.finish()
             self.model_runner.sample(step)
 
     def _collect(self) -> list[RequestOutput]:
         """Wait for the oldest step in flight, and take its tokens in."""
         batch, step = self._in_flight.popleft()
-        if self._waiting is not None and self._waiting[0] is step:
+        if step is self._waiting:
             self._sample_waiting()
         token_ids = self.model_runner.collect(step)
         now = time.perf_counter()
