@@ -21,10 +21,11 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +171,18 @@ def floor_seconds(
     }
 
 
-def run(llm: LLM, workload: Workload, temperature: float, use_tqdm: bool) -> dict[str, float]:
-    """Generate once; seconds and tokens of it."""
+def run(
+    llm: LLM,
+    workload: Workload,
+    temperature: float,
+    use_tqdm: bool,
+    options: Sequence[dict[str, Any]] = (),
+) -> dict[str, float]:
+    """Generate once; seconds and tokens of it. `options` are of SamplingParams, for the first
+    requests."""
     params = [
-        SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True)
-        for n in workload.output_lens
+        SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True, **own)
+        for n, own in zip_longest(workload.output_lens, options, fillvalue={})
     ]
     before = replace(llm.stats)
     start = time.perf_counter()

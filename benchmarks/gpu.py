@@ -13,6 +13,7 @@ ready    the imports of torch and nanovllm, one after the other, `LLM(...)` on a
          fresh process: once with the caches of Triton and of Python's bytecode empty, then with
          both full. The checkpoint is in the page cache. The first request is not counted in.
 host     what the host does for a decode step: schedule, launch and postprocess, without waiting
+options  256 requests, 128 in, 256 out, with sampling options: all of them, or one
 scaling  the mean decode step by batch, by context, and of larger models
 
 All with random bf16 weights in the shape of Qwen3-0.6B unless said otherwise, temperature 0.6, no
@@ -54,7 +55,16 @@ from benchmarks.ready import STAGES, seconds_to_ready, write_checkpoint
 from nanovllm import LLM, __version__
 from nanovllm.config import Config
 
-PARTS = ("mix", "batch", "prefill", "ready", "host", "scaling")
+PARTS = ("mix", "batch", "prefill", "ready", "host", "options", "scaling")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "no": {},
+    "repetition_penalty": {"repetition_penalty": 1.1},
+    "frequency_penalty": {"frequency_penalty": 0.5, "presence_penalty": 0.5},
+    "logit_bias": {"logit_bias": {5: 1.0, 7: -3.0}},
+    "allowed_token_ids": {"allowed_token_ids": list(range(500))},
+    "top_k and top_p": {"top_k": 20, "top_p": 0.8},
+    "logprobs": {"logprobs": 5},
+}
 UNITS = {"s": 1, "ms/step": 1e3, "us/step": 1e6}
 
 
@@ -66,6 +76,7 @@ class Sizes:
     batches: tuple[int, ...] = (1, 32)
     batch_len: tuple[int, int] = (128, 512)
     prefill: tuple[int, int] = (64, 1024)
+    options: tuple[int, int, int] = (256, 128, 256)
     host_batches: tuple[int, ...] = (1, 32, 256, 512)
     host_steps: int = 64
     scaling_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -80,7 +91,7 @@ class Sizes:
 TINY = Sizes(
     mix=(4, (5, 20), (3, 8)), batch_len=(8, 4), prefill=(4, 32), host_batches=(1, 4), host_steps=3,
     scaling_batches=(1, 2, 4), scaling_len=(8, 4), contexts=(16, 32, 64), context_batch=2,
-    context_output=4, shapes=("qwen3-4b",), shape_batches=(1, 2),
+    context_output=4, options=(4, 8, 4), shapes=("qwen3-4b",), shape_batches=(1, 2),
 )  # fmt: skip
 
 
@@ -93,6 +104,7 @@ class Case:
     workload: Workload
     per_step: bool = True
     tokens: int = 0  # in what is measured: output tokens, or those of the prompts
+    options: list[dict[str, Any]] = field(default_factory=list)  # of the first requests
 
     @classmethod
     def decode(cls, part: str, batch: int, input_len: int, output_len: int, name: str) -> "Case":
@@ -179,10 +191,21 @@ class Bench:
             number, length = self.sizes.prefill
             workload = Workload.draw(number, (length,) * 2, (1, 1), 10**5, seed=1)
             yield Case("prefill", "prefill", workload, False, number * length)
+        if "options" in parts:
+            yield from self.option_cases()
         if "scaling" in parts:
             for batch in self.sizes.scaling_batches:
                 name = f"scaling: batch {batch}"
                 yield Case.decode("by batch", batch, *self.sizes.scaling_len, name)
+
+    def option_cases(self) -> Iterator[Case]:
+        number, input_len, output_len = self.sizes.options
+        workload = Workload.draw(number, (input_len,) * 2, (output_len,) * 2, 10**5, seed=1)
+        for name, options in (OPTIONS | {"min_tokens": {"min_tokens": output_len}}).items():
+            for rows in (number, 1) if options else (number,):
+                title = f"options: {name}" + (f" in {rows}" if options else "")
+                tokens = number * output_len
+                yield Case("options", title, workload, False, tokens, [options] * rows)
 
     def llm(self, shape: str | None = None, **options: Any) -> LLM:
         options = self.options | options
@@ -196,7 +219,7 @@ class Bench:
         seconds = []
         for _ in range(self.args.runs + 1):
             workload = self.renewed(case, llm.config.model_config.vocab_size)
-            result = run(llm, workload, TEMPERATURE, use_tqdm=False)
+            result = run(llm, workload, TEMPERATURE, use_tqdm=False, options=case.options)
             if result["cached_tokens"]:
                 raise RuntimeError(f"{case.name}: the prefix cache helped; the figure is worthless")
             if case.per_step:
@@ -330,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
             if engine == "nanovllm":
                 bench.nanovllm(args.parts)
             else:
-                bench.peer(engine, [part for part in args.parts if part != "scaling"])
+                bench.peer(engine, [p for p in args.parts if p not in ("options", "scaling")])
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU, miniature"
     read_rate, matmul_rate = bench.rates
     print(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from nanovllm import SamplingParams
 from nanovllm.engine.logit_edits import LogitEdits
@@ -172,3 +173,30 @@ def test_masks_leave_the_tokens_whose_bits_are_set(vocab: int):
     expected[0][~may_come[1, :vocab]] = -INF
     expected[1][~may_come[3, :vocab]] = -INF
     assert torch.equal(found, expected)
+
+
+def test_logits_are_those_of_transformers_processors():
+    vocab, rows = 500, 4
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(rows, vocab, generator=generator)
+    prompts = torch.randint(vocab, (rows, 30), generator=generator)
+    generated = torch.randint(vocab, (rows, 20), generator=generator)
+    input_ids = torch.cat([prompts, generated], dim=1)
+    processors = [
+        transformers.SequenceBiasLogitsProcessor({(7,): 2.5, (11,): -4.0}),
+        transformers.MinNewTokensLengthLogitsProcessor(30, 21, [8, 9]),
+        transformers.RepetitionPenaltyLogitsProcessor(1.3),
+    ]
+    expected = logits.clone()
+    for processor in processors:
+        expected = processor(input_ids, expected)
+    tables = EditTables(rows, CPU, vocab)
+    options = {"logit_bias": {7: 2.5, 11: -4.0}, "min_tokens": 21, "repetition_penalty": 1.3}
+    for row in range(rows):
+        # The last token is not counted yet.
+        history = prompts[row].tolist(), generated[row, :-1].tolist()
+        tables.write([contents(row, *history, **options)])
+    edits = RowEdits(int32(*range(rows)), generated[:, -1].int(), None)
+    found = tables.edited(logits, edits, torch.tensor([0]))
+    assert torch.equal(found, expected)
+    assert torch.isneginf(found[:, [8, 9]]).all() and torch.isfinite(found).sum() == rows * 498
