@@ -1,6 +1,6 @@
 """The GPU workloads in one call, each beside its floor.
 
-    python -m benchmarks.gpu                        # all but scaling: about a minute and a half
+    python -m benchmarks.gpu                        # all but options and scaling: 90 s
     python -m benchmarks.gpu --all --json gpu.json  # benchmarks.plot draws from that file
     python -m benchmarks.gpu --engine vllm transformers
     python -m benchmarks.gpu --engine nano-vllm --engine-path path/to/nano-vllm
@@ -56,6 +56,7 @@ from nanovllm import LLM, __version__
 from nanovllm.config import Config
 
 PARTS = ("mix", "batch", "prefill", "ready", "host", "options", "scaling")
+EXTRA_PARTS = ("options", "scaling")  # nanovllm's alone, and only if asked for
 OPTIONS: dict[str, dict[str, Any]] = {
     "no": {},
     "repetition_penalty": {"repetition_penalty": 1.1},
@@ -324,7 +325,9 @@ class Bench:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=" ".join(PARTS))
-    parser.add_argument("--scaling", "--all", action="store_true", help="all parts, scaling too")
+    parser.add_argument(
+        "--scaling", "--all", action="store_true", help="all parts, options and scaling too"
+    )
     engines = ["nanovllm", *ENGINES]
     parser.add_argument("--engine", nargs="+", choices=engines, default=["nanovllm"])
     parser.add_argument("--engine-path", metavar="DIR", help="where nano-vllm's repository is")
@@ -335,7 +338,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--tiny", action="store_true", help="a miniature of all, to try it out")
     args = parser.parse_args(argv)
-    args.parts = args.only or [p for p in PARTS if p != "scaling" or args.scaling]
+    args.parts = args.only or [p for p in PARTS if p not in EXTRA_PARTS or args.scaling]
     if args.runs < 1:
         parser.error("--runs must be at least 1")
     if "nano-vllm" in args.engine and not Path(args.engine_path or "?", "nanovllm").is_dir():
@@ -353,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
             if engine == "nanovllm":
                 bench.nanovllm(args.parts)
             else:
-                bench.peer(engine, [p for p in args.parts if p not in ("options", "scaling")])
+                bench.peer(engine, [p for p in args.parts if p not in EXTRA_PARTS])
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU, miniature"
     read_rate, matmul_rate = bench.rates
     print(
