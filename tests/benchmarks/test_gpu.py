@@ -17,7 +17,8 @@ KNOWN_FLOORS = {"mix": 3.76, "batch 1": 0.294e-3, "batch 32": 0.619e-3, "prefill
 def test_gpu_measures_every_part(report: Path) -> None:
     rows = json.loads(report.read_text())["rows"]
     parts = {row["part"] for row in rows}
-    assert parts == {"mix", "batch", "prefill", "host", "by batch", "by context", "by model"}
+    by = {"by batch", "by context", "by model"}
+    assert parts == {"mix", "batch", "prefill", "host", "options", *by}
     assert len({row["name"] for row in rows}) == len(rows)
     for row in rows:
         assert len(row["runs"]) == 1 and row["runs"][0] == row["seconds"] > 0
