@@ -93,11 +93,11 @@ def _schema_text(schema: Any) -> str:
             )
         try:
             text = json.dumps(dict(schema), allow_nan=False)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"json is not a JSON schema: {error}") from error
     try:
         is_object = isinstance(json.loads(text), dict)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"json is not a JSON schema: {error}, in {reprlib.repr(text)}") from error
     if not is_object:
         raise ValueError(f"json must be a schema that is an object, got {reprlib.repr(text)}")

@@ -136,3 +136,22 @@ def test_a_stop_string_or_an_abort_ends_a_constrained_row(tiny: Path, expected: 
         (output,) = outputs
         assert output["token_ids"] == expected[0][: expected[0].index(expected[0][3]) + 1]
         assert_empty(llm)
+
+
+@BOTH_ORDERS
+@pytest.mark.parametrize("size", [1, 2])
+def test_log_probabilities_of_a_row_without_a_token(
+    tiny: Path,
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    async_scheduling: bool,
+    size: int,
+):
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", [7, 7, None, 0])
+    params = [*PARAMS[:3], SamplingParams(max_tokens=LENGTH, seed=5, logprobs=2)]
+    with build(tiny, async_scheduling=async_scheduling, tensor_parallel_size=size) as llm:
+        with pytest.raises(RuntimeError, match="prompt 3: no token is left") as caught:
+            llm.generate(PROMPTS, params, use_tqdm=False)
+        *others, bad = caught.value.finished_outputs
+        assert [output["token_ids"] for output in others] == expected[:3]
+        assert bad["logprobs"] == [] and not llm.is_closed

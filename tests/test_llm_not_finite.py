@@ -55,6 +55,21 @@ def test_a_broken_request_ends_in_an_error_and_the_others_go_on(
         assert_empty(llm)
 
 
+@BOTH_ORDERS
+@pytest.mark.parametrize("logprobs", [0, 3])
+def test_log_probabilities_with_a_broken_request(
+    tiny: Path, tiny_reference: Reference, async_scheduling: bool, logprobs: int
+):
+    with build(tiny, async_scheduling=async_scheduling) as llm:
+        break_token(llm)
+        params = SamplingParams(temperature=0, max_tokens=12, logprobs=logprobs)
+        with pytest.raises(RuntimeError, match=f"prompt 0: {MESSAGE}") as caught:
+            llm.generate([BROKEN, PROMPTS[1]], params, use_tqdm=False)
+        bad, good = caught.value.finished_outputs
+        assert good["token_ids"] == tiny_reference.tokens(PROMPTS[1], 12)
+        assert len(good["logprobs"]) == 12 and bad["logprobs"] == []
+
+
 def test_a_token_that_breaks_the_model_later_ends_the_request_there(llm: LLM):
     params = SamplingParams(temperature=0, max_tokens=9, logit_bias={BROKEN_TOKEN: 100})
     with pytest.raises(RuntimeError, match=MESSAGE) as caught:

@@ -97,3 +97,9 @@ def test_names_that_scripts_import():
     assert nanovllm.sampling_params.StructuredOutputsParams is StructuredOutputsParams
     with pytest.raises(ImportError, match="use StructuredOutputsParams"):
         from nanovllm import GuidedDecodingParams  # noqa: F401
+
+
+def test_a_schema_that_is_nested_too_deep_is_refused():
+    text = '{"items":' * 3000 + "{}" + "}" * 3000
+    with pytest.raises(ValueError, match="json is not a JSON schema"):
+        StructuredOutputsParams(json=text)

@@ -1,6 +1,7 @@
 """What restricts the next token of a completion beyond its parameters: a grammar, bad words."""
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -137,13 +138,20 @@ class MaskFiller:
     """Fills masks in a thread, while its caller goes on."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "masks")
+        self._pool: ThreadPoolExecutor | None = None
+        self._pid = 0
         self._filling: Future[None] | None = None
 
     def start(self, constraints: Sequence[TokenConstraint | None], out: np.ndarray) -> None:
         """Begin to fill `out`, see `fill_masks`. No constraint may change until `finish`."""
+        if self._pool is None or self._pid != os.getpid():  # a fork has no threads
+            self._pool, self._pid = ThreadPoolExecutor(1, "masks"), os.getpid()
         is_free = threading.Event()
-        self._filling = self._pool.submit(self._fill, constraints, out, is_free)
+        try:
+            self._filling = self._pool.submit(self._fill, constraints, out, is_free)
+        except RuntimeError:  # the main thread has ended: no thread does anything for others
+            fill_masks(constraints, out)
+            return
         # Else the thread would not get the GIL as long as this one has something to do.
         is_free.wait()
 
@@ -152,6 +160,12 @@ class MaskFiller:
         if self._filling is not None:
             filling, self._filling = self._filling, None
             filling.result()
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._pool is not None and self._pid == os.getpid():
+            self._pool.shutdown(wait=False)
+        self._pool = None
 
     @staticmethod
     def _fill(

@@ -23,7 +23,7 @@ def graph_rows(rows: int, max_rows: int) -> int:
 
 class CudaGraphs:
     """Runs decode steps as graphs, each shape from its second time on, or from the first if it was
-    run ahead: what has to be loaded for a step cannot be loaded while it is captured.
+    run ahead: libraries may not allocate and load while a step is captured.
 
     All graphs share one pool of memory.
 

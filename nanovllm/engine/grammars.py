@@ -60,10 +60,13 @@ class Grammars:
                 f"tokenizer; the engine has {sorted(self.eos_token_ids)}: set eos_token_id in "
                 "generation_config.json"
             )
-        # The library allows these after a complete text. The others would be text, or nothing, to
-        # it: their bits are set here.
         self.eos_token_id = special[0]
-        self.other_eos = sorted(i for i in self.eos_token_ids.difference(special) if i < vocab_size)
+        # The library knows only special tokens as ends, and takes special tokens for the text of
+        # literals that spell them. So the bits of all these are set here.
+        all_special = {i for i, token in added.items() if token.special}
+        self.special_texts = [added[i].content for i in sorted(all_special)]
+        self.special = TokenBits(all_special | self.eos_token_ids, vocab_size)
+        self.ends = TokenBits(self.eos_token_ids, vocab_size)
         size = max(vocab_size, len(tokenizer))
         self.num_words = (size + 31) // 32  # of the library's masks
         try:
@@ -78,6 +81,8 @@ class Grammars:
     ) -> "dict[StructuredOutputsParams, Grammar | ValueError]":
         """What `compile` returns or raises for each, made in several threads."""
         distinct = list(dict.fromkeys(wanted))
+        if len(distinct) == 1:
+            return {distinct[0]: self._try_compile(distinct[0])}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return dict(zip(distinct, pool.map(self._try_compile, distinct)))
 
@@ -93,6 +98,10 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
+        given = (params.json, params.regex, params.grammar, *(params.choice or ()))
+        for text in self.special_texts:
+            if any(text in part.replace("\\", "") for part in given if part is not None):
+                raise ValueError(f"{text!r} is a special token, which is no part of a text")
         source = _source(params)
         grammar = Grammar(self, lambda: LLMatcher(self._tokenizer, source, log_level=0))
         reason = grammar.originals[0].get_error()
@@ -130,8 +139,8 @@ class GrammarConstraint:
     """A `TokenConstraint`: the tokens that keep to a grammar.
 
     After a complete text all end-of-sequence tokens may come, and nothing but them if it cannot go
-    on. Other special tokens never may, nor tokens that the tokenizer lacks. A text that outgrows
-    the library's limits is ended, with a warning.
+    on. Other special tokens never may, nor tokens that the tokenizer lacks. After a text that
+    outgrows the library's limits no token may, and a warning says so.
 
     Args:
         grammar: compiled.
@@ -149,9 +158,7 @@ class GrammarConstraint:
         if self.matcher.is_error() and not self._has_warned:
             self._has_warned = True
             reason = self.matcher.get_error().partition("\n")[0]
-            warnings.warn(
-                f"structured_outputs: a text ends before it is complete: {reason}", stacklevel=2
-            )
+            warnings.warn(f"structured_outputs: a text cannot be completed: {reason}", stacklevel=2)
 
     def restrict(self, mask: np.ndarray) -> None:
         allowed = np.empty((1, len(mask)), dtype=np.int32)
@@ -161,6 +168,11 @@ class GrammarConstraint:
     @property
     def is_complete(self) -> bool:
         return self.matcher.is_stopped()
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the text is complete, if it may go on or not."""
+        return not self.matcher.is_error() and (self.matcher.is_accepting() or self.is_complete)
 
 
 def fill_grammar_masks(
@@ -191,29 +203,46 @@ def fill_grammar_masks(
     else:
         matchers = [(constraint.matcher, row) for row, constraint in rows]
         before_library()
-        _executor().unsafe_compute_mask_ptr(matchers, start, size, len(masks))
+        _executor(os.getpid()).unsafe_compute_mask_ptr(matchers, start, size, len(masks))
     if masks is not out:
-        indices = [row for row, _ in rows]
-        out[indices] = masks[indices, : out.shape[1]]
-    if grammars.other_eos:
-        for row, constraint in rows:
-            _set_bits(out[row], grammars.other_eos, constraint.matcher.is_accepting())
+        chosen = [row for row, _ in rows]
+        out[chosen] = masks[chosen, : out.shape[1]]
+    indices = [row for row, _ in rows]
+    grammars.special.clear(out, indices)
+    grammars.ends.set(out, [row for row, constraint in rows if constraint.may_end])
 
 
 @functools.cache
-def _executor() -> "LLExecutor":
-    """The library's threads: 80% of the cores, at most 32."""
+def _executor(pid: int) -> "LLExecutor":
+    """The library's threads, of this process: 80% of the cores, at most 32."""
     from llguidance import LLExecutor
 
     return LLExecutor()
 
 
-def _set_bits(mask: np.ndarray, token_ids: Iterable[int], value: bool) -> None:
-    words = mask.view(np.uint32)
-    for token_id in token_ids:
-        index, bit = divmod(token_id, 32)
-        words[index] &= ~np.uint32(1 << bit)
-        words[index] |= np.uint32(value << bit)
+class TokenBits:
+    """Some tokens' bits of many masks at once.
+
+    Args:
+        token_ids: those past the vocabulary are left out.
+        vocab_size: of the masks.
+    """
+
+    def __init__(self, token_ids: Iterable[int], vocab_size: int) -> None:
+        bits: dict[int, int] = {}
+        for token_id in token_ids:
+            if token_id < vocab_size:
+                bits[token_id // 32] = bits.get(token_id // 32, 0) | 1 << token_id % 32
+        self._words = np.fromiter(bits, np.int64, len(bits))
+        self._bits = np.fromiter(bits.values(), np.uint32, len(bits)).view(np.int32)
+
+    def set(self, masks: np.ndarray, rows: list[int]) -> None:
+        """In rows of `masks` [any number, words] int32."""
+        masks[np.array(rows, np.int64)[:, None], self._words] |= self._bits
+
+    def clear(self, masks: np.ndarray, rows: list[int]) -> None:
+        """In rows of `masks` [any number, words] int32."""
+        masks[np.array(rows, np.int64)[:, None], self._words] &= ~self._bits
 
 
 def _source(params: StructuredOutputsParams) -> str:

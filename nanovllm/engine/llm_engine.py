@@ -112,6 +112,7 @@ class LLMEngine:
                 if not self.is_closed:
                     self._drop_all(_CLOSED)
             finally:
+                self._mask_filler.close()
                 self.model_runner.close()
 
     @property

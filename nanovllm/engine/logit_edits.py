@@ -87,6 +87,7 @@ class EditSlots:
     """
 
     def __init__(self, number: int) -> None:
+        self._number = number
         self._free = list(range(number))
         self._slot_of: dict[int, int] = {}  # by seq_id
         self._owners: dict[int, Sequence] = {}  # by slot
@@ -94,7 +95,7 @@ class EditSlots:
 
     def clear(self) -> None:
         """Take all slots back."""
-        self._free += self._owners
+        self._free = list(range(self._number))  # an interrupt may have lost one
         self._slot_of.clear()
         self._owners.clear()
 

@@ -356,6 +356,7 @@ class ModelRunner:
         largest = self._largest_prefill_shape()
         sizes = [*reversed(graph_sizes(self.config.max_num_seqs))]
         decode = [self.inputs.decode_shape(rows) for rows in (sizes if use_graphs else sizes[:1])]
+        # What samples is the same kernels for all numbers of rows: one is enough.
         with_truncation = [shape._replace(truncates=True) for shape in decode]
         # Prompts of a token. Their number may be odd, which kernels tell from multiples of 16.
         prefill = [

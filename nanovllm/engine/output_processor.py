@@ -124,11 +124,15 @@ class OutputProcessor:
     def _take_logprobs(self, batch: Batch, rows: set[int], step: PendingStep) -> None:
         token_ids = step.token_ids.tolist()
         for places, logprobs in step.logprobs:
-            ks = [batch.seqs[row].sampling.logprobs or 0 for row in places]
-            entries = self._entries([token_ids[row] for row in places], ks, logprobs)
-            for row, entry in zip(places, entries, strict=True):
-                if row in rows:
-                    batch.seqs[row].logprobs.append(entry)
+            # Not of those that have ended, or had no token to sample.
+            indices = [index for index, row in enumerate(places) if row in rows]
+            if len(indices) < len(places):
+                logprobs = Logprobs(*(piece[indices] for piece in logprobs))
+            counted = [places[index] for index in indices]
+            ks = [batch.seqs[row].sampling.logprobs or 0 for row in counted]
+            entries = self._entries([token_ids[row] for row in counted], ks, logprobs)
+            for row, entry in zip(counted, entries, strict=True):
+                batch.seqs[row].logprobs.append(entry)
 
     def _completion(self, index: int, seq: Sequence) -> CompletionOutput:
         token_ids, wants = seq.output_token_ids, seq.sampling_params.logprobs is not None

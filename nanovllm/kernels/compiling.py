@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ _MOST_THREADS = 8
 
 class Compiler:
     """Of one GPU's kernels, in place of a `triton.AsyncCompileMode`, which would launch what it
-    compiles. Its modes hold for the thread that enters them.
+    compiles. One thread at a time enters its modes.
 
     Args:
         device: that the kernels are loaded to, as soon as they are compiled.
@@ -64,8 +64,11 @@ class Compiler:
             if ahead is None:
                 self._ahead[key] = self._executor.submit(self._compile_and_load, compile_fn)
             return None
-        is_there = ahead is not None and not ahead.cancel()  # or under way
-        kernel = ahead.result() if ahead is not None and is_there else compile_fn()
+        kernel = None
+        if ahead is not None and not ahead.cancel():  # it is there, or under way
+            with suppress(CancelledError):
+                kernel = ahead.result()
+        kernel = compile_fn() if kernel is None else kernel
         finalize_fn(kernel)
         return kernel
 

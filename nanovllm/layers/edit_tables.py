@@ -16,6 +16,7 @@ from nanovllm.utils.memory import to_device
 
 IN_PROMPT = -(2**15)  # of an entry of `EditTables.seen`
 MOST_TIMES = 2**15 - 1
+_MOST_SENT = 2**20  # entries at a time: they take memory on the device
 NO_PENALTIES = (1.0, 0.0, 0.0)
 
 
@@ -196,8 +197,14 @@ class EditTables:
             is_here = (column >= 0) & (column < self.vocab_size)
             places.append(slot * self.vocab_size + column[is_here])
             values.append(own[is_here])
-        flat = table.view(-1)
-        flat[self._sent(np.concatenate(places))] = self._sent(np.concatenate(values), dtype)
+        flat, all_places, all_values = (
+            table.view(-1),
+            np.concatenate(places),
+            np.concatenate(values),
+        )
+        for start in range(0, len(all_places), _MOST_SENT):
+            piece = slice(start, start + _MOST_SENT)
+            flat[self._sent(all_places[piece])] = self._sent(all_values[piece], dtype)
 
     def _sent(self, values: np.ndarray | list[int], dtype: type = np.int64) -> torch.Tensor:
         return to_device(values, self.device, dtype)

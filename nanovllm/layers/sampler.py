@@ -111,7 +111,8 @@ class Sampler:
         for start in range(0, len(rows), LOGPROB_ROWS):
             piece = rows[start : start + LOGPROB_ROWS]
             places = to_device(piece, logits.device)
-            found.append((piece, self.logprobs_of(logits[places], self.tokens[places], k)))
+            token_ids = self.tokens[places].clamp_(min=0)  # there may have been none to sample
+            found.append((piece, self.logprobs_of(logits[places], token_ids, k)))
         return found
 
     def logprobs_of(self, logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Logprobs:

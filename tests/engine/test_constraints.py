@@ -1,5 +1,9 @@
 """Constraints of requests, prepared together and filled together."""
 
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,7 +22,7 @@ from helpers.constraints import (
 from helpers.paths import DEMO
 from nanovllm import SamplingParams, StructuredOutputsParams
 from nanovllm.config import Config
-from nanovllm.engine.constraints import ConstraintMaker, TokenConstraint, fill_masks
+from nanovllm.engine.constraints import ConstraintMaker, MaskFiller, TokenConstraint, fill_masks
 from nanovllm.engine.grammars import MANY_ROWS
 from nanovllm.engine.input_processor import InputProcessor
 
@@ -136,3 +140,38 @@ def test_every_completion_of_a_request_has_its_own():
         processor.process(
             ["1", "2"], [params[0], SamplingParams(structured_outputs={"regex": "["})]
         )
+
+
+# The thread
+
+
+def test_masks_are_filled_in_a_fork_too():
+    filler, masks = MaskFiller(), np.empty((1, num_words(800)), dtype=np.int32)
+    filler.start([constraint(choice=["yes"])], masks)
+    filler.finish()
+    expected = masks.copy()
+    pid = os.fork()
+    if pid == 0:
+        masks[:] = 0
+        filler.start([constraint(choice=["yes"])], masks)
+        filler.finish()
+        os._exit(0 if np.array_equal(masks, expected) else 1)
+    deadline = time.monotonic() + 20
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert ended == (pid, 0)
+
+
+def test_masks_are_filled_without_a_thread_if_there_can_be_none(monkeypatch: pytest.MonkeyPatch):
+    """As after the main thread has ended."""
+    filler, masks = MaskFiller(), np.empty((1, num_words(800)), dtype=np.int32)
+    refuse = RuntimeError("cannot schedule new futures after interpreter shutdown")
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *_: (_ for _ in ()).throw(refuse))
+    filler.start([None], masks)
+    filler.finish()
+    assert (masks == -1).all()
+    filler.close()
+    filler.close()

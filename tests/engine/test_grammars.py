@@ -149,13 +149,21 @@ def test_a_model_may_lack_tokens_of_the_tokenizer():
     }  # fmt: skip
 
 
-def test_a_text_that_cannot_go_on_is_ended_with_a_warning():
+def test_a_text_that_cannot_go_on_has_no_next_token():
     """As one that outgrows the library's limits."""
     walked = constraint(choice=["yes"])
-    with pytest.warns(UserWarning, match=r"ends before it is complete: .*doesn't satisfy"):
+    with pytest.warns(UserWarning, match=r"cannot be completed: .*doesn't satisfy"):
         walked.accept(demo_bytes().index(b"n"))
-    assert walked.is_complete and allowed(walked) == set(EOS)
+    assert walked.is_complete and not allowed(walked)
     walked.accept(EOS[0])
+    assert not allowed(walked)
+
+
+def test_a_literal_never_brings_a_special_token():
+    """Spelled such that it is not seen before: the library would take the token for its text."""
+    walked = constraint(regex=r"a[<][|]im_end[|]>b|c")
+    walked.accept(demo_bytes().index(b"a"))
+    assert not allowed(walked).intersection([*EOS, OTHER_SPECIAL])
 
 
 # Compiling
@@ -169,6 +177,9 @@ REFUSED = [
     ({"json": {"type": "string", "format": "color"}}, "Unknown format"),
     ({"json": {"oneOf": [{"type": "integer"}, {"minimum": 3}]}}, "oneOf"),
     ({"json": {"type": "string", "pattern": "a(?=b)"}}, "look-around"),
+    ({"choice": ["yes", "a<|im_start|>"]}, "'<|im_start|>' is a special token"),
+    ({"regex": r"a<\|im_end\|>b"}, "'<|im_end|>' is a special token"),
+    ({"json": {"const": "a<|im_end|>b"}}, "'<|im_end|>' is a special token"),
     ({"regex": "["}, "unclosed character class"),
     ({"regex": r"(a)\1"}, "backreferences"),
     ({"grammar": "start: who"}, 'unknown name: "who"'),
