@@ -20,6 +20,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _DTYPE_NAMES: dict[Any, str] = {
     "half": "float16", "float": "float32", **{dtype: name for name, dtype in DTYPES.items()},
 }  # fmt: skip
+KV_CACHE_DTYPES = ("auto", "fp8")
 ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "torch")
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
@@ -42,6 +43,8 @@ class Config:
         device: "auto" (cuda if there is one, else cpu), or any torch device string of these two.
         dtype: "auto" (the checkpoint's), "bfloat16", "float16" ("half") or "float32" ("float"), or
             torch's own.
+        kv_cache_dtype: of keys and values in the cache: "auto" (that of the model), or "fp8" (e4m3,
+            with scales by kv head, see `quantization.kv_cache`).
         attention_backend: "auto", "flash-attn", "triton" or "torch".
         load_format: "auto" or "safetensors"; "dummy" for random weights in the shape of
             config.json.
@@ -72,6 +75,7 @@ class Config:
     num_kvcache_blocks: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     attention_backend: str = "auto"
     load_format: str = "auto"
     seed: int = 0
@@ -92,6 +96,11 @@ class Config:
     torch_dtype: torch.dtype = field(init=False)
     generation_config: dict[str, Any] = field(init=False)
     eos_token_ids: set[int] = field(init=False)
+
+    @property
+    def kv_torch_dtype(self) -> torch.dtype:
+        """Of keys and values in the cache."""
+        return self.torch_dtype if self.kv_cache_dtype == "auto" else torch.float8_e4m3fn
 
     @classmethod
     def from_options(cls, model: str | os.PathLike[str], options: dict[str, Any]) -> "Config":
@@ -171,6 +180,9 @@ class Config:
             raise TypeError(
                 f"hf_overrides must be a dict of entries of config.json, got {self.hf_overrides!r}"
             )
+        if self.kv_cache_dtype == "fp8_e4m3":  # vLLM's other name of it
+            self.kv_cache_dtype = "fp8"
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         _check_choice("load_format", self.load_format, ("auto", "safetensors", "dummy"))
 

@@ -51,8 +51,7 @@ OTHER_OPTIONS: dict[str, Other] = {
     "tokenizer_mode": Other(_one_of("auto"), "the checkpoint says which tokenizer it has"),
     "tokenizer_revision": Other(_one_of("main"), "it is the checkpoint's revision"),
     "quantization": Other(_one_of(), _NO_WEIGHT_FORMATS),
-    "kv_cache_dtype": Other(_one_of("auto"), "keys and values have the model's dtype"),
-    "calculate_kv_scales": Other(_one_of(False), "keys and values have the model's dtype"),
+    "calculate_kv_scales": Other(_one_of(False), "scales follow from the weights"),
     "cpu_offload_gb": Other(_one_of(0, 0.0), "weights stay on the GPU: raise tensor_parallel_size"),
     "swap_space": Other(_anything, ""),  # preempted sequences are computed again
     "enable_lora": Other(_one_of(False), _NO_LORA),

@@ -26,7 +26,7 @@ def allocate_kv_cache(
     block = (num_kv_heads, block_size) if on_cpu else (block_size, num_kv_heads)
     shape = (2, len(specs), num_blocks, *block, head_dim)
     try:
-        cache = torch.empty(shape, dtype=config.torch_dtype, device=device)
+        cache = torch.empty(shape, dtype=config.kv_torch_dtype, device=device)
     except RuntimeError as error:
         raise RuntimeError(
             f"no memory for a KV cache of {num_blocks} blocks of {block_size} tokens: lower "
@@ -84,5 +84,5 @@ def num_fitting_blocks(
 
 def _block_bytes(config: Config, specs: list[LayerCacheSpec]) -> int:
     """Of a block's keys and values, in all layers."""
-    itemsize = config.torch_dtype.itemsize
+    itemsize = config.kv_torch_dtype.itemsize
     return 2 * config.kvcache_block_size * itemsize * sum(h * d for h, d in specs)

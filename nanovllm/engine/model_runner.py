@@ -20,6 +20,7 @@ from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.sampler import LOGPROB_ROWS, Sampler
 from nanovllm.models import CausalLM
+from nanovllm.quantization.kv_cache import allocate_kv_scales, set_kv_scales
 from nanovllm.utils.checkpoint_files import Headers, read_headers
 from nanovllm.utils.context import Context
 from nanovllm.utils.kernels import has_kernels, kernels
@@ -76,7 +77,7 @@ class ModelRunner:
         specs = self.model.cache_specs()
         self.backend = make_backend(
             config.attention_backend, self.device, config.torch_dtype, *specs[0],
-            config.kvcache_block_size,
+            config.kvcache_block_size, fp8_cache=config.kv_cache_dtype == "fp8",
         )  # fmt: skip
         self.attention_backend = self.backend.name
         config.kvcache_block_size = self.backend.block_size
@@ -236,6 +237,7 @@ class ModelRunner:
         """Let `fill` write to the weights where they are, so that CUDA Graphs stay valid. It gets
         the model's `checkpoint_views` and `ignored_tensors`."""
         linears = [module for module in self.model.modules() if isinstance(module, Linear)]
+        in_fp8 = self.config.kv_cache_dtype == "fp8"
         with self.on_device():
             self.reset()
             for linear in linears:
@@ -244,6 +246,8 @@ class ModelRunner:
             try:
                 fill(self.model.checkpoint_views(), self.model.ignored_tensors())
             finally:
+                if in_fp8:
+                    set_kv_scales(self.model)
                 for linear in linears:
                     linear.pack()
                 self.reset()  # a step may be launched by another stream
@@ -429,6 +433,8 @@ def allocate_weights(model: CausalLM, config: Config, headers: Headers) -> None:
         ) from error
     model.load_state_dict(memory, assign=True)
     model.requires_grad_(False).tie_weights()
+    if config.kv_cache_dtype == "fp8":
+        allocate_kv_scales(model, config.torch_device)
 
 
 def fill_weights(model: CausalLM, config: Config, headers: Headers) -> None:
@@ -442,6 +448,8 @@ def fill_weights(model: CausalLM, config: Config, headers: Headers) -> None:
         load_weights(headers, views, model.ignored_tensors())
     else:
         fill_with_noise(views, config.model_config.initializer_range, config.seed)
+    if config.kv_cache_dtype == "fp8":
+        set_kv_scales(model)
     for module in model.modules():
         if isinstance(module, Linear):
             module.pack()

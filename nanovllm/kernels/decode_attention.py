@@ -34,7 +34,7 @@ from nanovllm.kernels.launch import (
     prefer_shared_memory,
     wait,
 )
-from nanovllm.kernels.paged_cache import LOG2_E, tile_tokens
+from nanovllm.kernels.paged_cache import LOG2_E, as_stored, dot_type, tile_tokens
 from nanovllm.kernels.rope_store import norm_rope, norm_rope_factors, qk_norm_rope_store
 
 
@@ -56,6 +56,7 @@ def paged_decode(
     slot_mapping: torch.Tensor,
     plan: DecodePlan,
     scale: float,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """QK-norm, RoPE and KV store of one new token a sequence, and attention to its context.
 
@@ -64,6 +65,7 @@ def paged_decode(
     Args:
         plan: of the rows, on the device; the output of padding rows is zero.
         scale: applied to the scores, usually head_dim ** -0.5.
+        kv_scales: [2, num_kv_heads] float32, of keys and values, for a cache in fp8.
 
     Returns:
         [rows, num_heads, head_dim], in the dtype of `qkv`.
@@ -83,12 +85,12 @@ def paged_decode(
     gpu = gpu_with(qkv)
     stages = 4 if fused and gpu is not None and gpu.is_hopper_class else 3
     queries = qkv if fused else qk_norm_rope_store(
-        qkv, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping
+        qkv, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping, kv_scales
     )  # fmt: skip
     _decode_kernel[(num_kv_heads, bounds.shape[0] - 1)](
         queries, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping,
-        bounds, tiles, out, partial, stats[0], stats[1], scale * LOG2_E,
-        num_kv_heads, head_dim,
+        bounds, tiles, out, partial, stats[0], stats[1], scale * LOG2_E, kv_scales,
+        num_kv_heads, head_dim, DTYPE=dot_type(qkv.dtype, k_cache),
         GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
         BLOCK_N=tile_tokens(block_size, head_dim), MAX_CHUNKS=MAX_CHUNKS,
         FUSED=fused, HAS_NORM=q_weight is not None, FIRST=FIRST, LAST=LAST, NEWEST=NEWEST,
@@ -106,8 +108,8 @@ def paged_decode(
 @triton.jit
 def _decode_kernel(
     q_ptr, q_weight_ptr, k_weight_ptr, eps, cos_sin_ptr, positions_ptr, k_ptr, v_ptr, slots_ptr,
-    bounds_ptr, tiles_ptr, out_ptr, partial_ptr, m_ptr, l_ptr, scale_log2,
-    num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
+    bounds_ptr, tiles_ptr, out_ptr, partial_ptr, m_ptr, l_ptr, scale_log2, kv_scales_ptr,
+    num_kv_heads: tl.constexpr, head_dim: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     MAX_CHUNKS: tl.constexpr, FUSED: tl.constexpr, HAS_NORM: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, NEWEST: tl.constexpr, PRECISION: tl.constexpr,
@@ -128,7 +130,11 @@ def _decode_kernel(
         token_stride: tl.constexpr = num_kv_heads * head_dim
 
         cells = lanes[:, None] * token_stride + kv_head * head_dim + dims[None, :]
-        q = tl.zeros([BLOCK_G, BLOCK_D], k_ptr.dtype.element_ty)
+        q = tl.zeros([BLOCK_G, BLOCK_D], DTYPE)
+        if kv_scales_ptr is not None:
+            k_scale = tl.load(kv_scales_ptr + kv_head)
+            v_scale = tl.load(kv_scales_ptr + num_kv_heads + kv_head)
+            scale_log2 *= k_scale
         m = tl.full([BLOCK_G], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)  # summed over the tile at a chunk's end
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -152,6 +158,7 @@ def _decode_kernel(
                 own = q_ptr + row.to(tl.int64) * num_heads * head_dim
                 q_mask = real[:, None] & dim_mask
                 q = tl.load(own + heads[:, None] * head_dim + dims[None, :], mask=q_mask, other=0.0)
+                q = q.to(DTYPE)
                 is_first = (info & FIRST) != 0
                 m = tl.where(is_first, float("-inf"), m)
                 l = tl.where(is_first, 0.0, l)
@@ -174,7 +181,11 @@ def _decode_kernel(
                 k_new = norm_rope(
                     qkv_row, num_heads + kv_head + one, one == 0, k_own, k_partner, eps, dims,
                     head_dim, HAS_NORM,
-                ).to(q.dtype)  # fmt: skip
+                )  # fmt: skip
+                if kv_scales_ptr is not None:
+                    v_new = as_stored(v_new.to(tl.float32), v_scale, k_ptr.dtype.element_ty)
+                    k_new = as_stored(k_new, k_scale, k_ptr.dtype.element_ty)
+                k_new = k_new.to(k_ptr.dtype.element_ty)
                 q = norm_rope(
                     qkv_row, heads, real, q_own, q_partner, eps, dims, head_dim, HAS_NORM
                 ).to(q.dtype)  # fmt: skip
@@ -189,6 +200,7 @@ def _decode_kernel(
                     l += tl.where(lanes == 0, 1.0, 0.0)[None, :]
                     acc += v_new.to(tl.float32)
 
+            k_tile, v_tile = k_tile.to(DTYPE), v_tile.to(DTYPE)
             scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
             scores = tl.where(valid[None, :], scores, float("-inf"))
             m_new = tl.maximum(m, tl.max(scores, axis=1))
@@ -206,6 +218,8 @@ def _decode_kernel(
                 head_of_row = row.to(tl.int64) * num_heads + heads
                 mask = real[:, None] & dim_mask
                 l_chunk = tl.sum(l, axis=1)
+                if kv_scales_ptr is not None:
+                    acc *= v_scale
                 if not FUSED and is_whole_row:
                     result = (acc / l_chunk[:, None]).to(out_ptr.dtype.element_ty)
                     cells_out = head_of_row[:, None] * head_dim + dims[None, :]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.launch import launch_dependents, pdl, wait
-from nanovllm.kernels.paged_cache import LOG2_E, tile_tokens
+from nanovllm.kernels.paged_cache import LOG2_E, dot_type, tile_tokens
 
 
 def paged_prefill(
@@ -26,6 +26,7 @@ def paged_prefill(
     block_tables: torch.Tensor,
     scale: float,
     max_seqlen_q: int,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of ragged prompts, each query to all tokens of its sequence up to itself.
 
@@ -37,6 +38,7 @@ def paged_prefill(
         block_tables: [sequences, width] int32.
         scale: applied to the scores, usually head_dim ** -0.5.
         max_seqlen_q: the most new tokens of a sequence.
+        kv_scales: [2, num_kv_heads] float32, of keys and values, for a cache in fp8.
 
     Returns:
         Like `q`.
@@ -50,8 +52,8 @@ def paged_prefill(
     grid = (triton.cdiv(max_seqlen_q, block_m), num_heads, context_lens.shape[0])
     _prefill_kernel[grid](
         q, k_cache, v_cache, out, cu_seqlens_q, context_lens, block_tables,
-        scale * LOG2_E, block_tables.stride(0), block_size,
-        num_heads, num_kv_heads, head_dim,
+        scale * LOG2_E, kv_scales, block_tables.stride(0), block_size,
+        num_heads, num_kv_heads, head_dim, DTYPE=dot_type(q.dtype, k_cache),
         BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=block_m,
         BLOCK_N=tile_tokens(block_size, head_dim, 64 if wide else 16),
         PRECISION="tf32" if wide else "ieee",
@@ -63,8 +65,8 @@ def paged_prefill(
 @triton.jit(do_not_specialize=["table_stride"])
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, context_lens_ptr, block_tables_ptr,
-    scale_log2, table_stride, block_size: tl.constexpr, num_heads: tl.constexpr,
-    num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
+    scale_log2, kv_scales_ptr, table_stride, block_size: tl.constexpr, num_heads: tl.constexpr,
+    num_kv_heads: tl.constexpr, head_dim: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -80,9 +82,11 @@ def _prefill_kernel(
         dims = tl.arange(0, BLOCK_D)
         offsets = ((query_start + rows).to(tl.int64) * num_heads + head) * head_dim
         q_mask = (rows < query_len)[:, None] & (dims < head_dim)[None, :]
-        q = tl.load(q_ptr + offsets[:, None] + dims[None, :], mask=q_mask, other=0.0)
+        q = tl.load(q_ptr + offsets[:, None] + dims[None, :], mask=q_mask, other=0.0).to(DTYPE)
         positions = context_len - query_len + rows
         kv_head = head // (num_heads // num_kv_heads)
+        if kv_scales_ptr is not None:
+            scale_log2 *= tl.load(kv_scales_ptr + kv_head)
         k_ptr += kv_head * head_dim
         v_ptr += kv_head * head_dim
         block_tables_ptr += seq.to(tl.int64) * table_stride
@@ -103,6 +107,8 @@ def _prefill_kernel(
             scale_log2, m, l, acc, block_size, num_kv_heads * head_dim, head_dim,
             True, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
+        if kv_scales_ptr is not None:
+            acc *= tl.load(kv_scales_ptr + num_kv_heads + kv_head)
         out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + offsets[:, None] + dims[None, :], out, mask=q_mask)
 
@@ -135,6 +141,7 @@ def _attend(
             else:
                 k_tile = tl.load(k_ptr + cells, mask=(dims < head_dim)[None, :], other=0.0)
                 v_tile = tl.load(v_ptr + cells, mask=(dims < head_dim)[None, :], other=0.0)
+            k_tile, v_tile = k_tile.to(q.dtype), v_tile.to(q.dtype)
             scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
             if MASKED:
                 visible = (start + lanes)[None, :] <= positions[:, None]

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.paged_cache import as_stored
 
 
 def qk_norm_rope_store(
@@ -27,6 +28,7 @@ def qk_norm_rope_store(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Queries ready for attention; keys and values stored in the cache, in place.
 
@@ -37,6 +39,7 @@ def qk_norm_rope_store(
         positions: [tokens] int32.
         k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
         slot_mapping: [tokens] int32, block * block_size + offset; -1 for a padding row.
+        kv_scales: [2, num_kv_heads] float32, of keys and values, for a cache in fp8.
 
     Returns:
         [tokens, num_heads, head_dim], in the dtype of `qkv`.
@@ -49,7 +52,7 @@ def qk_norm_rope_store(
     grid = (tokens, triton.cdiv(num_heads, heads) + triton.cdiv(num_kv_heads, heads))
     _qk_norm_rope_store_kernel[grid](
         qkv, q_weight, k_weight, eps, cos_sin, positions, q_out, k_cache, v_cache, slot_mapping,
-        num_heads, num_kv_heads, head_dim, HAS_NORM=q_weight is not None,
+        kv_scales, num_heads, num_kv_heads, head_dim, HAS_NORM=q_weight is not None,
         HEADS=heads, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4, **pdl(qkv),
     )  # fmt: skip
     return q_out
@@ -102,7 +105,7 @@ def norm_rope(
 @triton.jit
 def _qk_norm_rope_store_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, eps, cos_sin_ptr, positions_ptr,
-    q_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
+    q_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, kv_scales_ptr,
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
     HAS_NORM: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -140,5 +143,12 @@ def _qk_norm_rope_store_kernel(
         mask = real[:, None] & (dims < head_dim)[None, :]
         values = row_ptr + (num_heads + num_kv_heads + heads)[:, None] * head_dim + dims[None, :]
         cells = (slot * num_kv_heads + heads)[:, None] * head_dim + dims[None, :]
-        tl.store(k_cache_ptr + cells, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
-        tl.store(v_cache_ptr + cells, tl.load(values, mask=mask, other=0.0), mask=mask)
+        v = tl.load(values, mask=mask, other=0.0)
+        dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
+        if kv_scales_ptr is not None:
+            k_scale = tl.load(kv_scales_ptr + heads, mask=real, other=1.0)[:, None]
+            v_scale = tl.load(kv_scales_ptr + num_kv_heads + heads, mask=real, other=1.0)[:, None]
+            v = as_stored(v.to(tl.float32), v_scale, dtype)
+            k = as_stored(k, k_scale, dtype)
+        tl.store(k_cache_ptr + cells, k.to(dtype), mask=mask)
+        tl.store(v_cache_ptr + cells, v, mask=mask)

@@ -1,5 +1,6 @@
 """Grouped-query attention with rotary positions over the paged KV cache."""
 
+import torch
 from torch import nn
 
 from nanovllm.layers.deferred import Normed, Product
@@ -41,6 +42,7 @@ class Attention(nn.Module):
         self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.o_proj = Linear(q_size, hidden_size, output_bias)
+        self.kv_scales: torch.Tensor | None = None  # see `AttentionSpec`
 
     def forward(self, x: Normed, context: Context) -> Product:
         """What is to be added to the stream of `x`; see `Context` for what is read and written."""
@@ -57,5 +59,5 @@ class Attention(nn.Module):
         return AttentionSpec(
             self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim**-0.5,
             None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
-            0.0 if q_norm is None else q_norm.eps,
+            0.0 if q_norm is None else q_norm.eps, self.kv_scales,
         )  # fmt: skip

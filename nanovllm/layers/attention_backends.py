@@ -25,6 +25,7 @@ try:
 except ImportError:
     flash_attn_with_kvcache = None
 
+_FIRST_WITH_FP8 = (8, 9)
 BLOCK_SIZE, FLASH_BLOCK_SIZE = 64, 256  # flash-attn takes multiples of 256
 
 
@@ -102,12 +103,15 @@ class TorchBackend(AttentionBackend):
     def attend(
         self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
     ) -> torch.Tensor:
-        q = norm_rope_store(*_store_args(qkv, spec, cache, context))
+        store: Any = norm_rope_store
+        q = store(*_store_args(qkv, spec, cache, context), kv_scales=spec.kv_scales)
         lens, tables = context.context_lens, context.block_tables
         if context.is_prefill:
             starts = context.cu_seqlens_q
-            return prefill_attention(q, *cache, starts, lens, tables, spec.scale).flatten(1)
-        return decode_attention(q, *cache, lens, tables, spec.scale).flatten(1)
+            out = prefill_attention(q, *cache, starts, lens, tables, spec.scale, spec.kv_scales)
+        else:
+            out = decode_attention(q, *cache, lens, tables, spec.scale, spec.kv_scales)
+        return out.flatten(1)
 
 
 class TritonBackend(AttentionBackend):
@@ -129,12 +133,12 @@ class TritonBackend(AttentionBackend):
     ) -> torch.Tensor:
         args = _store_args(qkv, spec, cache, context)
         if not context.is_prefill:
-            out = kernels.paged_decode(*args, context.decode_metadata, spec.scale)
+            out = kernels.paged_decode(*args, context.decode_metadata, spec.scale, spec.kv_scales)
         else:
-            q = kernels.qk_norm_rope_store(*args)
+            q = kernels.qk_norm_rope_store(*args, spec.kv_scales)
             out = kernels.paged_prefill(
                 q, *cache, context.cu_seqlens_q, context.context_lens,
-                context.block_tables, spec.scale, context.max_seqlen_q,
+                context.block_tables, spec.scale, context.max_seqlen_q, spec.kv_scales,
             )  # fmt: skip
         return out.flatten(1)
 
@@ -171,7 +175,7 @@ class FlashBackend(AttentionBackend):
     def attend(
         self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
     ) -> torch.Tensor:
-        store = kernels.qk_norm_rope_store if has_kernels(qkv) else norm_rope_store
+        store: Any = kernels.qk_norm_rope_store if has_kernels(qkv) else norm_rope_store
         q = store(*_store_args(qkv, spec, cache, context))
         if context.is_prefill:
             cu_seqlens_k = F.pad(context.context_lens.cumsum(0), (1, 0))
@@ -206,9 +210,10 @@ def make_backend(
     num_kv_heads: int,
     head_dim: int,
     block_size: int | None,
+    fp8_cache: bool = False,
 ) -> AttentionBackend:
     """The backend that `select_backend` names, with its own default if `block_size` is None."""
-    name = select_backend(name, device, dtype, head_dim, block_size)
+    name = select_backend(name, device, dtype, head_dim, block_size, fp8_cache)
     if block_size is None:
         block_size = FLASH_BLOCK_SIZE if name == "flash-attn" else BLOCK_SIZE
     if name == "triton":
@@ -217,7 +222,12 @@ def make_backend(
 
 
 def select_backend(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int | None
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int | None,
+    fp8_cache: bool = False,
 ) -> str:
     """The backend asked for, or the best that can run if that is "auto".
 
@@ -225,8 +235,8 @@ def select_backend(
         ValueError: if the one asked for cannot run, saying why.
     """
     obstacle_of = {
-        "triton": lambda: _triton_obstacle(device, head_dim),
-        "flash-attn": lambda: _flash_obstacle(device, dtype, head_dim, block_size),
+        "triton": lambda: _triton_obstacle(device, head_dim, fp8_cache),
+        "flash-attn": lambda: _flash_obstacle(device, dtype, head_dim, block_size, fp8_cache),
         "torch": lambda: None,
     }
     order = ["triton", "flash-attn", "torch"]
@@ -240,23 +250,31 @@ def select_backend(
     return name
 
 
-def _triton_obstacle(device: torch.device, head_dim: int) -> str | None:
+def _triton_obstacle(device: torch.device, head_dim: int, fp8_cache: bool) -> str | None:
     if device.type != "cuda":
         return f"it needs a GPU, and device is {str(device)!r}"
     if kernels is None:
         return "triton is not installed, or older than 3.5"
     if head_dim > kernels.MAX_HEAD_DIM:
         return f"it has room for a head_dim of {kernels.MAX_HEAD_DIM} at most, got {head_dim}"
+    if fp8_cache and torch.cuda.get_device_capability(device) < _FIRST_WITH_FP8:
+        return "kv_cache_dtype='fp8' needs a GPU of compute capability 8.9 (Ada) or later"
     return None
 
 
 def _flash_obstacle(
-    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int | None
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int | None,
+    fp8_cache: bool,
 ) -> str | None:
     if device.type != "cuda":
         return f"it needs a GPU, and device is {str(device)!r}"
     if flash_attn_with_kvcache is None:
         return "flash-attn is not installed (pip install 'nanovllm[flash]')"
+    if fp8_cache:
+        return "it reads no cache with kv_cache_dtype='fp8'"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 and bfloat16 only, and dtype is {dtype}"
     if block_size is not None and block_size % FLASH_BLOCK_SIZE:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from nanovllm.layers.rotary_embedding import rotate_
 
 _MASK_VALUES = 2**24
+_LARGEST_FP8 = 448.0
 
 
 def norm_rope_store(
@@ -19,6 +20,7 @@ def norm_rope_store(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Queries ready for attention, [tokens, num_heads, head_dim]; keys and values are stored in the
     cache. The arguments are those of `kernels.qk_norm_rope_store`."""
@@ -32,13 +34,32 @@ def norm_rope_store(
     else:
         rotated = qk.to(torch.float32, copy=True)  # it is rotated in place
     rotate_(rotated, cos_sin[positions].unsqueeze(1))
-    q, k = rotated.to(qkv.dtype).split([num_heads, num_kv_heads], dim=1)
+    q, k = rotated.split([num_heads, num_kv_heads], dim=1)
+    q = q.to(qkv.dtype)
+    if kv_scales is None:
+        k = k.to(qkv.dtype)
+    else:
+        k, v = (in_fp8(x, own) for x, own in zip((k, v), kv_scales, strict=True))
     slots = slot_mapping.long()
     if slots.min() < 0:
         k, v, slots = k[slots >= 0], v[slots >= 0], slots[slots >= 0]
     places = slots // block_size, slots % block_size
-    k_cache[places], v_cache[places] = k, v
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        if kv_scales is None:
+            cache[places] = new
+        else:
+            cache.view(torch.uint8)[places] = new.view(torch.uint8)
     return q
+
+
+def in_fp8(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """x / scale in e4m3, rounded to the nearest and no larger than 448: [tokens, heads, head_dim].
+
+    Args:
+        scales: [heads] float32.
+    """
+    divided = x.float() / scales[:, None]
+    return divided.clamp(-_LARGEST_FP8, _LARGEST_FP8).to(torch.float8_e4m3fn)
 
 
 def prefill_attention(
@@ -49,14 +70,16 @@ def prefill_attention(
     context_lens: torch.Tensor,
     block_tables: torch.Tensor,
     scale: float,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of ragged prompts, like `q` [tokens, num_heads, head_dim]; the arguments are
     those of `kernels.paged_prefill`."""
     out = torch.empty_like(q)
     starts, tables = cu_seqlens_q.tolist(), block_tables.tolist()
+    caches = _with_scales(k_cache, v_cache, kv_scales)
     for row, context_len in enumerate(context_lens.tolist()):
         start, end = starts[row], starts[row + 1]
-        k, v = (_gather(cache, tables[row], context_len) for cache in (k_cache, v_cache))
+        k, v = (_gather(one, tables[row], context_len, own, q.dtype) for one, own in caches)
         num_before = context_len - (end - start)
         # A mask is as wide as the context: it is made for some of the queries at a time.
         size = max(1, _MASK_VALUES // context_len if num_before else end - start)
@@ -82,6 +105,7 @@ def decode_attention(
     context_lens: torch.Tensor,
     block_tables: torch.Tensor,
     scale: float,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one query a sequence to its context, like `q` [rows, num_heads, head_dim]. A
     context of 0 marks a padding row, whose output is zero."""
@@ -90,9 +114,10 @@ def decode_attention(
     # The heads of a group are the queries of one head, so that each key is read once.
     groups = q.view(q.shape[0], num_kv_heads, -1, head_dim)
     tables = block_tables.tolist()
+    caches = _with_scales(k_cache, v_cache, kv_scales)
     for row, context_len in enumerate(context_lens.tolist()):
         if context_len:
-            k, v = (_gather(cache, tables[row], context_len) for cache in (k_cache, v_cache))
+            k, v = (_gather(one, tables[row], context_len, own, q.dtype) for one, own in caches)
             attended = F.scaled_dot_product_attention(
                 groups[row][None], k[None], v[None], scale=scale
             )
@@ -100,11 +125,28 @@ def decode_attention(
     return out
 
 
-def _gather(cache: torch.Tensor, block_table: list[int], context_len: int) -> torch.Tensor:
-    """One sequence's keys or values: [num_kv_heads, context_len, head_dim]."""
+def _with_scales(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, kv_scales: torch.Tensor | None
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    k_scales, v_scales = (None, None) if kv_scales is None else kv_scales
+    return [(k_cache, k_scales), (v_cache, v_scales)]
+
+
+def _gather(
+    cache: torch.Tensor,
+    block_table: list[int],
+    context_len: int,
+    scales: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """One sequence's keys or values, [num_kv_heads, context_len, head_dim]; those of a cache in fp8
+    times `scales` [num_kv_heads], in `dtype`."""
     num_blocks = -(-context_len // cache.shape[1])
+    stored = cache if scales is None else cache.view(torch.uint8)  # torch indexes no fp8
     if num_blocks == 1:
-        tokens = cache[block_table[0], :context_len]
+        tokens = stored[block_table[0], :context_len]
     else:
-        tokens = cache[block_table[:num_blocks]].flatten(0, 1)[:context_len]
+        tokens = stored[block_table[:num_blocks]].flatten(0, 1)[:context_len]
+    if scales is not None:
+        tokens = (tokens.view(torch.float8_e4m3fn).float() * scales[:, None]).to(dtype)
     return tokens.transpose(0, 1)

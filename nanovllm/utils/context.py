@@ -15,6 +15,8 @@ class AttentionSpec(NamedTuple):
         scale: applied to the scores.
         q_weight, k_weight: [head_dim], of the norms of queries and keys; both None without.
         eps: of these norms.
+        kv_scales: [2, num_kv_heads] float32, of keys and values in an fp8 cache; None if the cache
+            holds them as they are.
     """
 
     num_heads: int
@@ -24,6 +26,7 @@ class AttentionSpec(NamedTuple):
     q_weight: torch.Tensor | None
     k_weight: torch.Tensor | None
     eps: float
+    kv_scales: torch.Tensor | None = None
 
 
 class Backend(Protocol):
