@@ -150,7 +150,7 @@ def floor_seconds(
     layer = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
     layers = config.num_hidden_layers * layer
     head = config.vocab_size * config.hidden_size
-    kv_bytes = 2 * config.num_hidden_layers * kv_size * itemsize
+    kv_bytes = 2 * config.num_hidden_layers * kv_size * engine_config.kv_torch_dtype.itemsize
 
     most = engine_config.max_model_len
     lens = [(len(p), min(o, most - len(p))) for p, o in zip(workload.prompts, workload.output_lens)]
@@ -234,6 +234,7 @@ def parse_args() -> argparse.Namespace:
     engine.add_argument("--max-num-batched-tokens", type=int, default=16384)
     engine.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     engine.add_argument("--tensor-parallel-size", type=int, default=1)
+    engine.add_argument("--kv-cache-dtype", default="auto")
     args = parser.parse_args()
     for name in ("num_requests", "runs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -261,7 +262,7 @@ def main() -> None:
         from benchmarks import timeline
     names = ("device", "dtype", "attention_backend", "enforce_eager", "kvcache_block_size")
     names += ("num_kvcache_blocks", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
-    names += ("gpu_memory_utilization", "tensor_parallel_size")
+    names += ("gpu_memory_utilization", "tensor_parallel_size", "kv_cache_dtype")
     options = {name: getattr(args, name) for name in names}
     start = time.perf_counter()
     if args.model is None:

@@ -143,12 +143,13 @@ def _qk_norm_rope_store_kernel(
         mask = real[:, None] & (dims < head_dim)[None, :]
         values = row_ptr + (num_heads + num_kv_heads + heads)[:, None] * head_dim + dims[None, :]
         cells = (slot * num_kv_heads + heads)[:, None] * head_dim + dims[None, :]
-        v = tl.load(values, mask=mask, other=0.0)
         dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
-        if kv_scales_ptr is not None:
+        if kv_scales_ptr is None:
+            tl.store(k_cache_ptr + cells, k.to(dtype), mask=mask)
+            tl.store(v_cache_ptr + cells, tl.load(values, mask=mask, other=0.0), mask=mask)
+        else:
             k_scale = tl.load(kv_scales_ptr + heads, mask=real, other=1.0)[:, None]
             v_scale = tl.load(kv_scales_ptr + num_kv_heads + heads, mask=real, other=1.0)[:, None]
-            v = as_stored(v.to(tl.float32), v_scale, dtype)
-            k = as_stored(k, k_scale, dtype)
-        tl.store(k_cache_ptr + cells, k.to(dtype), mask=mask)
-        tl.store(v_cache_ptr + cells, v, mask=mask)
+            v = tl.load(values, mask=mask, other=0.0).to(tl.float32)
+            tl.store(k_cache_ptr + cells, as_stored(k, k_scale, dtype), mask=mask)
+            tl.store(v_cache_ptr + cells, as_stored(v, v_scale, dtype), mask=mask)

@@ -1,6 +1,7 @@
 """Attention over keys and values in fp8: what is stored, and what is computed of it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from helpers.compile_launches import run_compiler
 from helpers.kernel_inputs import (
     BF16,
     FP16,
@@ -200,3 +202,42 @@ def test_attention_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
     check_prefill(paged_prefill, sizes, dtype, "cuda")
     for context_lens in ([1, 40, 3000], [32000, 1, 700, *range(60, 80), 0]):
         check_decode(paged_decode, context_lens, sizes, dtype, "cuda")
+
+
+FACTS = """
+import torch
+from helpers.compile_launches import CARDS, launches
+from nanovllm.kernels.decode_attention import paged_decode
+from nanovllm.kernels.decode_plan import DecodePlan
+from nanovllm.kernels.prefill_attention import paged_prefill
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+int32, float32, fp8 = torch.int32, torch.float32, torch.float8_e4m3fn
+cache, scales = empty(100, 64, 8, 128, dtype=fp8), empty(2, 8, dtype=float32)
+for card in CARDS:
+    if card.capability < (8, 9):
+        continue
+    found = launches(
+        paged_prefill, empty(300, 16, 128), cache, cache, empty(5, dtype=int32),
+        empty(4, dtype=int32), empty(4, 64, dtype=int32), 0.088, 128, scales, card=card,
+    )
+    for rows in (1, 64):
+        plan = DecodePlan(
+            empty(33, dtype=int32), empty(rows, dtype=int32), empty(400, 2, dtype=int32)
+        )
+        found += launches(
+            paged_decode, empty(rows, 32 * 128), empty(128), empty(128), 1e-6,
+            empty(4096, 128, dtype=float32), empty(rows, dtype=int32), cache, cache,
+            empty(rows, dtype=int32), plan, 0.088, scales, card=card,
+        )
+    bad = [(launch.name, launch.spills) for launch in found if launch.spills or not launch.fits]
+    print(card.name, len(found), bad)
+"""
+
+
+@pytest.mark.slow
+def test_they_compile_for_all_cards_with_fp8(tmp_path: Path) -> None:
+    lines = run_compiler(FACTS, tmp_path).splitlines()
+    assert len(lines) >= 3 and all(line.endswith(" 6 []") for line in lines), lines
