@@ -74,9 +74,9 @@ class Step(NamedTuple):
 
 
 SAMPLE = [
-    *(Step(H100, "Qwen3-0.6B", rows) for rows in (0, 1, 8)),
-    *(Step(A100, "Qwen2.5-0.5B", rows) for rows in (0, 1)),
-    *(Step(RTX_3090, "head_dim 256", rows) for rows in (0, 8)),
+    *(Step(H100, "Qwen3-0.6B", rows) for rows in (1, 8)),
+    Step(A100, "Qwen2.5-0.5B", 0),
+    Step(RTX_3090, "head_dim 256", 8),
     Step(RTX_4090, "Llama-3.2-1B", 1),
     Step(RTX_5090, "Llama-3.2-1B", 0, torch.float32),
 ]
