@@ -9,6 +9,7 @@ from torch import nn
 from nanovllm.layers.activation import activate_and_mul
 from nanovllm.layers.deferred import Input, PendingSum, Product, values_of
 from nanovllm.layers.linear import Linear
+from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import Stack, View
 
 _ALL = slice(None)
@@ -18,7 +19,7 @@ class Routing(NamedTuple):
     """Which experts each token goes to.
 
     Attributes:
-        experts: [tokens, top_k] int64, the likeliest first.
+        experts: [tokens, top_k] int64 or int32, the likeliest first.
         weights: [tokens, top_k] float32, by which their outputs are added up.
     """
 
@@ -101,6 +102,8 @@ class Experts(nn.Module):
         The experts' outputs are added up in float32, those of a token in the order of the experts,
         so that the sum depends on no other token.
         """
+        if self._has_kernels(x):
+            return kernels.apply_experts(x, *routing, self.gate_up_proj, self.down_proj)
         weights = routing.weights.flatten()
         pairs = routing.experts.flatten().argsort(stable=True)  # of token and expert, by expert
         counts = routing.experts.flatten().bincount(minlength=len(self.down_proj)).tolist()
@@ -119,8 +122,19 @@ class Experts(nn.Module):
     ) -> torch.Tensor | PendingSum | None:
         """Add what `forward` returns to `stream` [tokens, hidden], in place, or return what is
         still to be added."""
-        stream.add_(self(x, routing))
+        if self._has_kernels(x):
+            kernels.apply_experts(x, *routing, self.gate_up_proj, self.down_proj, stream)
+        else:
+            stream.add_(self(x, routing))
         return None
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether a CUDA Graph can hold it: in plain torch the host waits for the counts."""
+        return kernels is not None and self.activation == "silu"
+
+    def _has_kernels(self, x: torch.Tensor) -> bool:
+        return has_kernels(x) and self.can_capture
 
     def checkpoint_views(self, path: str) -> dict[str, View]:
         """The memory of each expert's weights, by their names in the checkpoint."""
@@ -159,6 +173,8 @@ def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> Routing:
         logits: [tokens, experts], of the router; the softmax is computed in float32.
         renormalize: divide the chosen ones' probabilities by their sum.
     """
+    if has_kernels(logits):
+        return Routing(*kernels.route(logits, top_k, renormalize))
     weights, experts = logits.softmax(dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
