@@ -87,15 +87,16 @@ def _gate_up_kernel(
     cols = tl.arange(0, BLOCK_K)
     gates = weight_ptr + (expert * 2 * n + outs)[:, None] * k + cols[None, :]
     ups = weight_ptr + (expert * 2 * n + n + outs)[:, None] * k + cols[None, :]
-    xs = x_ptr + (pair // top_k).to(tl.int64) * k + cols
+    # The same for every row, but laid out like the weights: no exchange between threads.
+    xs = x_ptr + (pair // top_k).to(tl.int64) * k + cols[None, :] + outs[:, None] * 0
     acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
     acc_up = tl.zeros([ROWS, BLOCK_K], tl.float32)
     for start in tl.static_range(0, k, BLOCK_K):
-        inside = start + cols < k
-        mask = (outs < n)[:, None] & inside[None, :]
+        inside = (start + cols < k)[None, :]
+        mask = (outs < n)[:, None] & inside
         gate = tl.load(gates + start, mask=mask, other=0.0, cache_modifier=".cg")
         up = tl.load(ups + start, mask=mask, other=0.0, cache_modifier=".cg")
-        x = tl.load(xs + start, mask=inside, other=0.0).to(tl.float32)[None, :]
+        x = tl.load(xs + start, mask=inside, other=0.0).to(tl.float32)
         acc += gate.to(tl.float32) * x
         acc_up += up.to(tl.float32) * x
     y = silu_times(tl.sum(acc, axis=1), tl.sum(acc_up, axis=1))
@@ -113,6 +114,7 @@ def _down_kernel(
     token = tl.program_id(1).to(tl.int64)
     outs = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_K)
+    hs = h_ptr + cols[None, :] + outs[:, None] * 0  # laid out like the weights
     acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
     for j in tl.static_range(TOP_K):
         pair = token * TOP_K + j
@@ -120,11 +122,11 @@ def _down_kernel(
         matrix = weight_ptr + (expert * n + outs)[:, None] * k + cols[None, :]
         weight = tl.load(weights_ptr + pair)
         for start in tl.static_range(0, k, BLOCK_K):
-            inside = start + cols < k
-            mask = (outs < n)[:, None] & inside[None, :]
+            inside = (start + cols < k)[None, :]
+            mask = (outs < n)[:, None] & inside
             w = tl.load(matrix + start, mask=mask, other=0.0, cache_modifier=".cg")
-            h = tl.load(h_ptr + pair * k + start + cols, mask=inside, other=0.0)
-            acc += w.to(tl.float32) * (weight * h.to(tl.float32))[None, :]
+            h = tl.load(hs + pair * k + start, mask=inside, other=0.0)
+            acc += w.to(tl.float32) * (weight * h.to(tl.float32))
     total = tl.sum(acc, axis=1)
     target = out_ptr + token * n + outs
     if ADD:

@@ -16,6 +16,7 @@ from helpers.checkpoints import (
     random_tokens,
 )
 from helpers.engines import build, greedy
+from helpers.kernel_inputs import interpreted
 from nanovllm import SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine.model_checks import weight_bytes
@@ -92,6 +93,20 @@ def rewritten(path: Path, target: Path, tensors: dict[str, torch.Tensor]) -> Pat
 def test_every_option_gives_transformers_tokens(tmp_path: Path, options: dict[str, Any]):
     path = make_checkpoint(tmp_path / "model", family="qwen3_moe", **options)
     assert found(path) == expected(path)
+
+
+@interpreted
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_kernels_give_transformers_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renormalize: bool
+):
+    """Router and experts by kernels in Triton's interpreter: prefill by the grouped products, and
+    decode by GEMVs."""
+    path = make_checkpoint(tmp_path / "model", family="qwen3_moe", norm_topk_prob=renormalize)
+    monkeypatch.setattr("nanovllm.layers.moe.has_kernels", lambda tensor: True)
+    with build(path) as llm:
+        (tokens,) = greedy(llm, PROMPTS[1:2], SamplingParams(temperature=0, max_tokens=4))
+    assert tokens == Reference(path).tokens(PROMPTS[1], 4)
 
 
 def test_experts_that_tie_are_chosen_as_by_transformers(moe: Path, tmp_path: Path):
