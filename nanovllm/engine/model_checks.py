@@ -2,8 +2,10 @@
 
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
 
 from nanovllm.config import Config
 from nanovllm.models.config import ModelConfig
@@ -55,13 +57,15 @@ def check_memory(config: Config) -> None:
 
 
 def weight_bytes(config: Config) -> int:
-    """Bytes of all weights of the model. It has one layer many times: two are looked at."""
-    num_layers = config.model_config.num_hidden_layers
-    one, two = (_num_parameters(config, layers) for layers in (1, 2))
-    return (one + (num_layers - 1) * (two - one)) * config.torch_dtype.itemsize
-
-
-def _num_parameters(config: Config, num_layers: int) -> int:
+    """Bytes of all weights of the model. It has a layer many times: one of each kind is made."""
+    model_class, model_config = config.model_class, config.model_config
+    make_layer: Any = model_class.layer_class
     with torch.device("meta"):
-        model = config.model_class(replace(config.model_config, num_hidden_layers=num_layers))
-    return sum(parameter.numel() for parameter in model.parameters())
+        total = _num_parameters(model_class(replace(model_config, num_hidden_layers=0)))
+        for index, count in model_config.layer_kinds().items():
+            total += count * _num_parameters(make_layer(model_config, index))
+    return total * config.torch_dtype.itemsize
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

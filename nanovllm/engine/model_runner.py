@@ -81,7 +81,9 @@ class ModelRunner:
         )  # fmt: skip
         self.attention_backend = self.backend.name
         config.kvcache_block_size = self.backend.block_size
-        use_graphs = self.on_gpu and not config.enforce_eager and self.backend.can_capture
+        parts = [self.backend, *self.model.modules()]
+        can_capture = all(getattr(part, "can_capture", True) for part in parts)
+        use_graphs = self.on_gpu and not config.enforce_eager and can_capture
         allocate_weights(self.model, config, headers)
         # Before anything is allocated for so many positions.
         most_tokens = self.agree_on_blocks(max_blocks(config, specs)) * config.kvcache_block_size

@@ -26,6 +26,7 @@ class ModelConfig:
 
     Attributes:
         model_type: the family's name in config.json.
+        own_sizes: names of fields that are checked as `SIZES` are.
         default_rope_theta: of transformers' class.
         rope_parameters: "rope_type", "rope_theta", and what a scaled type wants besides.
         original_max_position_embeddings: if given beside `rope_parameters`, not inside.
@@ -36,6 +37,7 @@ class ModelConfig:
     """
 
     model_type: ClassVar[str]
+    own_sizes: ClassVar[tuple[str, ...]] = ()
     default_rope_theta: ClassVar[float] = 10000.0
 
     vocab_size: int
@@ -71,7 +73,7 @@ class ModelConfig:
         values["dtype"] = content.get("dtype") or content.get("torch_dtype")  # transformers 5, 4
         values["rope_parameters"] = _rope_parameters(content, cls.default_rope_theta)
         values["sliding_window"] = cls.window_of(content)
-        _check_and_derive_sizes(values, content)
+        _check_and_derive_sizes(values, content, (*SIZES, *cls.own_sizes))
         config = cls(**values)
         config._check_values()
         _check_options(content)
@@ -81,6 +83,15 @@ class ModelConfig:
     def window_of(cls, content: dict[str, Any]) -> int | None:
         """The sliding window that a config.json asks for; None if it has none."""
         return None
+
+    @property
+    def inner_sizes(self) -> tuple[str, ...]:
+        """Names of the sizes by which MLPs are shared among GPUs."""
+        return ("intermediate_size",)
+
+    def layer_kinds(self) -> dict[int, int]:
+        """Of each kind of layer, the index of one, and how many there are."""
+        return {0: self.num_hidden_layers}
 
     @property
     def max_length(self) -> int:
@@ -124,14 +135,16 @@ def refusal(name: str, value: Any) -> ValueError:
     return ValueError(f"config.json has {name}={value!r}, which is not supported")
 
 
-def _check_and_derive_sizes(values: dict[str, Any], content: dict[str, Any]) -> None:
+def _check_and_derive_sizes(
+    values: dict[str, Any], content: dict[str, Any], sizes: tuple[str, ...]
+) -> None:
     """Check the sizes in `values`, and fill in the two that may follow from the others."""
     derived = [
         name
         for name in ("num_key_value_heads", "head_dim")
         if values[name] is None or (name not in content and values[name] == DERIVED)
     ]
-    for name in SIZES:
+    for name in sizes:
         if name not in derived and not (_is_size(values[name]) and values[name] <= MAX_SIZE):
             raise refusal(name, values[name])
     heads = values["num_attention_heads"]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.models.causal_lm import CausalLM, DecoderLayer
@@ -37,8 +39,12 @@ class Qwen3DecoderLayer(DecoderLayer):
             config.num_key_value_heads, config.head_dim, qkv_bias=config.attention_bias,
             output_bias=config.attention_bias, qk_norm_eps=config.rms_norm_eps,
         )  # fmt: skip
-        mlp = GatedMLP(config.hidden_size, config.intermediate_size, activation=config.hidden_act)
-        super().__init__(config, attention, mlp)
+        super().__init__(config, attention, self.make_mlp(config, layer_index))
+
+    @staticmethod
+    def make_mlp(config: Qwen3Config, layer_index: int) -> nn.Module:
+        """What comes after attention."""
+        return GatedMLP(config.hidden_size, config.intermediate_size, activation=config.hidden_act)
 
 
 class Qwen3ForCausalLM(CausalLM):

@@ -1,4 +1,4 @@
-"""Linear layers and the embedding, of which a rank has a part; see `parallel.sharding`."""
+"""Linear layers, experts and the embedding, of which a rank has a part; see `parallel.sharding`."""
 
 from collections.abc import Iterator
 from typing import TypeGuard
@@ -9,6 +9,7 @@ from nanovllm.layers.activation import activate_and_mul
 from nanovllm.layers.deferred import Input, Norm, Normed, PendingSum, values_of
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.linear import Linear, MergedLinear
+from nanovllm.layers.moe import Experts, Routing
 from nanovllm.parallel.group import Group
 from nanovllm.parallel.peer_memory import Peers
 from nanovllm.utils.kernels import has_kernels, kernels
@@ -125,6 +126,33 @@ class SumOverRanks:
         self.add_to(x)
         norm.normalize(x, None, out)
         yield slice(len(x))
+
+
+class ParallelExperts(Experts):
+    """Some of the inner features of every expert: the output is a summand of the whole one.
+
+    Args:
+        whole: the experts.
+        part: the inner features that are here.
+    """
+
+    def __init__(self, whole: Experts, part: slice, group: Group) -> None:
+        num_experts, hidden_size, self.whole_inner_size = whole.down_proj.shape
+        super().__init__(hidden_size, part.stop - part.start, num_experts, whole.activation)
+        self.part, self.group = part, group
+
+    def checkpoint_views(self, path: str) -> dict[str, View]:
+        return self.views_of_part(path, self.whole_inner_size, self.part)
+
+    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        return self.group.all_reduce(super().forward(x, routing))
+
+    def add_to(self, stream: torch.Tensor, x: torch.Tensor, routing: Routing) -> PendingSum | None:
+        """Add the sum over the ranks to `stream`, in place, or return what is still to be added."""
+        if has_kernels(x) and (peers := self.group.peers_for(stream)) is not None:
+            return SumOverRanks(super().forward(x, routing), peers)
+        stream.add_(self(x, routing))
+        return None
 
 
 class VocabParallelEmbedding(Embedding):

@@ -2,17 +2,20 @@
 
 Queries, keys and values go by heads, gate and up by columns; the projections after them, o_proj and
 down_proj, take what their rank has made, so each rank has a summand of their output: one sum over
-the ranks after attention, one after the MLP. Embedding and output head go by tokens. Norms are
-everywhere. With more ranks than key-value heads, several ranks have the same one.
+the ranks after attention, one after the MLP. Each rank has such a part of every expert, too.
+Embedding and output head go by tokens. Norms and routers are everywhere. With more ranks than
+key-value heads, several ranks have the same one.
 """
 
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.mlp import GatedMLP
+from nanovllm.layers.moe import SparseMoE
 from nanovllm.models.causal_lm import CausalLM
 from nanovllm.models.config import ModelConfig
 from nanovllm.parallel.group import Group
 from nanovllm.parallel.layers import (
     ColumnParallelLinear,
+    ParallelExperts,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -40,8 +43,9 @@ def _obstacle(config: ModelConfig, size: int) -> str | None:
         return f"its {kv_heads} key-value heads are neither a multiple nor a divisor of it"
     if heads % size:
         return f"its {heads} attention heads are not a multiple of it"
-    if config.intermediate_size % size:
-        return f"its intermediate_size, {config.intermediate_size}, is not a multiple of it"
+    for name in config.inner_sizes:
+        if getattr(config, name) % size:
+            return f"its {name}, {getattr(config, name)}, is not a multiple of it"
     if config.vocab_size < _TOKENS * size:
         return f"each rank needs {_TOKENS} tokens of the vocabulary, which has {config.vocab_size}"
     return None
@@ -54,6 +58,9 @@ def shard(model: CausalLM, group: Group) -> None:
             _shard_attention(module, group)
         elif isinstance(module, GatedMLP):
             _shard_mlp(module, group)
+        elif isinstance(module, SparseMoE):
+            part = _part(module.experts.inner_size, group)
+            module.experts = ParallelExperts(module.experts, part, group)
     config = model.config
     tokens = vocab_part(config.vocab_size, group.rank, group.size)
     model.model.embed_tokens = VocabParallelEmbedding(model.model.embed_tokens, tokens, group)

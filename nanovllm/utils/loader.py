@@ -1,7 +1,7 @@
 """Weights: safetensors files to parameters, or random ones in their place."""
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,19 @@ _FLOATS = {  # safetensors' names of the dtypes that can be loaded
 }  # fmt: skip
 
 
+class Stack(NamedTuple):
+    """A tensor that a checkpoint may hold in place of several, all of them in one.
+
+    Attributes:
+        name, shape: of the stack.
+        place: of one of the tensors in it, as an index.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    place: tuple[int | slice, ...]
+
+
 class View(NamedTuple):
     """Where a tensor of the checkpoint goes, or the part of it that is wanted.
 
@@ -22,11 +35,13 @@ class View(NamedTuple):
         memory: of the part; on the "meta" device if the tensor is to be there, and is not used.
         shape: of the whole tensor.
         part: a slice of each dimension.
+        stack: the tensor that may hold it among others, if there is such a form.
     """
 
     memory: torch.Tensor
     shape: tuple[int, ...]
     part: tuple[slice, ...]
+    stack: Stack | None = None
 
     @classmethod
     def whole(cls, memory: torch.Tensor) -> "View":
@@ -77,10 +92,16 @@ def load_weights(
     plan = _plan(headers, views, ignored)
     for path, names in plan.items():
         with safe_open(path, framework="pt", device="cpu") as file:
-            for name, key in names.items():
-                view = views[key]
-                found = file.get_tensor(name) if view.is_whole else file.get_slice(name)[view.part]
-                view.memory.copy_(found)
+            for name, pieces in names.items():
+                for key, index in pieces:
+                    view = views[key]
+                    if index:
+                        found = file.get_slice(name)[index][view.part]
+                    elif view.is_whole:
+                        found = file.get_tensor(name)
+                    else:
+                        found = file.get_slice(name)[view.part]
+                    view.memory.copy_(found)
 
 
 def update_weights(
@@ -95,60 +116,80 @@ def update_weights(
         TypeError, ValueError: for a tensor that is unexpected, of the wrong shape or no floats.
             Those before it have been copied.
     """
+    wanted = _wanted_tensors(views)
     for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name!r} must be a tensor, got {type(tensor).__name__}")
-        if (key := _view_name(name, views, ignored)) is None:
+        if (full_name := _full_name(name, wanted, ignored)) is None:
             continue
-        if key not in views:
+        if full_name not in wanted:
             raise ValueError(f"unexpected tensor {name!r}: the model has none of that name")
-        view = views[key]
-        if view.shape != tuple(tensor.shape):
+        shape, pieces = wanted[full_name]
+        if shape != tuple(tensor.shape):
             raise ValueError(
                 f"tensor {name!r} has shape {list(tensor.shape)}, config.json asks for "
-                f"{list(view.shape)}"
+                f"{list(shape)}"
             )
         if tensor.dtype not in _FLOATS.values():
             raise ValueError(f"tensor {name!r} has {tensor.dtype}; supported are {[*_FLOATS]}")
         with torch.inference_mode():  # not around `weights`, which may be the caller's own code
-            view.memory.copy_(tensor[view.part])
+            for key, index in pieces:
+                views[key].memory.copy_(tensor[index][views[key].part])
 
 
-def _view_name(name: str, views: dict[str, View], ignored: frozenset[str]) -> str | None:
-    """The view that a tensor goes to, if there is one; None for a tensor that is not read. A
-    network saved without its head, as embedding models are, has names without "model."."""
+# By the name of a view, the index of what it gets in a tensor of a file: () if that is all of it.
+_Pieces = list[tuple[str, tuple[int | slice, ...]]]
+
+
+def _wanted_tensors(views: dict[str, View]) -> dict[str, tuple[tuple[int, ...], _Pieces]]:
+    """Of each tensor that a checkpoint may hold, the shape, and the views that it fills."""
+    wanted: dict[str, tuple[tuple[int, ...], _Pieces]] = {}
+    for key, view in views.items():
+        wanted[key] = view.shape, [(key, ())]
+        if view.stack is not None:
+            _, pieces = wanted.setdefault(view.stack.name, (view.stack.shape, []))
+            pieces.append((key, view.stack.place))
+    return wanted
+
+
+def _full_name(name: str, wanted: Container[str], ignored: frozenset[str]) -> str | None:
+    """What the model calls a tensor; None for one that is not read. A network saved without its
+    head, as embedding models are, has names without "model."."""
     if name in ignored or name.endswith("rotary_emb.inv_freq"):
         return None
-    return name if name in views else f"model.{name}"
+    return name if name in wanted else f"model.{name}"
 
 
 def _plan(
     headers: Headers, views: dict[str, View], ignored: frozenset[str]
-) -> dict[Path, dict[str, str]]:
-    """Which tensors to take from which file, and the view that each goes to, everything checked."""
-    plan: dict[Path, dict[str, str]] = {}
+) -> dict[Path, dict[str, _Pieces]]:
+    """Which tensors to take from which file, and the views that each fills, everything checked."""
+    wanted = _wanted_tensors(views)
+    plan: dict[Path, dict[str, _Pieces]] = {}
     source: dict[str, Path] = {}
     for path, tensors in headers.items():
         plan[path] = {}
         for name, header in tensors.items():
-            if (view := _view_name(name, views, ignored)) is None:
+            if (full_name := _full_name(name, wanted, ignored)) is None:
                 continue
-            if view not in views:
+            if full_name not in wanted:
                 raise ValueError(f"{path} holds an unexpected tensor {name!r}")
-            if view in source:
-                raise ValueError(f"tensor {name!r} is both in {source[view]} and in {path}")
-            if views[view].shape != header.shape:
+            shape, pieces = wanted[full_name]
+            if (twice := next((key for key, _ in pieces if key in source), None)) is not None:
+                again = "" if twice == full_name else f", as {twice!r},"
+                raise ValueError(f"tensor {name!r} is both in {source[twice]}{again} and in {path}")
+            if shape != header.shape:
                 raise ValueError(
                     f"tensor {name!r} in {path} has shape {list(header.shape)}, config.json asks "
-                    f"for {list(views[view].shape)}"
+                    f"for {list(shape)}"
                 )
             if header.dtype not in _FLOATS:
                 raise ValueError(
                     f"tensor {name!r} in {path} has dtype {header.dtype}; supported are "
                     f"{[*_FLOATS]}"
                 )
-            source[view] = path
-            plan[path][name] = view
+            source |= {key: path for key, _ in pieces}
+            plan[path][name] = pieces
     missing = [name for name in views if name not in source]
     if missing:
         raise ValueError(
@@ -167,7 +208,7 @@ def fill_with_noise(views: dict[str, View], std: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     size = 2**22 + 1  # odd: rows do not repeat
     pool = torch.randn(size, generator=generator, dtype=torch.float32).mul_(std)
-    for name, (memory, shape, part) in views.items():
+    for name, (memory, shape, part, _) in views.items():
         if len(shape) == 1:
             memory.fill_(1.0 if "norm" in name else 0.0)
             continue

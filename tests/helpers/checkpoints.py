@@ -39,6 +39,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"hidden_size": 128},
     "llama": {"hidden_size": 128},
     "mistral": {"hidden_size": 128, "sliding_window": None},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "moe_intermediate_size": 48,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    },
 }
 # What the first model would load otherwise, after conftest has frozen what there is: each closing
 # of an engine would look through it for garbage.

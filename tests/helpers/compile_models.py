@@ -53,6 +53,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
         "num_attention_heads": 32, "num_key_value_heads": 8,
     },
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    },
     # No published model of these families: the widest heads, and every bias.
     "head_dim 256": {
         "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2048,
@@ -78,6 +84,8 @@ SAMPLE = [
     Step(A100, "Qwen2.5-0.5B", 0),
     Step(RTX_3090, "head_dim 256", 8),
     Step(RTX_4090, "Llama-3.2-1B", 1),
+    *(Step(H100, "Qwen3-30B-A3B", rows) for rows in (0, 1, 32)),
+    Step(RTX_3090, "Qwen3-30B-A3B", 0),
     Step(RTX_5090, "Llama-3.2-1B", 0, torch.float32),
 ]
 

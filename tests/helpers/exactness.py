@@ -51,6 +51,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "family": "mistral", "tie_word_embeddings": True, "head_dim": 64,
         "num_attention_heads": 8, "num_key_value_heads": 1, "max_shard_size": "100KB",
     },
+    "qwen3moe-renormalized-sharded": {
+        "family": "qwen3_moe", "norm_topk_prob": True, "max_shard_size": "100KB",
+    },
+    "qwen3moe-tied-gqa4-dense-and-sparse": {
+        "family": "qwen3_moe", "tie_word_embeddings": True, "num_key_value_heads": 1,
+        "decoder_sparse_step": 2,
+    },
 }  # fmt: skip
 
 

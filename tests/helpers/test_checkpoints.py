@@ -18,7 +18,7 @@ def test_transformers_runs_every_family(tmp_path: Path, family: str, is_tied: bo
     reference = Reference(path)
     assert content["architectures"] == [type(reference.model).__name__]
     assert (content["model_type"], content["tie_word_embeddings"]) == (family, is_tied)
-    assert ("head_dim" in content) == (family == "qwen3")
+    assert ("head_dim" in content) == (family in ("qwen3", "qwen3_moe"))
     assert len(reference.tokens(random_tokens(9), 5)) == 5
 
 
@@ -26,7 +26,8 @@ def test_transformers_runs_every_family(tmp_path: Path, family: str, is_tied: bo
     ("family", "options", "biases"),
     [
         ("qwen3", {}, set()), ("qwen3", {"attention_bias": True}, {"q", "k", "v", "o"}),
-        ("qwen2", {}, {"q", "k", "v"}), ("mistral", {}, set()), ("llama", {}, set()),
+        ("qwen3_moe", {}, set()), ("qwen2", {}, {"q", "k", "v"}),
+        ("mistral", {}, set()), ("llama", {}, set()),
         ("llama", {"attention_bias": True}, {"q", "k", "v", "o"}),
         ("llama", {"mlp_bias": True}, {"gate", "up", "down"}),
     ],

@@ -23,6 +23,7 @@ from nanovllm.config import Config
 from nanovllm.models import MODELS
 from nanovllm.models.config import SIZES, ModelConfig
 from nanovllm.models.qwen3 import Qwen3Config
+from nanovllm.models.qwen3_moe import Qwen3MoeConfig
 
 FAMILIES: dict[str, type[ModelConfig]] = {
     model.config_class.model_type: model.config_class for model in MODELS.values()
@@ -49,6 +50,12 @@ OWN_CONTENTS: dict[str, list[dict[str, Any]]] = {
     "qwen3": [
         *NULL_HEADS, *SWITCHED_WINDOWS, {"attention_bias": True},
         json.loads((DEMO / "config.json").read_text()),
+    ],
+    "qwen3_moe": [
+        *SWITCHED_WINDOWS, {"attention_bias": True}, {"head_dim": None}, {"norm_topk_prob": True},
+        {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 96},
+        {"num_local_experts" if TRANSFORMERS_5 else "num_experts": 16},
+        {"mlp_only_layers": None}, {"mlp_only_layers": [0, 3]}, {"decoder_sparse_step": 2},
     ],
     "qwen2": [*NULL_HEADS, *SWITCHED_WINDOWS],
     "llama": [*NULL_HEADS, {"attention_bias": True}, {"mlp_bias": True}, {"head_dim": None}],
@@ -158,11 +165,25 @@ def test_a_rope_type_that_is_no_name_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_experts", 0), ("num_experts", 2.0), ("num_experts_per_tok", 9),
+        ("num_experts_per_tok", 0), ("moe_intermediate_size", "768"),
+        ("moe_intermediate_size", 2**26), ("decoder_sparse_step", 0), ("mlp_only_layers", 3),
+        ("mlp_only_layers", [0, "1"]), ("norm_topk_prob", "yes"),
+    ],
+)  # fmt: skip
+def test_experts_of_no_use_are_refused_by_name(name: str, value: object):
+    with pytest.raises(ValueError, match=name):
+        Qwen3MoeConfig.from_json({"num_experts": 8, name: value})
+
+
+@pytest.mark.parametrize(
     ("changes", "name"),
     [
         ({"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}, "Phi3ForCausalLM"),
         ({"model_type": "phi3", "architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM"),
-        ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3Moe"),
+        ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2Moe"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClassification"),
         ({"model_type": "gpt2", "architectures": None}, "gpt2"),
         ({"model_type": None, "architectures": None}, "None"),

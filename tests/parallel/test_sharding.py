@@ -17,6 +17,12 @@ SHAPE = {
 }  # fmt: skip
 
 
+MOE_SHAPE = SHAPE | {
+    "model_type": "qwen3_moe", "num_hidden_layers": 2, "moe_intermediate_size": 8,
+    "num_experts": 3, "num_experts_per_tok": 2, "mlp_only_layers": [0],
+}  # fmt: skip
+
+
 def network(content: dict[str, Any]):
     model_class = find_model_class(content)
     with torch.device("meta"):
@@ -36,10 +42,11 @@ def test_every_token_belongs_to_one_rank(vocab_size: int, size: int):
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_the_parts_of_all_ranks_are_the_model(size: int, is_tied: bool):
+@pytest.mark.parametrize("shape", [SHAPE, MOE_SHAPE], ids=["dense", "experts"])
+def test_the_parts_of_all_ranks_are_the_model(shape: dict[str, Any], size: int, is_tied: bool):
     """Each element of each tensor is on one rank; of keys and values, with more ranks than heads,
-    on as many as share one; norms are on all."""
-    content = SHAPE | {"vocab_size": 130, "tie_word_embeddings": is_tied}
+    on as many as share one; norms and routers are on all."""
+    content = shape | {"vocab_size": 130, "tie_word_embeddings": is_tied}
     whole = network(content).checkpoint_views()
     counts = {name: torch.zeros(view.shape) for name, view in whole.items()}
     for rank in range(size):
@@ -57,7 +64,8 @@ def test_the_parts_of_all_ranks_are_the_model(size: int, is_tied: bool):
         specs = model.cache_specs()
         assert specs[0].num_kv_heads == max(1, 4 // size)
     for name, count in counts.items():
-        expected = size if "norm" in name or name.endswith(("o_proj.bias", "down_proj.bias")) else 1
+        on_all = ("o_proj.bias", "down_proj.bias", "mlp.gate.weight")
+        expected = size if "norm" in name or name.endswith(on_all) else 1
         if "k_proj" in name or "v_proj" in name:
             expected = max(1, size // 4)
         assert (count == expected).all(), name
@@ -75,6 +83,13 @@ def test_the_keys_of_a_rank_are_those_that_its_queries_attend_to():
         }
         assert rows["q"] == slice(4 * rank, 4 * rank + 4)
         assert rows["k"] == rows["v"] == slice(rank // 2 * 4, rank // 2 * 4 + 4)
+
+
+def test_experts_that_do_not_fit_are_refused():
+    config = network(MOE_SHAPE | {"moe_intermediate_size": 6}).config
+    check_shardable(config, 2)
+    with pytest.raises(ValueError, match=r"moe_intermediate_size, 6, .*could be: \[1, 2\]"):
+        check_shardable(config, 4)
 
 
 @pytest.mark.parametrize(

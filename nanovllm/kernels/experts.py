@@ -1,0 +1,43 @@
+"""What serves the experts of a step: the one place where their kernels are chosen.
+
+Up to `expert_gemv.MAX_TOKENS` tokens have a GEMV for each of their experts; more are sorted by
+expert (`kernels.moe_plan`) and go through `kernels.grouped_gemm`. Either way nothing depends on the
+host, so that a CUDA Graph can hold it.
+"""
+
+import torch
+
+from nanovllm.kernels import expert_gemv
+from nanovllm.kernels.expert_gemv import expert_down, expert_gate_up
+from nanovllm.kernels.grouped_gemm import grouped_down, grouped_gate_up, weighted_sum
+from nanovllm.kernels.moe_plan import plan_experts
+
+
+def apply_experts(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    add_to: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """sum over a token's experts e of weight[e] * W_down[e] (silu(W_gate[e] x) * (W_up[e] x)).
+
+    Args:
+        x: [tokens, hidden].
+        experts, weights: [tokens, top_k] int32 and float32, see `kernels.route`.
+        gate_up: [experts, 2 * inner, hidden], gate then up.
+        down: [experts, hidden, inner].
+        add_to: [tokens, hidden], the sum is added to it in place.
+
+    Returns:
+        [tokens, hidden] in the dtype of x; `add_to` if given.
+    """
+    if len(x) == 0:
+        return torch.empty_like(x) if add_to is None else add_to
+    if len(x) <= expert_gemv.MAX_TOKENS:
+        h = expert_gate_up(x, gate_up, experts)
+        return expert_down(h, down, experts, weights, add_to)
+    plan = plan_experts(experts, len(gate_up))
+    h = grouped_gate_up(x, gate_up, plan, experts.shape[1])
+    return weighted_sum(grouped_down(h, down, plan), weights, add_to)

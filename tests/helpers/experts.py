@@ -1,0 +1,68 @@
+"""Mixtures of experts for the kernel tests: inputs, routings of every kind, float64 answers."""
+
+from typing import NamedTuple
+
+import torch
+
+from helpers.kernel_inputs import FP32, normal
+
+
+class Case(NamedTuple):
+    """Inputs of `kernels.experts.apply_experts`."""
+
+    x: torch.Tensor
+    experts: torch.Tensor
+    weights: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+    def inner(self) -> torch.Tensor:
+        """silu(gate) * up of each pair, [tokens * top_k, inner] float64."""
+        gate_up = self.gate_up.double()[self.experts.long()] @ self.x.double()[:, None, :, None]
+        gate, up = gate_up.squeeze(-1).flatten(0, 1).chunk(2, dim=1)
+        return gate * gate.sigmoid() * up
+
+    def outputs(self, inner: torch.Tensor) -> torch.Tensor:
+        """Of each pair, [tokens * top_k, hidden] float64."""
+        down = self.down.double()[self.experts.long().flatten()]
+        return (down @ inner.double()[:, :, None]).squeeze(-1)
+
+    def expected(self) -> torch.Tensor:
+        """The weighted sums, [tokens, hidden] float64."""
+        outputs = self.outputs(self.inner()).view(*self.experts.shape, -1)
+        return (self.weights.double()[:, :, None] * outputs).sum(dim=1)
+
+
+def make_case(
+    experts: torch.Tensor,
+    num_experts: int,
+    hidden: int,
+    inner: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+) -> Case:
+    """Random tokens and weights; the weights of experts that are not hit are NaN."""
+    gate_up = normal(num_experts, 2 * inner, hidden, dtype=dtype, seed=1) / hidden**0.5
+    down = normal(num_experts, hidden, inner, dtype=dtype, seed=2) / inner**0.5
+    not_hit = [expert for expert in range(num_experts) if not (experts == expert).any()]
+    gate_up[not_hit] = down[not_hit] = float("nan")
+    x = normal(len(experts), hidden, dtype=dtype)
+    weights = normal(*experts.shape, dtype=FP32, seed=3).softmax(dim=1)
+    return Case(*(each.to(device) for each in (x, experts.int(), weights, gate_up, down)))
+
+
+def random_experts(tokens: int, top_k: int, num_experts: int, seed: int = 0) -> torch.Tensor:
+    """[tokens, top_k], no expert twice for a token."""
+    return normal(tokens, num_experts, dtype=FP32, seed=seed).topk(top_k, dim=1).indices
+
+
+# Of 5 experts.
+ROUTINGS = {
+    "one token": random_experts(1, 3, 5),
+    "all to one expert": torch.full((40, 1), 3),
+    "to the last alone, and to the first": torch.tensor([[4, 0]] * 17),
+    "one expert has one token": torch.tensor([[0, 1]] * 20 + [[2, 1]] + [[1, 0]] * 13),
+    "a whole tile and one more": torch.tensor([[1, 2]] * 16 + [[2, 3]]),
+    "all to all": random_experts(9, 5, 5),
+    "random": random_experts(70, 2, 5),
+}
