@@ -133,7 +133,10 @@ class ModelRunner:
 
     def make_compiler(self) -> Any:
         """What compiles kernels ahead; None if nothing does."""
-        return kernels.Compiler(self.device) if self.on_gpu and kernels is not None else None
+        if not self.on_gpu or kernels is None:
+            return None
+        can_run = all(getattr(part, "can_run_ahead", True) for part in self.model.modules())
+        return kernels.Compiler(self.device) if can_run else None
 
     def largest_decode_shape(self) -> StepShape:
         """The decode step that needs the most memory."""

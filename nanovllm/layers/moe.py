@@ -81,7 +81,13 @@ class Experts(nn.Module):
     """The MLPs of all experts, their weights one after the other.
 
     Args: see `SparseMoE`.
+
+    Attributes:
+        can_run_ahead: whether its kernels may run on inputs that nobody has computed. These read
+            weights at places that the router gives.
     """
+
+    can_run_ahead = False
 
     def __init__(
         self, hidden_size: int, inner_size: int, num_experts: int, activation: str
