@@ -32,6 +32,8 @@ GROUPS = {
     "flash": "attention",
     "gemm": "matrix products",
     "gemv": "matrix products",
+    "_gate_up_kernel": "matrix products",
+    "_down_kernel": "matrix products",
     "cutlass": "matrix products",
     "nvjet": "matrix products",
     "splitk": "matrix products",
