@@ -9,8 +9,10 @@ The floor is the time in which the workload could be done if nothing but the nec
 bytes that must be read, over the read bandwidth measured here, plus the operations of prefill, over
 the matrix-multiply rate measured here. Bytes: for each decode step the weights, once (the embedding
 is not read whole, the head is), and for each generated token after a request's first the keys and
-values of its context. Operations: two per weight and prompt token, plus causal attention. With
---tensor-parallel-size each GPU has its share of all that.
+values of its context. Operations: two per weight and prompt token, plus causal attention. Of a
+mixture of experts a step reads those that its tokens hit, if they choose at random, and a token
+has the operations of those that it chooses. With --tensor-parallel-size each GPU has its share of
+all that.
 """
 
 import argparse
@@ -33,8 +35,10 @@ import torch
 
 from nanovllm import LLM, SamplingParams, __version__
 from nanovllm.config import Config
+from nanovllm.models.config import ModelConfig
+from nanovllm.models.qwen3_moe import Qwen3MoeConfig
 
-# hidden, intermediate, layers, heads, tied; all have 8 KV heads of 128, from Qwen's config.json
+# hidden, intermediate, layers, heads, tied; heads are of 128, from Qwen's config.json
 SHAPES = {
     "qwen3-0.6b": (1024, 3072, 28, 16, True),
     "qwen3-1.7b": (2048, 6144, 28, 16, True),
@@ -42,13 +46,22 @@ SHAPES = {
     "qwen3-8b": (4096, 12288, 36, 32, False),
     "qwen3-14b": (5120, 17408, 40, 40, False),
     "qwen3-32b": (5120, 25600, 64, 64, False),
+    "qwen3-30b-a3b": (2048, 6144, 48, 32, False),
 }
+# What the mixtures of experts have besides.
+MIXTURES = {
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+        "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True,
+    },
+}  # fmt: skip
 H200_RATES = (4.2e12, 805e12)  # bytes per second read, bf16 operations per second, as measured
 # What makes a miniature of any of them, to try a script or the engine out on a CPU.
 MINIATURE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512,
-    "eos_token_id": 2,
+    "eos_token_id": 2, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2,
 }  # fmt: skip
 
 
@@ -97,7 +110,8 @@ def write_shape(shape: str, directory: str, changes: dict[str, Any] | None = Non
         "tie_word_embeddings": tied, "rms_norm_eps": 1e-6, "hidden_act": "silu",
         "attention_bias": False, "initializer_range": 0.02, "eos_token_id": 151645,
     }  # fmt: skip
-    (Path(directory) / "config.json").write_text(json.dumps(config | (changes or {})))
+    config |= MIXTURES.get(shape, {}) | (changes or {})
+    (Path(directory) / "config.json").write_text(json.dumps(config))
 
 
 def dummy_llm(shape: str, changes: dict[str, Any] | None = None, **options: Any) -> LLM:
@@ -132,6 +146,21 @@ def _best_seconds(function: Callable[[], object], device: torch.device) -> float
     return min(times)
 
 
+def layer_weights(config: ModelConfig, tokens: float) -> float:
+    """Elements of the layers' weights that a step of so many tokens needs, on average; with 1 those
+    that each token is multiplied with."""
+    hidden, num_layers, num_sparse = config.hidden_size, config.num_hidden_layers, 0
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    total = num_layers * hidden * 2 * (heads + kv_heads) * config.head_dim
+    if isinstance(config, Qwen3MoeConfig):
+        num_sparse = sum(map(config.is_sparse, range(num_layers)))
+        missed = (1 - config.num_experts_per_tok / config.num_experts) ** tokens
+        hit = config.num_experts * (1 - missed)
+        router = hidden * config.num_experts
+        total += num_sparse * (router + hit * 3 * hidden * config.moe_intermediate_size)
+    return total + (num_layers - num_sparse) * 3 * hidden * config.intermediate_size
+
+
 def floor_seconds(
     engine_config: Config,
     workload: Workload,
@@ -147,8 +176,6 @@ def floor_seconds(
     config, itemsize = engine_config.model_config, engine_config.torch_dtype.itemsize
     q_size = config.num_attention_heads * config.head_dim
     kv_size = config.num_key_value_heads * config.head_dim
-    layer = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
-    layers = config.num_hidden_layers * layer
     head = config.vocab_size * config.hidden_size
     kv_bytes = 2 * config.num_hidden_layers * kv_size * engine_config.kv_torch_dtype.itemsize
 
@@ -156,15 +183,21 @@ def floor_seconds(
     lens = [(len(p), min(o, most - len(p))) for p, o in zip(workload.prompts, workload.output_lens)]
     generated = sum(o - 1 for _, o in lens)
     steps = max(max(o - 1 for _, o in lens), -(-generated // engine_config.max_num_seqs))
+    if len(lens) <= engine_config.max_num_seqs:  # all begin at once
+        rows = [sum(o - 1 > step for _, o in lens) for step in range(steps)]
+        layers = sum(layer_weights(config, number) for number in rows)
+    else:
+        layers = steps * layer_weights(config, generated / max(steps, 1))
     # The token at position p attends to p + 1: sum over p from the prompt's end on.
     contexts = sum((o - 1) * (p + 1) + (o - 1) * (o - 2) // 2 for p, o in lens)
     again = len(lens) - 1  # prompts that find the prefix computed
     prompt_tokens = sum(p for p, _ in lens) - again * prefix_len
     pairs = sum(p * (p + 1) // 2 for p, _ in lens) - again * prefix_len * (prefix_len + 1) // 2
-    prefill_ops = 2 * layers * prompt_tokens + 4 * config.num_hidden_layers * q_size * pairs
+    active = layer_weights(config, 1)
+    prefill_ops = 2 * active * prompt_tokens + 4 * config.num_hidden_layers * q_size * pairs
     ranks = engine_config.tensor_parallel_size
     return {
-        "weights": steps * (layers + head) * itemsize / read_rate / ranks,
+        "weights": (layers + steps * head) * itemsize / read_rate / ranks,
         # Past that number ranks have the same heads.
         "keys_and_values": contexts * kv_bytes / read_rate / min(ranks, config.num_key_value_heads),
         "prefill": prefill_ops / matmul_rate / ranks,

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import H200_RATES, MINIATURE, SHAPES, dummy_llm, measure_machine
+from bench import H200_RATES, MINIATURE, SHAPES, dummy_llm, layer_weights, measure_machine
 from nanovllm import LLM, SamplingParams
 
 # A kernel belongs to the group of the first of these parts that its name has, in lower case.
@@ -32,6 +32,8 @@ GROUPS = {
     "flash": "attention",
     "gemm": "matrix products",
     "gemv": "matrix products",
+    "_gate_up_kernel": "matrix products",
+    "_down_kernel": "matrix products",
     "cutlass": "matrix products",
     "nvjet": "matrix products",
     "splitk": "matrix products",
@@ -80,7 +82,6 @@ def work(group: str, llm: LLM, step: Step) -> tuple[float, float]:
     layers = config.num_hidden_layers
     q_size = config.num_attention_heads * config.head_dim
     kv_size = config.num_key_value_heads * config.head_dim
-    weights = layers * hidden * (2 * q_size + 2 * kv_size + 3 * inner)
     head = config.vocab_size * hidden
     per_token = {  # elements
         "norm": (8 * layers + 2) * hidden,  # two a layer and the last, 4 each; the first is 2
@@ -92,9 +93,9 @@ def work(group: str, llm: LLM, step: Step) -> tuple[float, float]:
     if group == "sampling":
         return step.rows * config.vocab_size * itemsize, 0
     if group == "matrix products" and step.is_prefill:
-        return 0, 2 * (weights * step.tokens + head * step.rows)
+        return 0, 2 * (layer_weights(config, 1) * step.tokens + head * step.rows)
     if group == "matrix products":
-        return (weights + head) * itemsize, 0
+        return (layer_weights(config, step.tokens) + head) * itemsize, 0
     if group == "attention" and step.is_prefill:
         pairs = step.tokens * (step.tokens // step.rows + 1) / 2
         return 0, 4 * layers * q_size * pairs

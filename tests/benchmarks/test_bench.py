@@ -4,10 +4,13 @@ import json
 import re
 from pathlib import Path
 
-from bench import Workload, floor_seconds
+import pytest
+
+from bench import MINIATURE, Workload, dummy_llm, floor_seconds, layer_weights, write_shape
 from helpers.paths import DEMO
 from helpers.scripts import run_script
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
+from nanovllm.models import find_model_class
 
 
 def test_bench_reports_rates_and_floor(tmp_path: Path) -> None:
@@ -36,3 +39,26 @@ def test_the_floor_has_what_is_necessary_alone(tiny: Path) -> None:
     assert one["prefill"] < many["prefill"] < apart["prefill"] - 1.9 * one["prefill"]
     cut = floor_seconds(config, Workload([own[0]], [500]), 1, 1)
     assert cut == floor_seconds(config, Workload([own[0]], [90]), 1, 1)
+
+
+def test_a_step_of_experts_reads_those_that_are_hit(tmp_path: Path) -> None:
+    write_shape("qwen3-30b-a3b", str(tmp_path))
+    content = json.loads((tmp_path / "config.json").read_text())
+    config = find_model_class(content).config_class.from_json(content)
+    assert layer_weights(config, 1) == pytest.approx(3.3e9 - 2 * 151936 * 2048, rel=0.03)
+    assert layer_weights(config, 10**6) == pytest.approx(30.5e9 - 2 * 151936 * 2048, rel=0.003)
+    expert, two = 3 * 2048 * 768, layer_weights(config, 2) - layer_weights(config, 1)
+    assert two == pytest.approx(48 * expert * 8 * (1 - 8 / 128))
+
+
+def test_the_floor_of_a_mixture_counts_the_rows_of_each_step() -> None:
+    changes = MINIATURE | {"torch_dtype": "float32"}
+    options = {"device": "cpu", "num_kvcache_blocks": 64, "max_model_len": 100}
+    with dummy_llm("qwen3-30b-a3b", changes, **options) as llm:
+        config = llm.config
+        outputs = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3), use_tqdm=False)
+        assert len(outputs[0]["token_ids"]) in (1, 2, 3)
+    sizes = [layer_weights(config.model_config, rows) for rows in (1, 2)]
+    head = config.model_config.vocab_size * config.model_config.hidden_size
+    floor = floor_seconds(config, Workload([[1], [2]], [3, 5]), 1, 1)
+    assert floor["weights"] == pytest.approx(4 * (2 * sizes[1] + 2 * sizes[0] + 4 * head))
