@@ -39,6 +39,7 @@ def test_gpu_counts_decode_steps(report: Path) -> None:
     assert four - two == pytest.approx(2 * (two - one))
 
 
+@pytest.mark.slow
 def test_gpu_times_a_fresh_process(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

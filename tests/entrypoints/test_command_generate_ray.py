@@ -162,6 +162,7 @@ def test_a_directory_of_parquet(run: Run, tmp_path: Path):
     assert any(row != first[0] for row in first)
 
 
+@pytest.mark.slow
 def test_keys_of_a_line_reach_its_request_or_are_reported_once(run: Run, tmp_path: Path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out"
     line = {"prompt": "1, 2, 3", "max_tokens": 2, "ignore_eos": True, "note": 1}

@@ -122,6 +122,7 @@ def test_nanovllm_does_not_need_the_harness() -> None:
     assert out.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_command() -> None:
     pytest.importorskip("pytablewriter")
     out = run_python(

@@ -79,6 +79,7 @@ def test_scores_do_not_depend_on_engine_options(ours: NanoVLLM) -> None:
         small.llm.close()
 
 
+@pytest.mark.slow
 def test_of_equally_likely_tokens_one_is_greedy() -> None:
     """Uses bfloat16, in which equal logits are common."""
     with LLM(DEMO, device="cpu", num_kvcache_blocks=64) as llm:
