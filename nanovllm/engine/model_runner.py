@@ -16,15 +16,15 @@ from nanovllm.engine.model_checks import checked_model_config
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step import PendingStep, PromptLogprobs, Step, prompt_logprobs
 from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
+from nanovllm.engine.weights import allocate_weights, fill_weights, linears_of
 from nanovllm.layers.attention_backends import make_backend
-from nanovllm.layers.linear import Linear
 from nanovllm.layers.sampler import LOGPROB_ROWS, Sampler
 from nanovllm.models import CausalLM
-from nanovllm.quantization.kv_cache import allocate_kv_scales, set_kv_scales
-from nanovllm.utils.checkpoint_files import Headers, read_headers
+from nanovllm.quantization.kv_cache import set_kv_scales
+from nanovllm.utils.checkpoint_files import read_headers
 from nanovllm.utils.context import Context
 from nanovllm.utils.kernels import has_kernels, kernels
-from nanovllm.utils.loader import View, check_weights, fill_with_noise, load_weights
+from nanovllm.utils.loader import View
 from nanovllm.utils.memory import gpu_memory_in_use, to_device
 
 
@@ -241,7 +241,7 @@ class ModelRunner:
     def change_weights(self, fill: Callable[[dict[str, View], frozenset[str]], None]) -> None:
         """Let `fill` write to the weights where they are, so that CUDA Graphs stay valid. It gets
         the model's `checkpoint_views` and `ignored_tensors`."""
-        linears = [module for module in self.model.modules() if isinstance(module, Linear)]
+        linears = linears_of(self.model)
         in_fp8 = self.config.kv_cache_dtype == "fp8"
         with self.on_device():
             self.reset()
@@ -410,51 +410,3 @@ class ModelRunner:
     def _activation_bytes(self) -> int:
         stats = torch.cuda.memory_stats(self.device)
         return stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
-
-
-def allocate_weights(model: CausalLM, config: Config, headers: Headers) -> None:
-    """Give a network memory on the device, for the weights of the files with these headers.
-
-    Raises:
-        ValueError, FileNotFoundError: for a checkpoint that cannot be loaded.
-        RuntimeError: if there is no memory for it.
-    """
-    if headers:
-        check_weights(headers, model.checkpoint_views(), model.ignored_tensors())
-    # As `to_empty` would do, which imports sympy. A tied head gets memory too, and gives it back at
-    # once. With that gap, later tensors lie where a step of one row takes 1% less time (see
-    # docs/performance.md).
-    parameters = model.state_dict()
-    try:
-        memory = {
-            name: torch.empty(parameter.shape, dtype=config.torch_dtype, device=config.torch_device)
-            for name, parameter in parameters.items()
-        }
-    except RuntimeError as error:
-        num_bytes = sum(each.numel() for each in parameters.values()) * config.torch_dtype.itemsize
-        raise RuntimeError(
-            f"no memory for weights of {num_bytes / 2**30:.1f} GiB on {config.torch_device}: free "
-            "memory there, or give a narrower dtype or a larger tensor_parallel_size"
-        ) from error
-    model.load_state_dict(memory, assign=True)
-    model.requires_grad_(False).tie_weights()
-    if config.kv_cache_dtype == "fp8":
-        allocate_kv_scales(model, config.torch_device)
-
-
-def fill_weights(model: CausalLM, config: Config, headers: Headers) -> None:
-    """Load a network's weights: those of the files with these headers, random ones without any.
-
-    Raises:
-        ValueError: for a checkpoint that cannot be loaded.
-    """
-    views = model.checkpoint_views()
-    if headers:
-        load_weights(headers, views, model.ignored_tensors())
-    else:
-        fill_with_noise(views, config.model_config.initializer_range, config.seed)
-    if config.kv_cache_dtype == "fp8":
-        set_kv_scales(model)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.pack()
