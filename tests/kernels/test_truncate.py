@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from helpers.kernel_inputs import BF16, FP16, FP32, interpreted, normal, on_cpu, on_gpu
@@ -88,8 +88,10 @@ def check(thresholds: torch.Tensor, logits: torch.Tensor, rows: list[Options]) -
         if options.temperature == 0 or not is_on:
             assert threshold == -INF
         elif not (row == threshold).any():
-            bound = row.float().max() + options.temperature * math.log(min_p)
-            assert threshold == pytest.approx(bound.item(), rel=1e-6, abs=1e-6), options
+            peak, below = row.double().max().item(), options.temperature * math.log(min_p)
+            # Float32 rounds both terms, which may cancel each other out.
+            rounding = max(1e-6, 2.0**-22 * (abs(peak) + abs(below)))
+            assert threshold == pytest.approx(peak + below, rel=1e-6, abs=rounding), options
     return certain
 
 
@@ -266,6 +268,7 @@ option_lists = st.lists(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(logit_lists, option_lists, st.sampled_from([4, 16]), st.sampled_from([FP32, FP16]))
+@example([19.0], [Options(5.0, min_p=0.01565689593553543)], 4, FP32)
 def test_any_row(logits: list[float], rows: list[Options], lanes: int, dtype) -> None:
     batch = torch.tensor(logits, dtype=dtype).repeat(len(rows), 1)
     with pytest.MonkeyPatch.context() as patch:
