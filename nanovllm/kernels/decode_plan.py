@@ -55,7 +55,8 @@ class DecodePlan(NamedTuple):
     def with_list(self, words: np.ndarray) -> "DecodePlan":
         """A plan of NumPy, with a list of `kernels.shared_plan`."""
         begin = self.tiles.size
-        tiles = np.concatenate((self.tiles.ravel(), words, words[: len(words) % 2]))
+        filler = words[: len(words) % 2]  # to an even number
+        tiles = np.concatenate((self.tiles.ravel(), words, filler))
         return self._replace(
             tiles=tiles.reshape(-1, 2), list_begin=np.array([begin], dtype=np.int32)
         )

@@ -4,15 +4,16 @@ A shared prefix gives a product of matrices where decode attention has one of a 
 Juravsky et al. 2024, arXiv:2402.05099): the queries of all rows of a piece, times the query heads
 of the kv head, are the rows of one tile. What comes of it for each row, head and chunk is the
 partial result that `kernels.decode_attention` would have got, with the same tiles in the same
-order, and is merged by that file's combine kernel: a row's chunks, and how they are merged, do not
-depend on who shares them. A matrix instruction of another shape may round otherwise.
+order, and is merged by that file's combine kernel. A row's chunks, and how they are merged, do not
+depend on who shares them, and the instructions are the same: so is every bit of the result.
 
-Grid: (kv head, range, part). `plan_shared` deals pieces out to ranges; a part is LANES of a piece's
+Grid: (part, kv head, range). `plan_shared` deals pieces out to ranges; a part is LANES of a piece's
 queries. Only a step in which rows share launches it.
 
-Bytes moved: keys and values of a chunk once a piece (of up to 32 rows; other pieces of the same
-chunk find them in the second-level cache), and 4 * head_dim bytes of partial result for each row,
-head and chunk. Bound by memory, with 32 rows and two query heads a kv head as much by arithmetic.
+Bytes moved: keys and values of a chunk once a part of a piece, but from memory once a chunk: the
+others find them in the second-level cache. For each row, head and chunk there is a partial result
+of 4 * head_dim bytes. Bound by memory where a part has few rows of its own chunk, and by that cache
+and by shared memory where many rows share one.
 """
 
 import torch
@@ -24,7 +25,9 @@ from nanovllm.kernels.launch import launch_dependents, pdl, wait
 from nanovllm.kernels.paged_cache import LOG2_E, dot_type, tile_tokens
 from nanovllm.kernels.shared_plan import PIECE_ROWS, PIECE_WORDS
 
-LANES = 32  # queries of a program
+# Queries of a program. With 64 Hopper's own matrix instructions would serve twice as many queries
+# for each tile read, and sum in another order than decode attention.
+LANES = 32
 
 
 def attend_shared(
@@ -112,7 +115,8 @@ def _shared_kernel(
                 k_tile = tl.load(k_ptr + start + cells, mask=dim_mask, other=0.0).to(DTYPE)
                 v_tile = tl.load(v_ptr + start + cells, mask=dim_mask, other=0.0).to(DTYPE)
                 scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
-                # As there: nothing lets the compiler fuse this product with the difference below.
+                # As there, a choice keeps the compiler from fusing this product with the difference
+                # below, which would round otherwise.
                 scores = tl.where(real[:, None], scores, 0.0)
                 m_new = tl.maximum(m, tl.max(scores, axis=1))
                 weights = tl.exp2(scores - m_new[:, None])

@@ -111,9 +111,8 @@ def _groups(chunks: Chunks, block_tables: np.ndarray, block_size: int, tile: int
     order = tables.view(f"V{tables.itemsize * tables.shape[1]}")[:, 0].argsort(kind="stable")
     tables = tables[order]
     differs = tables[1:] != tables[:-1]
-    common = np.where(
-        differs.any(axis=1), differs.argmax(axis=1), depths[-1]
-    )  # with the one before
+    # Blocks that each row begins with as the one before does.
+    common = np.where(differs.any(axis=1), differs.argmax(axis=1), depths[-1])
     run = np.zeros((len(depths), len(tables)), dtype=np.int64)
     run[:, order[1:]] = (common < depths[:, None]).cumsum(axis=1)
     key = run[which, chunks.row]
