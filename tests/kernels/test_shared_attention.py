@@ -180,12 +180,11 @@ def test_sharing_in_narrow_types(with_fp8: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("sizes", "dtype"), GPU_SIZES)
 def test_sharing_changes_no_bit_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
-    block = sizes[0]
-    common, most = 2048 // block * block, 16320 // block * block
-    lens = [common + 1 + 37 * i for i in range(70)] + [9, 600, most + 1, most + 100, 0, 0]
-    shared = [(range(70), common), (range(5, 30), common), ([72, 73], most)]
-    for rows, borders in ((76, [0] * 74), (76, [common] * 70 + [0] * 4)):
-        batch = shared_batch(lens[:rows], sizes, shared, dtype, "cuda")
+    common, most = 1024 // sizes[0] * sizes[0], 8320 // sizes[0] * sizes[0]
+    lens = [common + 1 + 13 * i for i in range(40)] + [9, 600, most + 1, most + 100]
+    shared = [(range(40), common), ([42, 43], most)]
+    for padding, borders in ((0, [0] * 44), (2, [common] * 40 + [0] * 4), (100, [common] * 44)):
+        batch = shared_batch(lens + [0] * padding, sizes, shared, dtype, "cuda")
         plan = plan_of(batch, borders, num_ranges=33)
         assert shared_pieces(plan)
         out = decode(batch, plan)
