@@ -13,14 +13,13 @@ from nanovllm import LLM, SamplingParams
 # Each model by another way; 4 ranks share the 2 heads of keys and values. Experts on two ranks are
 # in tests/models/test_qwen3_moe.py.
 FOUR_RANKS = ("qwen3-bias-gqa2-dim64-sharded", "llama-gqa2-sharded")
-ALWAYS = (*FOUR_RANKS, "qwen2-tied-mha")  # the others take a minute: they are slow
 CASES = [
     pytest.param(
         name,
         way,
         4 if name in FOUR_RANKS else 2,
         id=f"{name}-{way}",
-        marks=() if name in ALWAYS else pytest.mark.slow,
+        marks=() if name in FOUR_RANKS else pytest.mark.slow,
     )
     for name, way in zip(MODELS, [*WAYS] * 2)
     if not name.startswith("qwen3moe")
