@@ -26,9 +26,9 @@ _TARGET = 8.0  # root mean square of what is stored
 # After a layer's attention, the names by which checkpoints have a scale of its queries, keys or
 # values: those of llm-compressor, of vLLM's own layers, of ModelOpt, and of Quark.
 _NAMES = ("{0}_scale", "attn.{0}_scale", "{0}_proj.{0}_scale", "{0}_proj.output_scale")
-# Which rows of `kv_scales` each sets. Queries are multiplied as they are.
-_ROWS = {"q": slice(0, 0), "k": slice(0, 1), "v": slice(1, 2)}
 _OF_BOTH = "kv_scale"  # AutoFP8's, for keys and values alike
+# Which rows of `kv_scales` each sets; queries are multiplied as they are.
+_ROWS = {"q": None, "k": slice(0, 1), "v": slice(1, 2)}
 
 # A layer's scales [2, num_kv_heads] float32, of keys and values: NaN where there are none.
 GivenScales = dict[Attention, torch.Tensor]
@@ -71,11 +71,13 @@ def read_kv_scales(model: CausalLM, headers: Headers) -> GivenScales:
     places, given = _places(model), _no_scales(model)
     source: dict[tuple[Attention, int], str] = {}
     for path, tensors in headers.items():
-        for name in tensors.keys() & places.keys() if given else ():
-            place = places[name]
+        for name in tensors:
+            if not given or (place := places.get(name)) is None:
+                continue
+            here = f"{name!r} in {path}"
             for row in range(2)[place.rows]:
-                if (other := source.setdefault((place.attention, row), name)) != name:
-                    raise ValueError(f"{path} holds {name!r}, which is also there as {other!r}")
+                if (other := source.setdefault((place.attention, row), here)) != here:
+                    raise ValueError(f"the scale {here} is also there as {other}")
             with safe_open(path, framework="pt", device="cpu") as file:
                 given[place.attention][place.rows] = place.checked(name, file.get_tensor(name))
     return given
@@ -99,12 +101,12 @@ def take_kv_scales(
     for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
         if name not in places or not isinstance(tensor, torch.Tensor):
             yield name, tensor
-        elif given:
-            attention, rows = places[name].attention, places[name].rows
+        elif given and (place := places[name]) is not None:
+            attention = place.attention
             if attention.given_kv_scales is None:
                 attention.given_kv_scales = given[attention]
             with torch.inference_mode():  # not around `weights`, the caller's own code
-                attention.given_kv_scales[rows] = places[name].checked(name, tensor)
+                attention.given_kv_scales[place.rows] = place.checked(name, tensor)
 
 
 class _Place(NamedTuple):
@@ -140,9 +142,9 @@ class _Place(NamedTuple):
         return scales[self.heads]
 
 
-def _places(model: CausalLM) -> dict[str, _Place]:
-    """Of each scale that a checkpoint may have, by its name, where it goes."""
-    places = {}
+def _places(model: CausalLM) -> dict[str, _Place | None]:
+    """Of each scale that a checkpoint may have, by its name, where it goes; None: nowhere."""
+    places: dict[str, _Place | None] = {}
     for path, attention in model.named_modules():
         if not isinstance(attention, Attention):
             continue
@@ -153,7 +155,7 @@ def _places(model: CausalLM) -> dict[str, _Place]:
         num_heads, heads = view.shape[0] // head_dim, slice(first // head_dim, end // head_dim)
         rows_of = {form.format(x): rows for x, rows in _ROWS.items() for form in _NAMES}
         for suffix, rows in (rows_of | {_OF_BOTH: slice(0, 2)}).items():
-            place = _Place(attention, rows, num_heads, heads)
+            place = None if rows is None else _Place(attention, rows, num_heads, heads)
             # A network saved without its head has names without "model.".
             for name in (f"{path}.{suffix}", f"{path}.{suffix}".removeprefix("model.")):
                 places[name] = place
