@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.layers.activation import activate_and_mul
-from nanovllm.layers.deferred import Input, PendingSum, Product, values_of
+from nanovllm.layers.deferred import Input, PendingSum, Product, Stream, values_of
 from nanovllm.layers.linear import Linear
+from nanovllm.layers.mlp import GatedMLP
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import Stack, View
 
@@ -28,12 +29,14 @@ class Routing(NamedTuple):
 
 
 class SparseMoE(nn.Module):
-    """sum over the chosen experts e of weight[e] * down_e(activation(gate_e(x)) * up_e(x)).
+    """sum over the chosen experts e of weight[e] * down_e(activation(gate_e(x)) * up_e(x)), and for
+    every token sigmoid(shared_expert_gate(x)) * shared_expert(x), if there is a shared expert.
 
     Args:
         hidden_size, inner_size: outside, and inside of one expert.
         num_experts: of which each token goes to the `top_k` that the router prefers.
         renormalize: whether the chosen ones' weights are made to sum up to 1.
+        shared_size: inside of the shared expert; 0: there is none.
         activation: see `layers.activation.ACTIVATIONS`.
     """
 
@@ -45,12 +48,17 @@ class SparseMoE(nn.Module):
         top_k: int,
         *,
         renormalize: bool,
+        shared_size: int = 0,
         activation: str = "silu",
     ) -> None:
         super().__init__()
         self.top_k, self.renormalize = top_k, renormalize
         self.gate = Linear(hidden_size, num_experts)
         self.experts = Experts(hidden_size, inner_size, num_experts, activation)
+        self.shared_expert: GatedMLP | None = None
+        if shared_size:
+            self.shared_expert = GatedMLP(hidden_size, shared_size, activation=activation)
+            self.shared_expert_gate = Linear(hidden_size, 1)
 
     def forward(self, x: Input) -> Product:
         """What is to be added to the stream of `x`."""
@@ -61,6 +69,8 @@ class SparseMoE(nn.Module):
         """[tokens, hidden], in the dtype of x; in the memory of `out` if that is given."""
         x = values_of(x)
         y = self.experts(x, self.route(x))
+        if self.shared_expert is not None:
+            y.add_(self._shared(x, self.shared_expert).values())
         return y if out is None else out.copy_(y)
 
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
@@ -69,12 +79,22 @@ class SparseMoE(nn.Module):
     def multiply_add(self, x: Input, stream: torch.Tensor) -> torch.Tensor | PendingSum | None:
         """Add the output to `stream` [tokens, hidden], in place, or return what is still to be
         added."""
-        x = values_of(x)
-        return self.experts.add_to(stream, x, self.route(x))
+        x, partials = values_of(x), None
+        if self.shared_expert is not None:
+            partials = (Stream(stream) + self._shared(x, self.shared_expert)).partials
+        pending = self.experts.add_to(stream, x, self.route(x))
+        assert partials is None or pending is None, "only one rank leaves partial sums"
+        return pending if partials is None else partials
 
     def route(self, x: torch.Tensor) -> Routing:
         """The experts of `x` [tokens, hidden]."""
         return route(self.gate(x).values(), self.top_k, self.renormalize)
+
+    def _shared(self, x: torch.Tensor, mlp: GatedMLP) -> Product:
+        inner = mlp.act_and_mul(mlp.gate_up_proj(x))
+        # One number a token: whether before or after the projection is the same. So the product is
+        # still to be made, and a sum over ranks gets its summands multiplied.
+        return mlp.down_proj(inner.mul_(self.shared_expert_gate(x).values().sigmoid()))
 
 
 class Experts(nn.Module):
