@@ -6,13 +6,15 @@ import torch.nn.functional as F
 
 from helpers.kernel_inputs import normal, relative_error
 from nanovllm.layers.deferred import Stream
-from nanovllm.layers.moe import Experts, SparseMoE, route
+from nanovllm.layers.moe import Experts, Routing, SparseMoE, route
 
 FP32 = torch.float32
 
 
-def moe(hidden: int, inner: int, experts: int, top_k: int, renormalize: bool = True) -> SparseMoE:
-    network = SparseMoE(hidden, inner, experts, top_k, renormalize=renormalize)
+def moe(
+    hidden: int, inner: int, experts: int, top_k: int, renormalize: bool = True, shared: int = 0
+) -> SparseMoE:
+    network = SparseMoE(hidden, inner, experts, top_k, renormalize=renormalize, shared_size=shared)
     for seed, parameter in enumerate(network.requires_grad_(False).parameters()):
         parameter.copy_(normal(*parameter.shape, dtype=FP32, seed=seed))
     return network
@@ -28,14 +30,24 @@ def token_float64(network: SparseMoE, x: torch.Tensor) -> torch.Tensor:
         gate, up = (network.experts.gate_up_proj[expert].double() @ x.double()).chunk(2)
         inner = gate * gate.sigmoid() * up
         y += p[expert] / total * (network.experts.down_proj[expert].double() @ inner)
-    return y
+    return y + shared_float64(network, x)
 
 
+def shared_float64(network: SparseMoE, x: torch.Tensor) -> torch.Tensor:
+    """What the shared expert adds for one token, [hidden] float64."""
+    if (mlp := network.shared_expert) is None:
+        return torch.zeros(len(x), dtype=torch.float64)
+    gate, up = (mlp.gate_up_proj.weight.double() @ x.double()).chunk(2)
+    factor = (network.shared_expert_gate.weight.double() @ x.double()).sigmoid()
+    return factor * (mlp.down_proj.weight.double() @ (gate * gate.sigmoid() * up))
+
+
+@pytest.mark.parametrize("shared", [0, 14])
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (5, 1), (5, 3), (16, 16)])
 @pytest.mark.parametrize("tokens", [1, 2, 33])
-def test_it_is_the_formula(tokens: int, experts: int, top_k: int, renormalize: bool):
-    network = moe(24, 10, experts, top_k, renormalize)
+def test_it_is_the_formula(tokens: int, experts: int, top_k: int, renormalize: bool, shared: int):
+    network = moe(24, 10, experts, top_k, renormalize, shared)
     x = normal(tokens, 24, dtype=FP32, seed=9)
     expected = torch.stack([token_float64(network, row) for row in x])
     assert relative_error(network(x).values(), expected) < 1e-5
@@ -46,8 +58,45 @@ def test_it_is_the_formula(tokens: int, experts: int, top_k: int, renormalize: b
     assert relative_error(total, x.double() + expected) < 1e-5
 
 
+class SumElsewhere:
+    """Two summands, as two ranks have them."""
+
+    num_pieces = 1
+
+    def __init__(self, summands: torch.Tensor) -> None:
+        self.summands = summands
+
+    def add_to(self, x: torch.Tensor) -> None:
+        x.add_(self.summands.sum(dim=0))
+
+
+@pytest.mark.parametrize("form", [torch.Tensor, SumElsewhere])
+def test_what_the_shared_expert_leaves_to_be_added_is_added_once(
+    monkeypatch: pytest.MonkeyPatch, form: type
+):
+    """Partial sums, by a kernel that cuts the inner features in two; or summands of ranks, while
+    the experts leave some of theirs."""
+    network, x = moe(24, 10, 5, 2, shared=14), normal(6, 24, dtype=FP32, seed=9)
+    experts, down = network.experts, network.shared_expert.down_proj
+
+    def multiply_add(inner: torch.Tensor, stream: torch.Tensor) -> torch.Tensor | SumElsewhere:
+        pieces = zip(inner.split([5, 9], dim=1), down.weight.split([5, 9], dim=1), strict=True)
+        summands = torch.stack([F.linear(part, weight) for part, weight in pieces])
+        return summands if form is torch.Tensor else SumElsewhere(summands)
+
+    def leave(stream: torch.Tensor, x: torch.Tensor, routing: Routing) -> SumElsewhere:
+        return SumElsewhere(experts(x, routing)[None])
+
+    monkeypatch.setattr(down, "multiply_add", multiply_add)
+    if form is SumElsewhere:
+        monkeypatch.setattr(experts, "add_to", leave)
+    total = Stream(x.clone()) + network(x)
+    expected = torch.stack([row + token_float64(network, row) for row in x])
+    assert relative_error(total.values(), expected) < 1e-5
+
+
 def test_no_token_is_nothing():
-    assert moe(8, 4, 3, 2)(torch.empty(0, 8)).values().shape == (0, 8)
+    assert moe(8, 4, 3, 2, shared=4)(torch.empty(0, 8)).values().shape == (0, 8)
 
 
 def test_a_token_does_not_depend_on_its_company():
