@@ -69,8 +69,8 @@ class SparseMoE(nn.Module):
         """[tokens, hidden], in the dtype of x; in the memory of `out` if that is given."""
         x = values_of(x)
         y = self.experts(x, self.route(x))
-        if self.shared_expert is not None:
-            y.add_(self._shared(x, self.shared_expert).values())
+        if (shared := self._shared(x)) is not None:
+            y.add_(shared.values())
         return y if out is None else out.copy_(y)
 
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
@@ -79,21 +79,20 @@ class SparseMoE(nn.Module):
     def multiply_add(self, x: Input, stream: torch.Tensor) -> torch.Tensor | PendingSum | None:
         """Add the output to `stream` [tokens, hidden], in place, or return what is still to be
         added."""
-        x, partials = values_of(x), None
-        if self.shared_expert is not None:
-            partials = (Stream(stream) + self._shared(x, self.shared_expert)).partials
-        pending = self.experts.add_to(stream, x, self.route(x))
-        assert partials is None or pending is None, "only one rank leaves partial sums"
-        return pending if partials is None else partials
+        x = values_of(x)
+        return self.experts.add_to(stream, x, self.route(x), self._shared(x))
 
     def route(self, x: torch.Tensor) -> Routing:
         """The experts of `x` [tokens, hidden]."""
         return route(self.gate(x).values(), self.top_k, self.renormalize)
 
-    def _shared(self, x: torch.Tensor, mlp: GatedMLP) -> Product:
+    def _shared(self, x: torch.Tensor) -> Product | None:
+        """The output of the shared expert."""
+        if (mlp := self.shared_expert) is None:
+            return None
         inner = mlp.act_and_mul(mlp.gate_up_proj(x))
-        # One number a token: whether before or after the projection is the same. So the product is
-        # still to be made, and a sum over ranks gets its summands multiplied.
+        # One number a token, which may as well be multiplied before the projection: so the product
+        # is still to be made, and of several ranks each has a summand of it.
         return mlp.down_proj(inner.mul_(self.shared_expert_gate(x).values().sigmoid()))
 
 
@@ -144,15 +143,20 @@ class Experts(nn.Module):
         return y.to(x.dtype)
 
     def add_to(
-        self, stream: torch.Tensor, x: torch.Tensor, routing: Routing
+        self,
+        stream: torch.Tensor,
+        x: torch.Tensor,
+        routing: Routing,
+        shared: Product | None = None,
     ) -> torch.Tensor | PendingSum | None:
-        """Add what `forward` returns to `stream` [tokens, hidden], in place, or return what is
-        still to be added."""
+        """Add what `forward` returns, and the output of a shared expert, to `stream` [tokens,
+        hidden], in place, or return what is still to be added."""
+        partials = None if shared is None else (Stream(stream) + shared).partials
         if self._has_kernels(x):
             kernels.apply_experts(x, *routing, self.gate_up_proj, self.down_proj, stream)
         else:
             stream.add_(self(x, routing))
-        return None
+        return partials
 
     @property
     def can_capture(self) -> bool:

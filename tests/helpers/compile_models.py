@@ -91,7 +91,6 @@ SAMPLE = [
     Step(RTX_4090, "Llama-3.2-1B", 1),
     *(Step(H100, "Qwen3-30B-A3B", rows) for rows in (0, 1, 32)),
     Step(RTX_3090, "Qwen3-30B-A3B", 0),
-    Step(H100, "Qwen1.5-MoE-A2.7B", 8),
     Step(RTX_5090, "Llama-3.2-1B", 0, torch.float32),
 ]
 
