@@ -199,7 +199,8 @@ class LLMEngine:
         Args:
             weights: pairs of a name, as in a checkpoint, and a whole tensor, on any device and in
                 any floating-point dtype. They are taken one by one, so a generator may make them as
-                it goes. Weights that do not come stay as they are. The prefix cache is emptied.
+                it goes. Weights that do not come stay as they are, and so do scales of keys and
+                values that the checkpoint had. The prefix cache is emptied.
 
         Raises:
             TypeError, ValueError: for a tensor that the model does not have, of another shape or no

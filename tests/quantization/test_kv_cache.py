@@ -12,7 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
-from helpers.checkpoints import Reference, link_checkpoint, make_checkpoint, random_tokens
+from helpers.checkpoints import (
+    Reference,
+    edit_json,
+    link_checkpoint,
+    make_checkpoint,
+    random_tokens,
+)
 from helpers.engines import GREEDY, assert_empty, build, greedy
 from helpers.paths import DEMO
 from nanovllm import LLM, SamplingParams
@@ -274,7 +280,10 @@ def test_a_checkpoints_scales_give_transformers_tokens(tiny: Path, tmp_path: Pat
         llm.update_weights([("model.layers.1.self_attn.attn.v_scale", torch.tensor(0.5))])
         assert (attentions(llm)[1].kv_scales[1] == 0.5).all()
         assert torch.equal(attentions(llm)[0].kv_scales, scales[0])
-    with build(path, kv_cache_dtype="fp8", max_num_batched_tokens=16) as llm:
+    # As tools write it that quantise the cache alone.
+    edit_json(path / "config.json", quantization_config={"quant_method": "compressed-tensors"})
+    options = {"max_num_batched_tokens": 16, "hf_overrides": {"quantization_config": None}}
+    with build(path, kv_cache_dtype="fp8", **options) as llm:
         assert greedy(llm, PROMPTS) == expected
 
 
