@@ -36,7 +36,7 @@ import torch
 from nanovllm import LLM, SamplingParams, __version__
 from nanovllm.config import Config
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.qwen3_moe import Qwen3MoeConfig
+from nanovllm.models.sparse_config import SparseConfig
 
 # hidden, intermediate, layers, heads, tied; heads are of 128, from Qwen's config.json
 SHAPES = {
@@ -152,12 +152,14 @@ def layer_weights(config: ModelConfig, tokens: float) -> float:
     hidden, num_layers, num_sparse = config.hidden_size, config.num_hidden_layers, 0
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     total = num_layers * hidden * 2 * (heads + kv_heads) * config.head_dim
-    if isinstance(config, Qwen3MoeConfig):
+    if isinstance(config, SparseConfig):
         num_sparse = sum(map(config.is_sparse, range(num_layers)))
         missed = (1 - config.num_experts_per_tok / config.num_experts) ** tokens
         hit = config.num_experts * (1 - missed)
         router = hidden * config.num_experts
-        total += num_sparse * (router + hit * 3 * hidden * config.moe_intermediate_size)
+        inner = hit * config.moe_intermediate_size
+        inner += getattr(config, "shared_expert_intermediate_size", 0)
+        total += num_sparse * (router + inner * 3 * hidden)
     return total + (num_layers - num_sparse) * 3 * hidden * config.intermediate_size
 
 

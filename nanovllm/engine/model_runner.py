@@ -24,7 +24,6 @@ from nanovllm.quantization.kv_cache import set_kv_scales
 from nanovllm.utils.checkpoint_files import read_headers
 from nanovllm.utils.context import Context
 from nanovllm.utils.kernels import has_kernels, kernels
-from nanovllm.utils.loader import View
 from nanovllm.utils.memory import gpu_memory_in_use, to_device
 
 
@@ -238,9 +237,9 @@ class ModelRunner:
         self._launched_rows = {}
         self._edit_slots.clear()
 
-    def change_weights(self, fill: Callable[[dict[str, View], frozenset[str]], None]) -> None:
-        """Let `fill` write to the weights where they are, so that CUDA Graphs stay valid. It gets
-        the model's `checkpoint_views` and `ignored_tensors`."""
+    def change_weights(self, fill: Callable[[CausalLM], None]) -> None:
+        """Let `fill` write to the model's weights where they are, so that CUDA Graphs stay
+        valid."""
         linears = linears_of(self.model)
         in_fp8 = self.config.kv_cache_dtype == "fp8"
         with self.on_device():
@@ -249,7 +248,7 @@ class ModelRunner:
                 linear.unpack()
             self.model.tie_weights()
             try:
-                fill(self.model.checkpoint_views(), self.model.ignored_tensors())
+                fill(self.model)
             finally:
                 if in_fp8:
                     set_kv_scales(self.model)

@@ -1,13 +1,22 @@
 """A network's weights: memory for them on the device, and what fills it."""
 
+from collections.abc import Iterable, Mapping
+
 import torch
 
 from nanovllm.config import Config
 from nanovllm.layers.linear import Linear
 from nanovllm.models import CausalLM
-from nanovllm.quantization.kv_cache import allocate_kv_scales, set_kv_scales
+from nanovllm.quantization.kv_cache import (
+    allocate_kv_scales,
+    give_kv_scales,
+    kv_scale_names,
+    read_kv_scales,
+    set_kv_scales,
+    take_kv_scales,
+)
+from nanovllm.utils import loader
 from nanovllm.utils.checkpoint_files import Headers
-from nanovllm.utils.loader import check_weights, fill_with_noise, load_weights
 
 
 def allocate_weights(model: CausalLM, config: Config, headers: Headers) -> None:
@@ -18,7 +27,7 @@ def allocate_weights(model: CausalLM, config: Config, headers: Headers) -> None:
         RuntimeError: if there is no memory for it.
     """
     if headers:
-        check_weights(headers, model.checkpoint_views(), model.ignored_tensors())
+        loader.check_weights(headers, model.checkpoint_views(), _ignored_tensors(model))
     # As `to_empty` would do, which imports sympy. A tied head gets memory too, and gives it back at
     # once. With that gap, later tensors lie where a step of one row takes 1% less time (see
     # docs/performance.md).
@@ -46,17 +55,41 @@ def fill_weights(model: CausalLM, config: Config, headers: Headers) -> None:
     Raises:
         ValueError: for a checkpoint that cannot be loaded.
     """
-    views = model.checkpoint_views()
     if headers:
-        load_weights(headers, views, model.ignored_tensors())
+        load_weights(model, headers)
     else:
-        fill_with_noise(views, config.model_config.initializer_range, config.seed)
+        views = model.checkpoint_views()
+        loader.fill_with_noise(views, config.model_config.initializer_range, config.seed)
     if config.kv_cache_dtype == "fp8":
         set_kv_scales(model)
     for linear in linears_of(model):
         linear.pack()
 
 
+def load_weights(model: CausalLM, headers: Headers) -> None:
+    """Fill a network's memory from the files with these headers. Scales of an fp8 cache that they
+    have are used by the next `set_kv_scales`.
+
+    Raises:
+        ValueError: for a checkpoint that cannot be loaded, before anything is changed.
+    """
+    scales = read_kv_scales(model, headers)
+    loader.load_weights(headers, model.checkpoint_views(), _ignored_tensors(model))
+    give_kv_scales(scales)
+
+
+def update_weights(
+    model: CausalLM, weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """The same from tensors, which need not be all: see `utils.loader.update_weights`."""
+    others = take_kv_scales(model, weights)
+    loader.update_weights(others, model.checkpoint_views(), model.ignored_tensors())
+
+
 def linears_of(model: CausalLM) -> list[Linear]:
     """All its linear layers, whose weights a CPU packs once they are filled."""
     return [module for module in model.modules() if isinstance(module, Linear)]
+
+
+def _ignored_tensors(model: CausalLM) -> frozenset[str]:
+    return model.ignored_tensors() | kv_scale_names(model)

@@ -6,7 +6,7 @@ from typing import TypeGuard
 import torch
 
 from nanovllm.layers.activation import activate_and_mul
-from nanovllm.layers.deferred import Input, Norm, Normed, PendingSum, values_of
+from nanovllm.layers.deferred import Input, Norm, Normed, PendingSum, Product, values_of
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.linear import Linear, MergedLinear
 from nanovllm.layers.moe import Experts, Routing
@@ -86,6 +86,10 @@ class RowParallelLinear(Linear):
             views[f"{path}.bias"] = View.whole(torch.empty(self.out_features, device="meta"))
         return views
 
+    def summand(self, x: Input) -> torch.Tensor:
+        """[tokens, out_features], this rank's."""
+        return super().multiply(x)
+
     def multiply(self, x: Input, out: torch.Tensor | None = None) -> torch.Tensor:
         return self.group.all_reduce(super().multiply(x, out))
 
@@ -147,11 +151,21 @@ class ParallelExperts(Experts):
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         return self.group.all_reduce(super().forward(x, routing))
 
-    def add_to(self, stream: torch.Tensor, x: torch.Tensor, routing: Routing) -> PendingSum | None:
+    def add_to(
+        self,
+        stream: torch.Tensor,
+        x: torch.Tensor,
+        routing: Routing,
+        shared: Product | None = None,
+    ) -> PendingSum | None:
         """Add the sum over the ranks to `stream`, in place, or return what is still to be added."""
+        y = super().forward(x, routing)
+        if shared is not None:  # one sum for both
+            assert isinstance(shared.multiplier, RowParallelLinear)
+            y.add_(shared.multiplier.summand(shared.x))
         if has_kernels(x) and (peers := self.group.peers_for(stream)) is not None:
-            return SumOverRanks(super().forward(x, routing), peers)
-        stream.add_(self(x, routing))
+            return SumOverRanks(y, peers)
+        stream.add_(self.group.all_reduce(y))
         return None
 
 

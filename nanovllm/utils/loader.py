@@ -53,14 +53,15 @@ class View(NamedTuple):
 
 
 def checkpoint_dtype(model_dir: Path) -> torch.dtype | None:
-    """The dtype of the first floating-point tensor of a checkpoint; None without one."""
+    """The dtype of the first floating-point weight of a checkpoint; None without one."""
     try:
         headers = read_headers(model_dir)
     except (FileNotFoundError, ValueError):
         return None  # `check_weights` says what is wrong
     for tensors in headers.values():
-        for header in tensors.values():
-            if (dtype := _FLOATS.get(header.dtype)) is not None:
+        for name, header in tensors.items():
+            dtype = _FLOATS.get(header.dtype)
+            if dtype is not None and not name.endswith("scale"):  # float32 beside any weights
                 return torch.float32 if dtype == torch.float64 else dtype
     return None
 

@@ -11,6 +11,7 @@ from helpers.paths import DEMO
 from helpers.scripts import run_script
 from nanovllm import LLM, SamplingParams
 from nanovllm.models import find_model_class
+from nanovllm.models.qwen2_moe import Qwen2MoeConfig
 
 
 def test_bench_reports_rates_and_floor(tmp_path: Path) -> None:
@@ -49,6 +50,9 @@ def test_a_step_of_experts_reads_those_that_are_hit(tmp_path: Path) -> None:
     assert layer_weights(config, 10**6) == pytest.approx(30.5e9 - 2 * 151936 * 2048, rel=0.003)
     expert, two = 3 * 2048 * 768, layer_weights(config, 2) - layer_weights(config, 1)
     assert two == pytest.approx(48 * expert * 8 * (1 - 8 / 128))
+    config = Qwen2MoeConfig.from_json({})  # Qwen1.5-MoE-A2.7B, with a shared expert
+    assert layer_weights(config, 1) == pytest.approx(2.7e9 - 2 * 151936 * 2048, rel=0.03)
+    assert layer_weights(config, 10**6) == pytest.approx(14.3e9 - 2 * 151936 * 2048, rel=0.003)
 
 
 def test_the_floor_of_a_mixture_counts_the_rows_of_each_step() -> None:

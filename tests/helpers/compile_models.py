@@ -59,6 +59,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
         "norm_topk_prob": True,
     },
+    "Qwen1.5-MoE-A2.7B": {
+        "model_type": "qwen2_moe", "hidden_size": 2048, "intermediate_size": 5632,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4,
+    },
     # No published model of these families: the widest heads, and every bias.
     "head_dim 256": {
         "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2048,

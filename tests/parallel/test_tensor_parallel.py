@@ -11,7 +11,7 @@ from helpers.exactness import MODELS, WAYS, Model, check_all_lengths, check_pree
 from nanovllm import LLM, SamplingParams
 
 # Each model by another way; 4 ranks share the 2 heads of keys and values. Experts on two ranks are
-# in tests/models/test_qwen3_moe.py.
+# in tests/models.
 FOUR_RANKS = ("qwen3-bias-gqa2-dim64-sharded", "llama-gqa2-sharded")
 CASES = [
     pytest.param(
@@ -22,7 +22,7 @@ CASES = [
         marks=() if name in FOUR_RANKS else pytest.mark.slow,
     )
     for name, way in zip(MODELS, [*WAYS] * 2)
-    if not name.startswith("qwen3moe")
+    if not name.startswith(("qwen3moe", "qwen2moe"))
     and name not in ("qwen2-gqa4-window-off-sharded", "mistral-tied-gqa8-dim64-sharded")
 ]
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
