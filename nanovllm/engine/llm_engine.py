@@ -202,9 +202,15 @@ class LLMEngine:
 
         Raises:
             TypeError, ValueError: for a tensor that the model does not have, of another shape or no
-                floats; those before it are in place.
+                floats; those before it are in place. And if the model's checkpoint is in fp8.
             RuntimeError: if requests are unfinished, or with several ranks.
         """
+        if self.config.fp8_blocks is not None:
+            raise ValueError(
+                "update_weights takes no tensors for a model whose checkpoint is in fp8: give "
+                "load_weights() the directory of another one, or start from the bf16 checkpoint "
+                "with quantization='fp8'"
+            )
         self._change_weights(lambda *model: update_weights(weights, *model))
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:

@@ -5,9 +5,10 @@ import torch
 from nanovllm.config import Config
 from nanovllm.layers.linear import Linear
 from nanovllm.models import CausalLM
+from nanovllm.quantization.fp8_weights import fp8_views
 from nanovllm.quantization.kv_cache import allocate_kv_scales, set_kv_scales
 from nanovllm.utils.checkpoint_files import Headers
-from nanovllm.utils.loader import check_weights, fill_with_noise, load_weights
+from nanovllm.utils.loader import View, check_weights, fill_with_noise, load_weights
 
 
 def allocate_weights(model: CausalLM, config: Config, headers: Headers) -> None:
@@ -18,18 +19,18 @@ def allocate_weights(model: CausalLM, config: Config, headers: Headers) -> None:
         RuntimeError: if there is no memory for it.
     """
     if headers:
-        check_weights(headers, model.checkpoint_views(), model.ignored_tensors())
+        check_weights(headers, weight_views(model, config), model.ignored_tensors())
     # As `to_empty` would do, which imports sympy. A tied head gets memory too, and gives it back at
     # once. With that gap, later tensors lie where a step of one row takes 1% less time (see
     # docs/performance.md).
     parameters = model.state_dict()
     try:
         memory = {
-            name: torch.empty(parameter.shape, dtype=config.torch_dtype, device=config.torch_device)
+            name: torch.empty_like(parameter, device=config.torch_device)
             for name, parameter in parameters.items()
         }
     except RuntimeError as error:
-        num_bytes = sum(each.numel() for each in parameters.values()) * config.torch_dtype.itemsize
+        num_bytes = sum(each.nbytes for each in parameters.values())
         raise RuntimeError(
             f"no memory for weights of {num_bytes / 2**30:.1f} GiB on {config.torch_device}: free "
             "memory there, or give a narrower dtype or a larger tensor_parallel_size"
@@ -46,7 +47,7 @@ def fill_weights(model: CausalLM, config: Config, headers: Headers) -> None:
     Raises:
         ValueError: for a checkpoint that cannot be loaded.
     """
-    views = model.checkpoint_views()
+    views = weight_views(model, config)
     if headers:
         load_weights(headers, views, model.ignored_tensors())
     else:
@@ -55,6 +56,12 @@ def fill_weights(model: CausalLM, config: Config, headers: Headers) -> None:
         set_kv_scales(model)
     for linear in linears_of(model):
         linear.pack()
+
+
+def weight_views(model: CausalLM, config: Config) -> dict[str, View]:
+    """Where each tensor of a checkpoint goes, or of random weights."""
+    is_dummy = config.load_format == "dummy"
+    return fp8_views(model.checkpoint_views(), None if is_dummy else config.fp8_blocks)
 
 
 def linears_of(model: CausalLM) -> list[Linear]:
