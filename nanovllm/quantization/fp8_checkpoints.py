@@ -40,7 +40,10 @@ def checkpoint_format(content: dict[str, Any]) -> Fp8Blocks | None:
     method = given.get("quant_method")
     if method != "fp8":
         name = method or next((key for key in given if key.startswith("load_in")), None) or given
-        raise ValueError(f"config.json has quant_method={name!r}, which is not served: {_WAY_OUT}")
+        raise ValueError(
+            f"config.json has a quantization_config with quant_method={name!r}, which is not "
+            f"served: {_WAY_OUT}"
+        )
     served = {
         "fmt": (None, "e4m3", "float8_e4m3fn"),
         "weight_block_size": ([GROUP, GROUP],),
