@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.checkpoints import Reference, edit_json
+from nanovllm.quantization.fp8 import Fp8Weight
 
 FP8 = torch.float8_e4m3fn
 GROUP = 128
@@ -82,3 +83,17 @@ def _in_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             scale[i, j] = weight[place].abs().max() / 448
             values[place] = (weight[place] / scale[i, j]).to(FP8)
     return values, scale
+
+
+def fp8_weight(
+    out: int, k: int, group: int | None, device: str = "cpu", seed: int = 1
+) -> tuple[Fp8Weight, torch.Tensor]:
+    """A weight [out, k] whose scales are no powers of two, and its values in float64. A row of it
+    is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.randn(out, k, generator=generator) * 100).clamp(-448, 448).to(FP8)
+    groups = 1 if group is None else -(-k // group)
+    scale = (torch.rand(groups, out, generator=generator) + 0.5) / (100 * k**0.5)
+    scale[:, out // 2] = 0
+    exact = values.double() * scale.t().double().repeat_interleave(group or k, dim=1)[:, :k]
+    return Fp8Weight(values.to(device), scale.to(device).t()), exact.to(device)
