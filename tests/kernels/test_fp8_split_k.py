@@ -1,7 +1,6 @@
 """Weights in fp8 times some dozen vectors in fp8, in slices."""
 
 import pytest
-import torch
 
 from helpers.fp8 import GROUP, fp8_weight, rounded
 from helpers.kernel_inputs import BF16, FP16, FP32, TOLERANCE, interpreted, normal, relative_error
