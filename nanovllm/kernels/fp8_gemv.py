@@ -114,28 +114,19 @@ def _fp8_gemv_kernel(
                 root, largest = _look_through(x_ptr, norm_ptr, eps, k, HAS_NORM, ROWS, X_BLOCK)
                 x_scale, inverse = scales_of(largest)
         if i >= 0:
-            SIZE: tl.constexpr = BLOCKS[i]
             start = i * BLOCKS[0]
-            x = _load_x(x_ptr, norm_ptr, root, start, k, HAS_NORM, ROWS, SIZE)
-            if HAS_GROUPS:
-                x = tl.reshape(x, [ROWS, SIZE // GROUP, GROUP])
-                x_scale, inverse = scales_of(tl.max(tl.abs(x), axis=2))
-                x = tl.reshape(x * inverse[:, :, None], [ROWS, SIZE])
-                x_scale = tl.reshape(x_scale, [1, ROWS, 1, SIZE // 512, 4, 1])
-            else:
-                x *= inverse[:, None]
-            x = tl.reshape(to_fp8(x), [1, ROWS, 1, SIZE // 512, 512]).to(tl.float32)
+            x = _load_x(x_ptr, norm_ptr, root, start, k, HAS_NORM, ROWS, BLOCKS[i])
+            x, group_scale = _round(x, inverse, HAS_GROUPS, GROUP, ROWS, BLOCKS[i])
             sums = _sums_of_lanes(w[i].to(tl.float32) * x)
             if HAS_GROUPS:
-                sums *= x_scale * _load_scales(scale_ptr, start, k, outputs, out, n, GROUP, SIZE)
+                scale = _load_scales(scale_ptr, start, k, outputs, out, n, GROUP, BLOCKS[i])
+                sums *= group_scale * scale
             acc += tl.sum(sums, axis=3)
             if GATED:
                 sums = _sums_of_lanes(w_up[i].to(tl.float32) * x)
                 if HAS_GROUPS:
-                    up_scales = scale_ptr + n
-                    sums *= x_scale * _load_scales(
-                        up_scales, start, k, outputs, out, n, GROUP, SIZE
-                    )
+                    scale = _load_scales(scale_ptr + n, start, k, outputs, out, n, GROUP, BLOCKS[i])
+                    sums *= group_scale * scale
                 acc_up += tl.sum(sums, axis=3)
 
     y = tl.sum(tl.sum(acc, axis=4), axis=3)  # [warp, row of x, output of the warp]
@@ -165,6 +156,24 @@ def _load(rows_ptr, start, k: tl.constexpr, mask, SIZE: tl.constexpr):
     lane = tl.arange(0, 512)[None, None, None, None, :]
     at = start + tl.arange(0, SIZE // 512)[None, None, None, :, None] * 512 + lane
     return tl.load(rows_ptr + at, mask=mask & (at < k), other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _round(
+    x, inverse, HAS_GROUPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """[1, ROWS, 1, SIZE / 512, 512] numbers of e4m3, and the scales of groups,
+    [1, ROWS, 1, SIZE / 512, 4, 1]."""
+    scale = inverse
+    if HAS_GROUPS:
+        x = tl.reshape(x, [ROWS, SIZE // GROUP, GROUP])
+        scale, inverse = scales_of(tl.max(tl.abs(x), axis=2))
+        x = tl.reshape(x * inverse[:, :, None], [ROWS, SIZE])
+        scale = tl.reshape(scale, [1, ROWS, 1, SIZE // 512, 4, 1])
+    else:
+        x *= inverse[:, None]
+    return tl.reshape(to_fp8(x), [1, ROWS, 1, SIZE // 512, 512]).to(tl.float32), scale
 
 
 @triton.jit
