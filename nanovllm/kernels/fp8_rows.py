@@ -60,7 +60,7 @@ def _quantize_rows_kernel(
 @triton.jit
 def scales_of(largest):
     """The scales of rows whose largest numbers these are, and their inverses."""
-    least = tl.maximum(largest * (1 / 448), 2.0**-120)
+    least = tl.maximum(largest * (1 / 448), 2.0**-100)
     bits = (least.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000  # the next power of two
     inverse = (0x7F000000 - bits).to(tl.float32, bitcast=True)
     return bits.to(tl.float32, bitcast=True), inverse

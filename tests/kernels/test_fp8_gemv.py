@@ -11,7 +11,6 @@ from helpers.kernel_inputs import (
     FP32,
     interpreted,
     normal,
-    on_cpu,
     relative_error,
     rms_norm_float64,
 )
@@ -65,13 +64,15 @@ def _side_by_side(scale: torch.Tensor) -> torch.Tensor:
 
 
 @interpreted
-@on_cpu
-@pytest.mark.parametrize("group", [None, GROUP])
 @pytest.mark.parametrize(
-    ("rows", "shape"),
-    [(1, (1, 1)), (2, (37, 300)), (1, (9, 1024)), (2, (5, 2048)), (1, (5, 2560)), (2, (3, 5000))],
+    ("rows", "shape", "dtype", "group"),
+    [
+        (1, (1, 1), FP32, None), (2, (19, 300), FP32, None), (1, (9, 1024), FP16, None),
+        (1, (5, 2560), FP32, None), (2, (5, 300), FP16, GROUP), (1, (9, 1000), FP32, GROUP),
+        (1, (3, 3200), FP32, GROUP),
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_gemv(rows: int, shape: tuple[int, int], dtype: torch.dtype, group: int | None) -> None:
     check_gemv(rows, shape, dtype, group)
 
