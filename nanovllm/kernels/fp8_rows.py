@@ -23,14 +23,20 @@ def quantize_rows(x: torch.Tensor, group: int | None = None) -> tuple[torch.Tens
     """x [rows, n] as e4m3 [rows, n], and its scales float32 [rows, 1], or with `group`, which is
     `GROUP`, one for so many numbers, [rows, n / group]. Scales of many rows are side by side."""
     rows, n = x.shape
-    groups = num_groups(n, group)
-    values = torch.empty(rows, n, dtype=FP8, device=x.device)
-    scale = torch.empty(groups, rows, dtype=torch.float32, device=x.device)
+    values, scale = empty_rows(x, group)
     block = triton.next_power_of_2(max(n, GROUP))
     _quantize_rows_kernel[(rows,)](
-        x, values, scale, rows, n, HAS_GROUPS=groups > 1, GROUP=GROUP, BLOCK=block,
+        x, values, scale, rows, n, HAS_GROUPS=scale.shape[1] > 1, GROUP=GROUP, BLOCK=block,
         num_warps=min(16, max(1, block // 1024)), **pdl(x),
     )  # fmt: skip
+    return values, scale
+
+
+def empty_rows(x: torch.Tensor, group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for what `quantize_rows` returns."""
+    rows, n = x.shape
+    values = torch.empty(rows, n, dtype=FP8, device=x.device)
+    scale = torch.empty(num_groups(n, group), rows, dtype=torch.float32, device=x.device)
     return values, scale.t()
 
 
@@ -44,6 +50,15 @@ def _quantize_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * n + cols, mask=cols < n, other=0.0).to(tl.float32)
+    store_in_fp8(x, values_ptr, scale_ptr, row, rows, n, HAS_GROUPS, GROUP, BLOCK)
+
+
+@triton.jit
+def store_in_fp8(
+    x, values_ptr, scale_ptr, row, rows, n,
+    HAS_GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Quantise a row of float32 numbers, [BLOCK] with zeros at the end."""
     if HAS_GROUPS:
         x = tl.reshape(x, [BLOCK // GROUP, GROUP])
         scale, inverse = scales_of(tl.max(tl.abs(x), axis=1))
@@ -54,6 +69,7 @@ def _quantize_rows_kernel(
         scale, inverse = scales_of(tl.max(tl.abs(x), axis=0))
         x *= inverse
         tl.store(scale_ptr + row, scale)
+    cols = tl.arange(0, BLOCK)
     tl.store(values_ptr + row * n + cols, to_fp8(x), mask=cols < n)
 
 

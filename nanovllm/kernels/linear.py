@@ -15,7 +15,7 @@ where these do not serve.
 """
 
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from nanovllm.kernels import split_k as split_k_kernel
 from nanovllm.kernels import tiled_gemm as tiled_gemm_kernel
 from nanovllm.kernels.activation import silu_and_mul
 from nanovllm.kernels.fp8_gemv import fp8_gemv
-from nanovllm.kernels.fp8_linear import fp8_partial_sums, fp8_product
+from nanovllm.kernels.fp8_linear import NormedInput, fp8_partial_sums, fp8_product
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.launch import Gpu, gpu_with
 from nanovllm.kernels.split_k import num_splits, split_k
@@ -126,24 +126,6 @@ def _choose_in_fp8(product: ProductShape, gpu: Gpu) -> Kernel:
         return Kernel.SPLIT_K
     has_scaled_mm = product.dtype == torch.bfloat16 and k % 16 == n % 16 == 0
     return Kernel.LIBRARY if has_scaled_mm and not product.has_groups else Kernel.FP8_GEMM
-
-
-class NormedInput(Protocol):
-    """An input that has still to be normalised: RMSNorm(x + sum of partials) * weight."""
-
-    @property
-    def weight(self) -> torch.Tensor: ...
-
-    @property
-    def eps(self) -> float: ...
-
-    @property
-    def x(self) -> torch.Tensor: ...
-
-    @property
-    def partials(self) -> torch.Tensor | None: ...
-
-    def values(self) -> torch.Tensor: ...
 
 
 def matmul(
@@ -261,9 +243,8 @@ def _in_fp8(
 ) -> torch.Tensor:
     if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):
         return fp8_gemv(x.x, weight, bias, x.weight, x.eps, gated, out=out)
-    x = _values(x)
     if kernel is Kernel.GEMV:
-        return fp8_gemv(x, weight, bias, gated=gated, out=out)
+        return fp8_gemv(_values(x), weight, bias, gated=gated, out=out)
     return fp8_product(
         x, weight, bias, by_split_k=kernel is Kernel.SPLIT_K,
         by_library=kernel is Kernel.LIBRARY, gated=gated, out=out,
