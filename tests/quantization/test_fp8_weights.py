@@ -1,6 +1,7 @@
 """Weights in fp8: quantised as they are loaded, or in fp8 already."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ from helpers.fp8 import GROUP, quantized_reference, rounded, save_in_blocks
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.layers.linear import Linear
+from nanovllm.parallel.layers import RowParallelLinear
 from nanovllm.quantization.fp8 import FP8, dequantize, quantize
+from nanovllm.quantization.fp8_checkpoints import Fp8Blocks
+from nanovllm.quantization.fp8_weights import use_fp8
 
 PROMPTS = [random_tokens(length, seed=length) for length in (12, 13, 14, 15, 40)]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -98,6 +102,18 @@ def test_greedy_gives_the_tokens_of_rounded_weights_and_activations(
         assert_empty(llm)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graph"])
+def test_a_gpu_gives_the_tokens_of_a_cpu(
+    path: Path, expected: list[list[int]], enforce_eager: bool
+) -> None:
+    options = {"device": "cuda", "dtype": "float32", "enforce_eager": enforce_eager}
+    with build(path, quantization="fp8", **options) as llm:
+        for prompt, tokens in zip(PROMPTS, expected):  # by other kernels than all at once
+            assert greedy(llm, [prompt]) == [tokens]
+        assert greedy(llm, PROMPTS) == expected
+
+
 def test_several_completions_begin_alike(path: Path) -> None:
     params = SamplingParams(temperature=0, max_tokens=6, n=3)
     with build(path, quantization="fp8") as llm:
@@ -107,6 +123,8 @@ def test_several_completions_begin_alike(path: Path) -> None:
 
 
 def test_two_ranks_give_the_tokens_of_one(path: Path, expected: list[list[int]]) -> None:
+    if "qwen3" in (path / "config.json").read_text(encoding="utf-8"):
+        pytest.skip("once is enough: here with biases")
     with build(path, quantization="fp8", tensor_parallel_size=2) as llm:
         assert greedy(llm, PROMPTS) == expected
 
@@ -147,6 +165,7 @@ def test_layers_are_in_fp8_and_the_ends_are_not(tiny: Path) -> None:
         greedy(llm, PROMPTS)
 
 
+# With two ranks the second one's rows begin in the middle of a block.
 @pytest.mark.parametrize("options", [{}, {"quantization": "fp8"}, {"tensor_parallel_size": 2}])
 def test_checkpoint_in_blocks_is_loaded_as_it_is(
     blocks: tuple[Path, list[list[int]]], options: dict[str, Any]
@@ -172,11 +191,17 @@ def test_random_weights_in_the_shape_of_a_checkpoint_in_blocks(
         greedy(llm, PROMPTS)
 
 
-def test_blocks_are_not_cut(blocks: tuple[Path, list[list[int]]], tmp_path: Path) -> None:
-    plain = make_checkpoint(tmp_path / "plain")
-    save_in_blocks(plain, tmp_path / "fp8")
-    with pytest.raises((ValueError, RuntimeError), match="o_proj has blocks of 128 inputs, which"):
-        build(tmp_path / "fp8", tensor_parallel_size=2)
+def test_blocks_are_not_cut() -> None:
+    with torch.device("meta"):
+        whole = Linear(384, 8)
+        parts = [slice(0, 192), slice(192, 384)]
+        layers = [torch.nn.Module(), torch.nn.Module()]
+        for layer, part in zip(layers, parts):
+            layer.o_proj = RowParallelLinear(whole, part, SimpleNamespace(rank=0))
+    use_fp8(layers[0], Fp8Blocks(), "model.layers.0")
+    assert layers[0].o_proj.weight_scale.shape == (8, 2)
+    with pytest.raises(ValueError, match=r"layers.0.o_proj has blocks of 128 inputs, which .* 192"):
+        use_fp8(layers[1], Fp8Blocks(), "model.layers.0")
 
 
 def config_with(source: Path, target: Path, quantization_config: Any) -> Path:
