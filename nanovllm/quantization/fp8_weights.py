@@ -20,6 +20,7 @@ from nanovllm.utils.loader import View
 
 _FIRST_WITH_FP8 = (8, 9)
 _SCALE = ".weight_scale"
+_PIECE = 2**24  # elements of a weight that are in float32 at once
 
 
 def check_fp8_device(device: torch.device) -> None:
@@ -106,9 +107,12 @@ def _check_part(path: str, linear: Linear, group: int | None) -> None:
 @torch.inference_mode()
 def _quantize_into(memory: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> None:
     group = GROUP if scale.shape[1] > 1 else None
-    values, scales = quantize(weight.to(memory.device), group)
-    memory.copy_(values)
-    scale.copy_(scales)
+    step = max(1, _PIECE // weight.shape[1])
+    pieces = zip(memory.split(step), scale.split(step), weight.split(step), strict=True)
+    for own_memory, own_scale, rows in pieces:
+        values, scales = quantize(rows.to(memory.device), group)
+        own_memory.copy_(values)
+        own_scale.copy_(scales)
 
 
 def _view_of_blocks(scale: View) -> View:
