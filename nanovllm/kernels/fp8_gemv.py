@@ -55,7 +55,7 @@ def fp8_gemv(
     y = add_to if add_to is not None else out
     if y is None:
         y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    blocks, ahead, per_warp = tiling(k, gated)
+    blocks, ahead, per_warp = tiling(k, n, gated)
     kernel = _fp8_gemv_kernel[(triton.cdiv(n, _WARPS * per_warp),)](
         x, values, scale, bias, norm_weight, y, eps, n, k,
         GATED=gated, ADD=add_to is not None, HAS_BIAS=bias is not None,
@@ -67,21 +67,17 @@ def fp8_gemv(
     return y
 
 
-def tiling(k: int, gated: bool) -> tuple[tuple[int, ...], int, int]:
-    """Sizes of a row's blocks, how many are loaded ahead, and the rows of the weight per warp.
+def tiling(k: int, n: int, gated: bool) -> tuple[tuple[int, ...], int, int]:
+    """Sizes of a row's blocks, how many are loaded ahead, and the outputs of a warp.
 
-    A warp has 4 to 8 KiB under way. The more rows it has, the less often x is rounded; but there
+    A warp has 2 to 8 KiB under way. The more outputs it has, the less often x is rounded; but there
     must be programs for all multiprocessors.
     """
-    if k > 3072:
-        size, per_warp = 512 if gated else 1024, 4
-    else:
-        size, per_warp = 1024, 4 if k <= 1024 and not gated else 2
-    size = min(size, max(_LEAST, triton.next_power_of_2(k)))
-    ahead = min(2, -(-k // size))
+    has_many = n >= 4096 and (k > 3072 or (k <= 1024 and not gated))
+    size = min(512 if gated and has_many else 1024, max(_LEAST, triton.next_power_of_2(k)))
     lengths = [min(size, k - start) for start in range(0, k, size)]
-    blocks = tuple(max(_LEAST, triton.next_power_of_2(n)) for n in lengths)
-    return blocks, ahead, per_warp
+    blocks = tuple(max(_LEAST, triton.next_power_of_2(length)) for length in lengths)
+    return blocks, min(2, len(blocks)), 4 if has_many else 2
 
 
 @triton.jit

@@ -14,7 +14,8 @@ from helpers.kernel_inputs import (
     relative_error,
     rms_norm_float64,
 )
-from nanovllm.kernels.fp8_gemv import MAX_ROWS, fp8_gemv
+from nanovllm.kernels import fp8_gemv as fp8_gemv_module
+from nanovllm.kernels.fp8_gemv import MAX_ROWS, fp8_gemv, tiling
 from nanovllm.quantization.fp8 import Fp8Weight
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -75,6 +76,14 @@ def _side_by_side(scale: torch.Tensor) -> torch.Tensor:
 )  # fmt: skip
 def test_gemv(rows: int, shape: tuple[int, int], dtype: torch.dtype, group: int | None) -> None:
     check_gemv(rows, shape, dtype, group)
+
+
+@interpreted
+def test_gemv_with_many_outputs_of_a_warp(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = {gated: tiling(4096, 12288, gated) for gated in (False, True)}
+    assert tiles == {False: ((1024,) * 4, 2, 4), True: ((512,) * 8, 2, 4)}
+    monkeypatch.setattr(fp8_gemv_module, "tiling", lambda *_: ((512, 512), 2, 4))
+    check_gemv(1, (20, 1000), FP32, None)
 
 
 @pytest.mark.gpu
