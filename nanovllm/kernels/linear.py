@@ -26,7 +26,7 @@ from nanovllm.kernels import split_k as split_k_kernel
 from nanovllm.kernels import tiled_gemm as tiled_gemm_kernel
 from nanovllm.kernels.activation import silu_and_mul
 from nanovllm.kernels.fp8_gemv import fp8_gemv
-from nanovllm.kernels.fp8_linear import NormedInput, fp8_partial_sums, fp8_product
+from nanovllm.kernels.fp8_linear import Gated, NormedInput, fp8_partial_sums, fp8_product
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.launch import Gpu, gpu_with
 from nanovllm.kernels.split_k import num_splits, split_k
@@ -162,17 +162,22 @@ def gated_matmul(
     x: torch.Tensor | NormedInput,
     weight: torch.Tensor | Fp8Weight,
     bias: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | Gated:
     """silu(gate) * up, [rows, out], gate and up being the halves of x W^T + b.
 
     Args:
         x: [rows, in], or what has still to be normalised to that.
         weight: [2 * out, in].
         bias: [2 * out].
+
+    Returns:
+        It, or what becomes it in fp8 if the next product is in fp8; for `add_matmul` only.
     """
     kernel = _choose(x, weight, bias, Use.GATED)
     if isinstance(weight, Fp8Weight):
-        return _in_fp8(kernel, x, weight, bias, gated=True)
+        if kernel in (Kernel.GEMV, Kernel.SPLIT_K):
+            return _in_fp8(kernel, x, weight, bias, gated=True)
+        return Gated(_in_fp8(kernel, x, weight, bias))
     if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):
         return gemv(x.x, weight, bias, x.weight, x.eps, gated=True)
     x = _values(x)
@@ -185,14 +190,14 @@ def gated_matmul(
 
 def add_matmul(
     stream: torch.Tensor,
-    x: torch.Tensor,
+    x: torch.Tensor | Gated,
     weight: torch.Tensor | Fp8Weight,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Add x W^T + b to `stream` [rows, out], in place, or return what has still to be added.
 
     Args:
-        x: [rows, in].
+        x: [rows, in], or what `gated_matmul` returns.
         weight: [out, in].
         bias: [out].
 
@@ -200,14 +205,10 @@ def add_matmul(
         None, or partial sums [splits, rows, out] for the norm that comes next, float32, or one in
         the dtype of x.
     """
-    kernel = _choose(x, weight, bias, Use.ADDED)
+    kernel = _choose(x.x if isinstance(x, Gated) else x, weight, bias, Use.ADDED)
     if isinstance(weight, Fp8Weight):
-        if kernel is Kernel.GEMV:
-            fp8_gemv(x, weight, bias, add_to=stream)
-            return None
-        if kernel is Kernel.SPLIT_K:
-            return fp8_partial_sums(x, weight, bias)
-        return _in_fp8(kernel, x, weight, bias)[None]
+        return _add_in_fp8(kernel, stream, x, weight, bias)
+    x = x.values() if isinstance(x, Gated) else x
     if kernel in (Kernel.SPLIT_K, Kernel.TILED_GEMM):
         return _partial_sums(kernel, x, weight, bias)
     if kernel is Kernel.GEMV:
@@ -249,6 +250,22 @@ def _in_fp8(
         x, weight, bias, by_split_k=kernel is Kernel.SPLIT_K,
         by_library=kernel is Kernel.LIBRARY, gated=gated, out=out,
     )  # fmt: skip
+
+
+def _add_in_fp8(
+    kernel: Kernel,
+    stream: torch.Tensor,
+    x: torch.Tensor | Gated,
+    weight: Fp8Weight,
+    bias: torch.Tensor | None,
+) -> torch.Tensor | None:
+    if kernel is Kernel.GEMV:
+        fp8_gemv(x.values() if isinstance(x, Gated) else x, weight, bias, add_to=stream)
+        return None
+    if kernel is Kernel.SPLIT_K:
+        return fp8_partial_sums(x, weight, bias)
+    by_library = kernel is Kernel.LIBRARY
+    return fp8_product(x, weight, bias, by_split_k=False, by_library=by_library)[None]
 
 
 def _partial_sums(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.layers.activation import activate_and_mul
-from nanovllm.layers.deferred import Input, PendingSum, Product, values_of
+from nanovllm.layers.deferred import Input, Normed, PendingSum, Product, values_of
 from nanovllm.quantization.fp8 import FP8, Fp8Weight, fp8_linear
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import View
@@ -48,7 +48,8 @@ class Linear(nn.Module):
         return y if out is None else out.copy_(y)
 
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
-        """activation(gate) * up, [tokens, out_features / 2], gate and up being the halves of y."""
+        """activation(gate) * up, [tokens, out_features / 2], gate and up being the halves of y. By
+        kernels in fp8 it may be what has such `values()`, for the projection that is added next."""
         if has_kernels(self.weight) and activation == "silu":
             return kernels.gated_matmul(x, self.factor, self.bias)
         return activate_and_mul(self.multiply(x), activation)
@@ -60,7 +61,8 @@ class Linear(nn.Module):
             None, or partial sums [splits, tokens, out_features] float32 that are still to be added.
         """
         if has_kernels(self.weight):
-            return kernels.add_matmul(stream, values_of(x), self.factor, self.bias)
+            x = x.values() if isinstance(x, Normed) else x
+            return kernels.add_matmul(stream, x, self.factor, self.bias)
         stream.add_(self._plain(values_of(x)))
         return None
 

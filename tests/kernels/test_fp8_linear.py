@@ -10,6 +10,7 @@ from nanovllm.kernels import linear as kernels_linear
 from nanovllm.kernels.linear import Kernel
 from nanovllm.layers.deferred import Stream
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.quantization.fp8 import Fp8Weight
 
 KERNELS = [Kernel.GEMV, Kernel.SPLIT_K, Kernel.FP8_GEMM, Kernel.LIBRARY]
 
@@ -46,13 +47,25 @@ def check_kernel(
     check(out, product(x))
     gate, up = expected.chunk(2, dim=1)
     deferred, _ = normed()
-    check(kernels_linear.gated_matmul(deferred, weight, bias), gate.sigmoid() * gate * up)
+    gated = kernels_linear.gated_matmul(deferred, weight, bias)
+    check_gated(gated, gate.sigmoid() * gate * up, weight, n, tolerance)
     stream = normal(rows, 2 * n, dtype=dtype, device=device, seed=5)
     before = stream.clone()
     left = kernels_linear.add_matmul(stream, x, weight, bias)
     check(Stream(stream, left).values(), before.double() + product(x))
     summands = kernels_linear.summands(x, weight, bias)
     check(summands.sum(dim=0).to(dtype) if summands.dim() == 3 else summands, product(x))
+
+
+def check_gated(gated, expected: torch.Tensor, weight: Fp8Weight, n: int, tolerance: float) -> None:
+    """It may be computed for the product that comes next."""
+    values = gated if isinstance(gated, torch.Tensor) else gated.values()
+    assert relative_error(values, expected) < tolerance
+    down, exact = fp8_weight(40, n, weight.group, str(values.device), seed=7)
+    stream = torch.zeros(len(values), 40, dtype=values.dtype, device=values.device)
+    left = kernels_linear.add_matmul(stream, gated, down)
+    found = Stream(stream, left).values()
+    assert relative_error(found, rounded(values, weight.group).double() @ exact.T) < tolerance
 
 
 def scaled_mm(x, weight, x_scale, weight_scale, *, bias, out_dtype, use_fast_accum, out=None):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from helpers.kernel_inputs import BF16, EPS, FP16, FP32, interpreted, normal, on_cpu
+from nanovllm.kernels.activation import silu_and_mul, silu_and_mul_in_fp8
 from nanovllm.kernels.fp8_rows import quantize_rows
 from nanovllm.kernels.layernorm import rms_norm, rms_norm_in_fp8
 from nanovllm.quantization.fp8 import FP8, GROUP, quantize
@@ -57,8 +58,8 @@ def test_what_is_not_finite_is_not_lost_gpu(not_finite: float) -> None:
         assert not found[0].isfinite().all() and found[1].isfinite().all()
 
 
-def check_norm(rows: int, n: int, dtype: torch.dtype, device: str = "cpu") -> None:
-    """In fp8 the norm's result is what comes out in two steps."""
+def check_norm_and_gate(rows: int, n: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """In fp8 the results of the norm, and of the gate, are what comes out in two steps."""
     weight = normal(n, dtype=dtype, device=device, seed=1)
     for partials in (None, normal(3, rows, n, dtype=FP32, device=device, seed=2)):
         for group in (None, GROUP):
@@ -68,15 +69,20 @@ def check_norm(rows: int, n: int, dtype: torch.dtype, device: str = "cpu") -> No
             assert torch.equal(values.float(), expected[0].float())
             assert torch.equal(scale, expected[1])
             assert torch.equal(x, again)
+            both = torch.cat((x / 100, again), dim=1)  # gate and up
+            expected = quantize_rows(silu_and_mul(both), group)
+            values, scale = silu_and_mul_in_fp8(both, group)
+            assert torch.equal(values.float(), expected[0].float())
+            assert torch.equal(scale, expected[1])
 
 
 @interpreted
 @pytest.mark.parametrize(("rows", "n", "dtype"), [(6, 300, FP32), (5, 64, FP16)])
-def test_norm(rows: int, n: int, dtype: torch.dtype) -> None:
-    check_norm(rows, n, dtype)
+def test_norm_and_gate(rows: int, n: int, dtype: torch.dtype) -> None:
+    check_norm_and_gate(rows, n, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "n"), [(7, 1024), (300, 4096), (6, 100)])
-def test_norm_gpu(rows: int, n: int) -> None:
-    check_norm(rows, n, BF16, "cuda")
+def test_norm_and_gate_gpu(rows: int, n: int) -> None:
+    check_norm_and_gate(rows, n, BF16, "cuda")
