@@ -11,8 +11,8 @@ the matrix-multiply rate measured here. Bytes: for each decode step the weights,
 is not read whole, the head is), and for each generated token after a request's first the keys and
 values of its context. Operations: two per weight and prompt token, plus causal attention. Of a
 mixture of experts a step reads those that its tokens hit, if they choose at random, and a token
-has the operations of those that it chooses. With --tensor-parallel-size each GPU has its share of
-all that.
+has the operations of those that it chooses. Weights in fp8 have one byte and twice the rate. With
+--tensor-parallel-size each GPU has its share of all that.
 """
 
 import argparse
@@ -196,10 +196,11 @@ def floor_seconds(
     prompt_tokens = sum(p for p, _ in lens) - again * prefix_len
     pairs = sum(p * (p + 1) // 2 for p, _ in lens) - again * prefix_len * (prefix_len + 1) // 2
     active = layer_weights(config, 1)
-    prefill_ops = 2 * active * prompt_tokens + 4 * config.num_hidden_layers * q_size * pairs
+    weight_bytes, speed = (1, 2) if engine_config.has_fp8_weights else (itemsize, 1)
+    prefill_ops = 2 * active * prompt_tokens / speed + 4 * config.num_hidden_layers * q_size * pairs
     ranks = engine_config.tensor_parallel_size
     return {
-        "weights": (layers + steps * head) * itemsize / read_rate / ranks,
+        "weights": (layers * weight_bytes + steps * head * itemsize) / read_rate / ranks,
         # Past that number ranks have the same heads.
         "keys_and_values": contexts * kv_bytes / read_rate / min(ranks, config.num_key_value_heads),
         "prefill": prefill_ops / matmul_rate / ranks,
@@ -270,6 +271,7 @@ def parse_args() -> argparse.Namespace:
     engine.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     engine.add_argument("--tensor-parallel-size", type=int, default=1)
     engine.add_argument("--kv-cache-dtype", default="auto")
+    engine.add_argument("--quantization", choices=["fp8"], help="of the weights")
     args = parser.parse_args()
     for name in ("num_requests", "runs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -298,6 +300,7 @@ def main() -> None:
     names = ("device", "dtype", "attention_backend", "enforce_eager", "kvcache_block_size")
     names += ("num_kvcache_blocks", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
     names += ("gpu_memory_utilization", "tensor_parallel_size", "kv_cache_dtype")
+    names += ("quantization",)
     options = {name: getattr(args, name) for name in names}
     start = time.perf_counter()
     if args.model is None:

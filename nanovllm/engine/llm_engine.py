@@ -204,10 +204,16 @@ class LLMEngine:
 
         Raises:
             TypeError, ValueError: for a tensor that the model does not have, of another shape or no
-                floats; those before it are in place.
+                floats; those before it are in place. And if the model's checkpoint is in fp8.
             RuntimeError: if requests are unfinished, or with several ranks.
         """
-        self._change_weights(lambda model: update_weights(model, weights))
+        if self.config.fp8_blocks is not None:
+            raise ValueError(
+                "update_weights takes no tensors for a model whose checkpoint is in fp8: give "
+                "load_weights() the directory of another one, or start from the bf16 checkpoint "
+                "with quantization='fp8'"
+            )
+        self._change_weights(lambda model: update_weights(model, self.config, weights))
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Load another checkpoint of the same shape over the model's weights, in place: all that is
@@ -221,7 +227,7 @@ class LLMEngine:
 
         def load(model: CausalLM) -> None:
             with torch.inference_mode():
-                load_weights(model, read_headers(Path(path)))
+                load_weights(model, self.config, read_headers(Path(path)))
 
         self._change_weights(load)
 

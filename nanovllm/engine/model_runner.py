@@ -20,6 +20,7 @@ from nanovllm.engine.weights import allocate_weights, fill_weights, linears_of
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import LOGPROB_ROWS, Sampler
 from nanovllm.models import CausalLM
+from nanovllm.quantization.fp8_weights import use_fp8
 from nanovllm.quantization.kv_cache import set_kv_scales
 from nanovllm.utils.checkpoint_files import read_headers
 from nanovllm.utils.context import Context
@@ -72,7 +73,9 @@ class ModelRunner:
         in_use_before = gpu_memory_in_use(self.device) if self.on_gpu else 0
         headers = {} if config.load_format == "dummy" else read_headers(config.model_dir)
         config.model_config = checked_model_config(config, headers)
-        self.model = self.make_model()
+        self.model = self.make_model().to(config.torch_dtype)
+        if config.has_fp8_weights:
+            use_fp8(self.model.model.layers, config.fp8_blocks)
         specs = self.model.cache_specs()
         self.backend = make_backend(
             config.attention_backend, self.device, config.torch_dtype, *specs[0],

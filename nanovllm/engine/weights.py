@@ -7,6 +7,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.layers.linear import Linear
 from nanovllm.models import CausalLM
+from nanovllm.quantization.fp8_weights import fp8_views
 from nanovllm.quantization.kv_cache import (
     allocate_kv_scales,
     give_kv_scales,
@@ -27,18 +28,18 @@ def allocate_weights(model: CausalLM, config: Config, headers: Headers) -> None:
         RuntimeError: if there is no memory for it.
     """
     if headers:
-        loader.check_weights(headers, model.checkpoint_views(), _ignored_tensors(model))
+        loader.check_weights(headers, _views(model, config), _ignored_tensors(model))
     # As `to_empty` would do, which imports sympy. A tied head gets memory too, and gives it back at
     # once. With that gap, later tensors lie where a step of one row takes 1% less time (see
     # docs/performance.md).
     parameters = model.state_dict()
     try:
         memory = {
-            name: torch.empty(parameter.shape, dtype=config.torch_dtype, device=config.torch_device)
+            name: torch.empty_like(parameter, device=config.torch_device)
             for name, parameter in parameters.items()
         }
     except RuntimeError as error:
-        num_bytes = sum(each.numel() for each in parameters.values()) * config.torch_dtype.itemsize
+        num_bytes = sum(each.nbytes for each in parameters.values())
         raise RuntimeError(
             f"no memory for weights of {num_bytes / 2**30:.1f} GiB on {config.torch_device}: free "
             "memory there, or give a narrower dtype or a larger tensor_parallel_size"
@@ -56,9 +57,9 @@ def fill_weights(model: CausalLM, config: Config, headers: Headers) -> None:
         ValueError: for a checkpoint that cannot be loaded.
     """
     if headers:
-        load_weights(model, headers)
+        load_weights(model, config, headers)
     else:
-        views = model.checkpoint_views()
+        views = _views(model, config)
         loader.fill_with_noise(views, config.model_config.initializer_range, config.seed)
     if config.kv_cache_dtype == "fp8":
         set_kv_scales(model)
@@ -66,7 +67,7 @@ def fill_weights(model: CausalLM, config: Config, headers: Headers) -> None:
         linear.pack()
 
 
-def load_weights(model: CausalLM, headers: Headers) -> None:
+def load_weights(model: CausalLM, config: Config, headers: Headers) -> None:
     """Fill a network's memory from the files with these headers. Scales of an fp8 cache that they
     have are used by the next `set_kv_scales`.
 
@@ -74,16 +75,18 @@ def load_weights(model: CausalLM, headers: Headers) -> None:
         ValueError: for a checkpoint that cannot be loaded, before anything is changed.
     """
     scales = read_kv_scales(model, headers)
-    loader.load_weights(headers, model.checkpoint_views(), _ignored_tensors(model))
+    loader.load_weights(headers, _views(model, config), _ignored_tensors(model))
     give_kv_scales(scales)
 
 
 def update_weights(
-    model: CausalLM, weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+    model: CausalLM,
+    config: Config,
+    weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
 ) -> None:
     """The same from tensors, which need not be all: see `utils.loader.update_weights`."""
     others = take_kv_scales(model, weights)
-    loader.update_weights(others, model.checkpoint_views(), model.ignored_tensors())
+    loader.update_weights(others, _views(model, config), model.ignored_tensors())
 
 
 def linears_of(model: CausalLM) -> list[Linear]:
@@ -93,3 +96,9 @@ def linears_of(model: CausalLM) -> list[Linear]:
 
 def _ignored_tensors(model: CausalLM) -> frozenset[str]:
     return model.ignored_tensors() | kv_scale_names(model)
+
+
+def _views(model: CausalLM, config: Config) -> dict[str, loader.View]:
+    """Where each tensor of a checkpoint goes, or of random weights."""
+    is_dummy = config.load_format == "dummy"
+    return fp8_views(model.checkpoint_views(), None if is_dummy else config.fp8_blocks)

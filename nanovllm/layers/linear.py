@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.layers.activation import activate_and_mul
-from nanovllm.layers.deferred import Input, PendingSum, Product, values_of
+from nanovllm.layers.deferred import Input, Normed, PendingSum, Product, values_of
+from nanovllm.quantization.fp8 import FP8, Fp8Weight, fp8_linear
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import View
 
@@ -21,6 +22,9 @@ class Linear(nn.Module):
     Args:
         in_features, out_features: W is [out_features, in_features].
         bias: whether there is a b, [out_features].
+
+    Attributes:
+        weight_scale: of a weight in fp8, see `quantization.fp8.Fp8Weight`; else None.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
@@ -28,6 +32,7 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.weight_scale: nn.Parameter | None = None
         self._packed_weight: torch.Tensor | None = None
         self._packs_every_row = False
 
@@ -38,14 +43,15 @@ class Linear(nn.Module):
     def multiply(self, x: Input, out: torch.Tensor | None = None) -> torch.Tensor:
         """[tokens, out_features], in the dtype of x; in the memory of `out` if that is given."""
         if has_kernels(self.weight):
-            return kernels.matmul(x, self.weight, self.bias, out)
+            return kernels.matmul(x, self.factor, self.bias, out)
         y = self._plain(values_of(x))
         return y if out is None else out.copy_(y)
 
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
-        """activation(gate) * up, [tokens, out_features / 2], gate and up being the halves of y."""
+        """activation(gate) * up, [tokens, out_features / 2], gate and up being the halves of y. By
+        kernels in fp8 it may be what has such `values()`, for the projection that is added next."""
         if has_kernels(self.weight) and activation == "silu":
-            return kernels.gated_matmul(x, self.weight, self.bias)
+            return kernels.gated_matmul(x, self.factor, self.bias)
         return activate_and_mul(self.multiply(x), activation)
 
     def multiply_add(self, x: Input, stream: torch.Tensor) -> torch.Tensor | PendingSum | None:
@@ -55,9 +61,32 @@ class Linear(nn.Module):
             None, or partial sums [splits, tokens, out_features] float32 that are still to be added.
         """
         if has_kernels(self.weight):
-            return kernels.add_matmul(stream, values_of(x), self.weight, self.bias)
+            x = x.values() if isinstance(x, Normed) else x
+            return kernels.add_matmul(stream, x, self.factor, self.bias)
         stream.add_(self._plain(values_of(x)))
         return None
+
+    @property
+    def factor(self) -> torch.Tensor | Fp8Weight:
+        """W, as kernels take it."""
+        if self.weight_scale is None:
+            return self.weight
+        return Fp8Weight(self.weight, self.weight_scale)
+
+    def whole_weight(self) -> torch.Tensor:
+        """[out_features, in_features], not in fp8."""
+        factor = self.factor
+        return factor.whole() if isinstance(factor, Fp8Weight) else factor
+
+    def store_in_fp8(self, num_groups: int) -> None:
+        """Hold the weight in fp8 from now on, with so many scales for each output. Call it before
+        there is memory."""
+        self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=FP8), requires_grad=False)
+        scale = torch.empty(
+            num_groups, self.out_features, dtype=torch.float32, device=self.weight.device
+        )
+        # A kernel takes those of many outputs at once: they are side by side.
+        self.weight_scale = nn.Parameter(scale.t(), requires_grad=False)
 
     def pack(self) -> None:
         """On a CPU, let oneDNN keep a bf16 weight in its own blocked layout, if it can. Call after
@@ -88,6 +117,8 @@ class Linear(nn.Module):
     def _plain(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed_weight is not None and (self._packs_every_row or x.shape[0] > 1):
             return packed_linear(x, self._packed_weight, self.bias)
+        if isinstance(factor := self.factor, Fp8Weight):
+            return fp8_linear(x, factor, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 

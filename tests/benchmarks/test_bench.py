@@ -10,6 +10,7 @@ from bench import MINIATURE, Workload, dummy_llm, floor_seconds, layer_weights, 
 from helpers.paths import DEMO
 from helpers.scripts import run_script
 from nanovllm import LLM, SamplingParams
+from nanovllm.config import Config
 from nanovllm.models import find_model_class
 from nanovllm.models.qwen2_moe import Qwen2MoeConfig
 
@@ -40,6 +41,16 @@ def test_the_floor_has_what_is_necessary_alone(tiny: Path) -> None:
     assert one["prefill"] < many["prefill"] < apart["prefill"] - 1.9 * one["prefill"]
     cut = floor_seconds(config, Workload([own[0]], [500]), 1, 1)
     assert cut == floor_seconds(config, Workload([own[0]], [90]), 1, 1)
+
+
+def test_weights_in_fp8_have_a_byte_each_and_twice_the_speed(tiny: Path) -> None:
+    options = {"device": "cpu", "dtype": "bfloat16", "max_model_len": 100}
+    plain, in_fp8 = (Config(str(tiny), **options, quantization=q) for q in (None, "fp8"))
+    floors = [floor_seconds(c, Workload([[1]], [2]), 1, 1) for c in (plain, in_fp8)]
+    layers = layer_weights(plain.model_config, 1)
+    assert floors[0]["weights"] - floors[1]["weights"] == pytest.approx(layers)
+    assert floors[0]["prefill"] - floors[1]["prefill"] == pytest.approx(layers)
+    assert floors[0]["keys_and_values"] == floors[1]["keys_and_values"]
 
 
 def test_a_step_of_experts_reads_those_that_are_hit(tmp_path: Path) -> None:

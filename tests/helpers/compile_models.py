@@ -30,6 +30,8 @@ from nanovllm.layers.attention_backends import TritonBackend
 from nanovllm.layers.edit_tables import EditTables
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import find_model_class
+from nanovllm.quantization.fp8_checkpoints import Fp8Blocks
+from nanovllm.quantization.fp8_weights import use_fp8
 from nanovllm.utils.context import Context
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -82,6 +84,7 @@ class Step(NamedTuple):
     model: str
     rows: int
     dtype: torch.dtype = torch.bfloat16
+    weights: str = ""  # "fp8", or "blocks": fp8 as checkpoints have it
 
 
 SAMPLE = [
@@ -91,6 +94,9 @@ SAMPLE = [
     Step(RTX_4090, "Llama-3.2-1B", 1),
     *(Step(H100, "Qwen3-30B-A3B", rows) for rows in (0, 1)),
     Step(RTX_5090, "Llama-3.2-1B", 0, torch.float32),
+    *(Step(H100, "Qwen3-0.6B", rows, weights="fp8") for rows in (1, 8)),
+    Step(H100, "Qwen3-0.6B", 128, weights="blocks"),
+    Step(RTX_4090, "Qwen3-0.6B", 0, weights="blocks"),
 ]
 
 
@@ -106,6 +112,8 @@ def launches_of(step: Step) -> list[CompiledLaunch]:
         try:
             with torch.device("cuda"):
                 model = model_class(config).requires_grad_(False)
+                if step.weights:
+                    use_fp8(model.model.layers, Fp8Blocks() if step.weights == "blocks" else None)
         finally:
             torch.set_default_dtype(before)
         is_prefill, (rows, length) = step.rows == 0, PREFILL if step.rows == 0 else (step.rows, 1)
@@ -155,6 +163,9 @@ def all_steps() -> Iterator[Step]:
             for rows in (0, 1, 2, 4, 8, 32, 64, 128):
                 for dtype in (torch.bfloat16, torch.float32):
                     yield Step(card, model, rows, dtype)
+                if card.capability >= (8, 9) and "A3B" not in model:
+                    for weights in ("fp8", "blocks"):
+                        yield Step(card, model, rows, weights=weights)
 
 
 def main() -> None:
@@ -166,6 +177,7 @@ def main() -> None:
         largest = max(launched, key=lambda launch: launch.shared)
         too_large = [launch.name for launch in launched if not launch.fits]
         name = f"{step.card.name}, {step.model}, {step.rows or 'prefill'}, {step.dtype}"
+        name += f", {step.weights}" * bool(step.weights)
         print(f"{name}: {len(launched)} launches, at most {largest.shared} bytes", flush=True)
         assert not too_large, f"{name}: {too_large} take more than {step.card.shared_per_program}"
         if step.card is H100:

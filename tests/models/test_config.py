@@ -70,7 +70,9 @@ OWN_CONTENTS: dict[str, list[dict[str, Any]]] = {
 FAMILY_AND_CONTENT = [
     (name, content) for name in FAMILIES for content in CONTENTS + OWN_CONTENTS.get(name, [])
 ]
-COMPARED_ELSEWHERE = {"rope_parameters", "original_max_position_embeddings", "dtype"}
+COMPARED_ELSEWHERE = {
+    "rope_parameters", "original_max_position_embeddings", "dtype", "fp8_blocks",
+}  # fmt: skip
 
 
 def read(**content: Any) -> Qwen3Config:
