@@ -153,6 +153,8 @@ def _fp8_gemv_kernel(
     if not HAS_GROUPS:
         x_scale = tl.where(row == 0, scale, scale_1)
         y *= x_scale * tl.load(scale_ptr + out, mask=out < n, other=0.0)
+    elif HAS_NORM:  # what is NaN stays NaN: see `_rounded_to`
+        y += tl.where(row == 0, factor - factor, factor_1 - factor_1)
     if HAS_BIAS:
         y += tl.load(bias_ptr + out, mask=out < n, other=0.0).to(tl.float32)
     if GATED:
@@ -221,11 +223,11 @@ def _look_through(
         scale, inverse = scales_of(tl.max(largest, axis=0))
         return inverse, scale
     total, most = tl.reduce((squares, largest), 0, _sum_and_max)
-    root = tl.rsqrt(total / k + eps)
+    root = tl.rsqrt(total / k + eps) + (total - total)  # NaN if the mean square is not finite
     if HAS_GROUPS:
         return root, root
     scale, inverse = scales_of(_rounded_to(most * root, x_ptr))
-    return root * inverse, scale + (root - root)  # NaN if the mean square is not finite
+    return root * inverse, scale + (root - root)  # what is NaN stays NaN: see `_rounded_to`
 
 
 @triton.jit

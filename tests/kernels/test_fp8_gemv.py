@@ -118,3 +118,28 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         other = fp8_gemv(torch.stack((x[0], x[1] * float("inf"))), weight)
         assert torch.equal(both[0], other[0])
         assert not other[1].isfinite().all()
+
+
+def check_not_finite(value: float, dtype: torch.dtype, device: str = "cpu") -> None:
+    """It is not lost on the way through fp8, and there are no others."""
+    x = normal(2, 600, dtype=dtype, device=device)
+    x[1, 5] = value
+    for group in (None, GROUP):
+        weight, _ = fp8_weight(8, 600, group, device)
+        ones = torch.ones(600, dtype=dtype, device=device)
+        for norm in ({}, {"norm_weight": ones, "eps": EPS}):
+            y = fp8_gemv(x, weight, **norm)
+            assert y[0].isfinite().all()
+            assert not y[1].isfinite().any() or (not norm and not y[1].isfinite().all())
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_not_finite_is_not_lost() -> None:
+    check_not_finite(float("inf"), FP32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_lost_gpu(value: float) -> None:
+    check_not_finite(value, BF16, "cuda")
