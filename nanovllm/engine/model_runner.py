@@ -16,7 +16,7 @@ from nanovllm.engine.model_checks import checked_model_config
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step import PendingStep, PromptLogprobs, Step, prompt_logprobs
 from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
-from nanovllm.engine.weights import allocate_weights, fill_weights, linears_of
+from nanovllm.engine.weights import allocate_weights, fill_weights, pack_weights, unpack_weights
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import LOGPROB_ROWS, Sampler
 from nanovllm.models import CausalLM
@@ -243,20 +243,16 @@ class ModelRunner:
     def change_weights(self, fill: Callable[[CausalLM], None]) -> None:
         """Let `fill` write to the model's weights where they are, so that CUDA Graphs stay
         valid."""
-        linears = linears_of(self.model)
         in_fp8 = self.config.kv_cache_dtype == "fp8"
         with self.on_device():
             self.reset()
-            for linear in linears:
-                linear.unpack()
-            self.model.tie_weights()
+            unpack_weights(self.model)
             try:
                 fill(self.model)
             finally:
                 if in_fp8:
                     set_kv_scales(self.model)
-                for linear in linears:
-                    linear.pack()
+                pack_weights(self.model, self.config)
                 self.reset()  # a step may be launched by another stream
 
     def close(self) -> None:

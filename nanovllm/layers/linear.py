@@ -1,19 +1,15 @@
 """Linear layers: projections, made when they are used (see `layers.deferred`)."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.layers.activation import activate_and_mul
 from nanovllm.layers.deferred import Input, Normed, PendingSum, Product, values_of
+from nanovllm.layers.packed_weight import PackedWeight
 from nanovllm.quantization.fp8 import FP8, Fp8Weight, fp8_linear
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import View
-
-# oneDNN packs a weight for a number of rows; 32 is within a few per cent of the best for 1 to 256.
-_PACK_ROWS = 32
 
 
 class Linear(nn.Module):
@@ -33,8 +29,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.weight_scale: nn.Parameter | None = None
-        self._packed_weight: torch.Tensor | None = None
-        self._packs_every_row = False
+        self._packed: PackedWeight | None = None
 
     def forward(self, x: Input, tokens: torch.Tensor | None = None) -> Product:
         """The product, still to be made. `tokens`: see `Product`."""
@@ -88,35 +83,23 @@ class Linear(nn.Module):
         # A kernel takes those of many outputs at once: they are side by side.
         self.weight_scale = nn.Parameter(scale.t(), requires_grad=False)
 
-    def pack(self) -> None:
-        """On a CPU, let oneDNN keep a bf16 weight in its own blocked layout, if it can. Call after
-        loading.
-
-        The plain call reads the weight row by row, at half the bandwidth (measured on a 2-core AMD
-        EPYC, one row: 15 against 23 GB/s; eight rows: 10 against 20). The packed form is
-
-        - bf16 where the CPU has instructions for it: it replaces the weight;
-        - else float32, and stands beside the weight, with which a single row is faster, as it has
-          half the bytes (a decode step of Qwen3-0.6B on two cores: 92 against 114 ms).
-        """
-        if not has_onednn_bf16(self.weight):
-            return
-        self._packed_weight = pack_weight(self.weight)
-        self._packs_every_row = self._packed_weight.dtype == self.weight.dtype
-        if self._packs_every_row:
+    def pack(self, packed: PackedWeight) -> None:
+        """Let another form of the weight make products from now on, where it serves them better."""
+        self._packed = packed
+        if packed.replaces_weight:
             # The old one may be the embedding's, too: it is dropped here, not emptied.
             self.weight = nn.Parameter(self.weight[:0].clone(), requires_grad=False)
 
     def unpack(self) -> None:
         """Undo `pack`, so that `weight` is there to be written to. One that was also the
         embedding's is a copy then, until it is tied again."""
-        if self._packs_every_row and self._packed_weight is not None:
-            self.weight = nn.Parameter(self._packed_weight.to_dense(), requires_grad=False)
-        self._packed_weight, self._packs_every_row = None, False
+        if self._packed is not None and self._packed.replaces_weight:
+            self.weight = nn.Parameter(self._packed.unpack(), requires_grad=False)
+        self._packed = None
 
     def _plain(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed_weight is not None and (self._packs_every_row or x.shape[0] > 1):
-            return packed_linear(x, self._packed_weight, self.bias)
+        if self._packed is not None and (self._packed.replaces_weight or x.shape[0] > 1):
+            return self._packed.multiply(x, self.bias)
         if isinstance(factor := self.factor, Fp8Weight):
             return fp8_linear(x, factor, self.bias)
         return F.linear(x, self.weight, self.bias)
@@ -141,34 +124,3 @@ class MergedLinear(Linear):
             for name, piece in zip(self.parts, pieces, strict=True):
                 views[f"{parent}.{name}.{kind}"] = View.whole(piece)
         return views
-
-
-def has_onednn_bf16(weight: torch.Tensor) -> bool:
-    """Whether oneDNN's packed matrices serve this weight: bf16, on a CPU."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    )
-
-
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """A weight [out, in] in oneDNN's blocked layout, for `packed_linear` only.
-
-    It is float32 where the CPU has no bf16 instructions; measured on such a 2-core AMD EPYC, that
-    takes a quarter of the time for eight rows and a seventh for a prompt.
-    """
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        weight = weight.float()
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACK_ROWS)
-
-
-def packed_linear(
-    x: torch.Tensor, packed_weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x [rows, in] times a weight from `pack_weight`: [rows, out], in the dtype of x."""
-    dtype = packed_weight.dtype
-    bias = None if bias is None else bias.to(dtype)
-    linear: Any = torch.ops.mkldnn._linear_pointwise
-    return linear(x.to(dtype), packed_weight, bias, "none", [], "").to(x.dtype)
