@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from helpers.cases import slow
 from helpers.compile_launches import run_compiler
 from helpers.kernel_inputs import interpreted
 from nanovllm.kernels.launch import Gpu
@@ -88,10 +89,11 @@ IN_FP8_ON_HOPPER = [
 
 # First in its file, as it takes longest.
 @interpreted
-def test_a_sample_of_models_and_gpus_compiles_and_fits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sample", ["SAMPLE", slow("SECOND_SAMPLE")])
+def test_a_sample_of_models_and_gpus_compiles_and_fits(tmp_path: Path, sample: str) -> None:
     """What the interpreter lets pass, the compiler may not (a variable that changes its type
     between branches, say), and only the compiler tells how much shared memory a program takes."""
-    code = "from helpers.compile_models import main; main()"
+    code = f"from helpers.compile_models import *; compile_steps({sample})"
     assert run_compiler(code, tmp_path).endswith("all compiled\n")
 
 

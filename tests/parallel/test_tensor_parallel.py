@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.cases import slow
 from helpers.checkpoints import make_checkpoint, random_tokens
 from helpers.engines import assert_empty, build
 from helpers.exactness import MODELS, WAYS, Model, check_all_lengths, check_preemption
@@ -19,7 +20,7 @@ CASES = [
         way,
         4 if name in FOUR_RANKS else 2,
         id=f"{name}-{way}",
-        marks=() if name in FOUR_RANKS else pytest.mark.slow,
+        marks=() if name == FOUR_RANKS[0] else pytest.mark.slow,
     )
     for name, way in zip(MODELS, [*WAYS] * 2)
     if not name.startswith(("qwen3moe", "qwen2moe"))
@@ -79,7 +80,7 @@ def assert_same_logprobs(found: list | None, expected: list | None) -> None:
             assert mine[token_id].logprob == pytest.approx(entry.logprob, abs=1e-4)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, slow(4)])
 def test_every_wish_is_answered_as_by_one_rank(tmp_path: Path, size: int):
     path = make_checkpoint(tmp_path / "model", vocab_size=137)  # no multiple of anything
     with build(path, num_kvcache_blocks=200) as llm:

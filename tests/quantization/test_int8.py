@@ -104,9 +104,9 @@ def test_weights_are_replaced_in_part_and_all(path: Path, expected: list, tmp_pa
             assert greedy(llm, PROMPTS) != expected
 
 
-def test_two_ranks_round_their_parts(path: Path):
+def test_two_ranks_round_their_parts(tiny: Path):
     """Each rank has scales of its own for its part of an input or a row."""
-    with build(path, quantization="int8", tensor_parallel_size=2) as llm:
+    with build(tiny, quantization="int8", tensor_parallel_size=2) as llm:
         assert [len(tokens) for tokens in greedy(llm, PROMPTS)] == [GREEDY.max_tokens] * len(
             PROMPTS
         )
