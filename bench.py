@@ -12,7 +12,8 @@ is not read whole, the head is), and for each generated token after a request's 
 values of its context; those of a prefix that requests share are read once a step. Operations: two
 per weight and prompt token, plus causal attention. Of a mixture of experts a step reads those that
 its tokens hit, if they choose at random, and a token has the operations of those that it chooses.
-With --tensor-parallel-size each GPU has its share of all that.
+Weights in fp8 have one byte and twice the rate. With --tensor-parallel-size each GPU has its share
+of all that.
 """
 
 import argparse
@@ -36,7 +37,7 @@ import torch
 from nanovllm import LLM, SamplingParams, __version__
 from nanovllm.config import Config
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.qwen3_moe import Qwen3MoeConfig
+from nanovllm.models.sparse_config import SparseConfig
 
 # hidden, intermediate, layers, heads, tied; heads are of 128, from Qwen's config.json
 SHAPES = {
@@ -152,12 +153,14 @@ def layer_weights(config: ModelConfig, tokens: float) -> float:
     hidden, num_layers, num_sparse = config.hidden_size, config.num_hidden_layers, 0
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     total = num_layers * hidden * 2 * (heads + kv_heads) * config.head_dim
-    if isinstance(config, Qwen3MoeConfig):
+    if isinstance(config, SparseConfig):
         num_sparse = sum(map(config.is_sparse, range(num_layers)))
         missed = (1 - config.num_experts_per_tok / config.num_experts) ** tokens
         hit = config.num_experts * (1 - missed)
         router = hidden * config.num_experts
-        total += num_sparse * (router + hit * 3 * hidden * config.moe_intermediate_size)
+        inner = hit * config.moe_intermediate_size
+        inner += getattr(config, "shared_expert_intermediate_size", 0)
+        total += num_sparse * (router + inner * 3 * hidden)
     return total + (num_layers - num_sparse) * 3 * hidden * config.intermediate_size
 
 
@@ -196,10 +199,14 @@ def floor_seconds(
     prompt_tokens = sum(p for p, _ in lens) - again * prefix_len
     pairs = sum(p * (p + 1) // 2 for p, _ in lens) - again * prefix_len * (prefix_len + 1) // 2
     active = layer_weights(config, 1)
-    prefill_ops = 2 * active * prompt_tokens + 4 * config.num_hidden_layers * q_size * pairs
+    in_int8 = engine_config.quantization == "int8"  # the head too
+    is_narrow = in_int8 or engine_config.has_fp8_weights
+    weight_bytes, speed = (1, 2) if is_narrow else (itemsize, 1)
+    head_bytes = 1 if in_int8 else itemsize
+    prefill_ops = 2 * active * prompt_tokens / speed + 4 * config.num_hidden_layers * q_size * pairs
     ranks = engine_config.tensor_parallel_size
     return {
-        "weights": (layers + steps * head) * itemsize / read_rate / ranks,
+        "weights": (layers * weight_bytes + steps * head * head_bytes) / read_rate / ranks,
         # Past that number ranks have the same heads.
         "keys_and_values": contexts * kv_bytes / read_rate / min(ranks, config.num_key_value_heads),
         "prefill": prefill_ops / matmul_rate / ranks,
@@ -270,6 +277,7 @@ def parse_args() -> argparse.Namespace:
     engine.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     engine.add_argument("--tensor-parallel-size", type=int, default=1)
     engine.add_argument("--kv-cache-dtype", default="auto")
+    engine.add_argument("--quantization", choices=["fp8", "int8"], help="of the weights")
     args = parser.parse_args()
     for name in ("num_requests", "runs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -298,6 +306,7 @@ def main() -> None:
     names = ("device", "dtype", "attention_backend", "enforce_eager", "kvcache_block_size")
     names += ("num_kvcache_blocks", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
     names += ("gpu_memory_utilization", "tensor_parallel_size", "kv_cache_dtype")
+    names += ("quantization",)
     options = {name: getattr(args, name) for name in names}
     start = time.perf_counter()
     if args.model is None:

@@ -190,6 +190,7 @@ class Bench:
             "attention_backend": args.attention_backend,
             "tensor_parallel_size": args.tensor_parallel_size,
             "kv_cache_dtype": args.kv_cache_dtype,
+            "quantization": args.quantization,
             "max_model_len": MAX_MODEL_LEN,
         }
         self.directory = directory
@@ -383,6 +384,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--attention-backend", default="auto", help="of nanovllm")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="of nanovllm")
     parser.add_argument("--kv-cache-dtype", default="auto", help="of nanovllm")
+    parser.add_argument("--quantization", choices=["fp8"], help="of nanovllm's weights")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--tiny", action="store_true", help="a miniature of all, to try it out")
     args = parser.parse_args(argv)

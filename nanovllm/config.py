@@ -11,6 +11,7 @@ import torch
 from nanovllm.models import CausalLM, find_model_class
 from nanovllm.models.config import ModelConfig
 from nanovllm.other_options import settle
+from nanovllm.quantization.fp8_checkpoints import Fp8Blocks
 from nanovllm.utils.checkpoint_files import OTHER_WEIGHTS, other_format, read_json_object
 from nanovllm.utils.loader import checkpoint_dtype
 from nanovllm.utils.validation import as_integer, as_number
@@ -21,6 +22,7 @@ _DTYPE_NAMES: dict[Any, str] = {
     "half": "float16", "float": "float32", **{dtype: name for name, dtype in DTYPES.items()},
 }  # fmt: skip
 KV_CACHE_DTYPES = ("auto", "fp8")
+QUANTIZATIONS = (None, "fp8", "int8")
 ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "torch")
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
@@ -45,6 +47,10 @@ class Config:
             torch's own.
         kv_cache_dtype: of keys and values in the cache: "auto" (that of the model), or "fp8" (e4m3,
             with scales by kv head, see `quantization.kv_cache`).
+        quantization: of the weights: "fp8" has those of the decoder layers' projections in e4m3,
+            quantised as they are loaded (see `quantization.fp8_weights`); "int8", on a CPU, has
+            those and the output head's in int8 (see `quantization.int8`). None: as the checkpoint
+            has them, in fp8 too.
         attention_backend: "auto", "flash-attn", "triton" or "torch".
         load_format: "auto" or "safetensors"; "dummy" for random weights in the shape of
             config.json.
@@ -76,6 +82,7 @@ class Config:
     device: str = "auto"
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
+    quantization: str | None = None
     attention_backend: str = "auto"
     load_format: str = "auto"
     seed: int = 0
@@ -102,6 +109,15 @@ class Config:
         """Of keys and values in the cache."""
         return self.torch_dtype if self.kv_cache_dtype == "auto" else torch.float8_e4m3fn
 
+    @property
+    def has_fp8_weights(self) -> bool:
+        return self.quantization == "fp8" or self.fp8_blocks is not None
+
+    @property
+    def fp8_blocks(self) -> Fp8Blocks | None:
+        """The format of a checkpoint in fp8; None if it is in another dtype."""
+        return self.model_config.fp8_blocks
+
     @classmethod
     def from_options(cls, model: str | os.PathLike[str], options: dict[str, Any]) -> "Config":
         """Build a Config. Options of None have their default; those of vLLM that change nothing are
@@ -126,6 +142,10 @@ class Config:
             from nanovllm.parallel.sharding import check_shardable
 
             check_shardable(self.model_config, self.tensor_parallel_size)
+        if self.has_fp8_weights:
+            from nanovllm.quantization.fp8_weights import check_fp8_device
+
+            check_fp8_device(self.torch_device)
         self.torch_dtype = _resolve_dtype(self.dtype, self.model_config, self.model_dir)
         self._resolve_max_model_len()
         self.generation_config = _load_generation_config(self.model_dir)
@@ -183,6 +203,11 @@ class Config:
         if self.kv_cache_dtype == "fp8_e4m3":  # vLLM's other name of it
             self.kv_cache_dtype = "fp8"
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        if self.quantization not in QUANTIZATIONS:
+            raise ValueError(
+                f"quantization={self.quantization!r} is not served: give the bf16 checkpoint, with "
+                "quantization='fp8' if it should be small, or one in fp8 with blocks of 128 x 128"
+            )
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         _check_choice("load_format", self.load_format, ("auto", "safetensors", "dummy"))
 

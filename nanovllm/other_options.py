@@ -32,7 +32,6 @@ def _anything(value: object) -> bool:
 
 
 _NO_LORA = "LoRA adapters are not served: merge the adapter into the model's weights first"
-_NO_WEIGHT_FORMATS = "quantised weights are not served: give the bf16 checkpoint"
 _ONE_MODEL = "a step is shared by tensor_parallel_size; for more throughput run replicas"
 _TEXT_ONLY = "only text goes in and comes out"
 _GENERATES = "the engine generates text: embeddings, scores and rewards are not served"
@@ -50,7 +49,6 @@ OTHER_OPTIONS: dict[str, Other] = {
     "disable_custom_all_reduce": Other(_anything, ""),
     "tokenizer_mode": Other(_one_of("auto"), "the checkpoint says which tokenizer it has"),
     "tokenizer_revision": Other(_one_of("main"), "it is the checkpoint's revision"),
-    "quantization": Other(_one_of(), _NO_WEIGHT_FORMATS),
     "calculate_kv_scales": Other(_one_of(False), "scales follow from the weights"),
     "cpu_offload_gb": Other(_one_of(0, 0.0), "weights stay on the GPU: raise tensor_parallel_size"),
     "swap_space": Other(_anything, ""),  # preempted sequences are computed again

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from helpers.cases import in_turns
 from helpers.checkpoints import Reference, random_tokens
-from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, Fault, assert_empty, build
+from helpers.engines import BOTH_ORDERS, GREEDY, ORDERS, PROMPTS, Fault, assert_empty, build
 from helpers.paths import DEMO
 from helpers.streams import QUESTIONS, assert_idle, assert_works, gather, parts, question
 from nanovllm import LLM, SamplingParams
@@ -54,24 +55,23 @@ def random_params(source: random.Random) -> SamplingParams:
     )
 
 
-@BOTH_ORDERS
-@pytest.mark.parametrize(
-    ("room", "preempts"),
-    [
-        ({"num_kvcache_blocks": 150}, False),
-        (
-            {
-                "num_kvcache_blocks": 6, "max_num_seqs": 5, "max_num_batched_tokens": 40,
-                "max_model_len": 96,
-            },
-            True,
-        ),
-    ],
-    ids=["roomy", "tight"],
-)  # fmt: skip
+ROOMS = {
+    "roomy": ({"num_kvcache_blocks": 150}, False),
+    "tight": (
+        {
+            "num_kvcache_blocks": 6, "max_num_seqs": 5, "max_num_batched_tokens": 40,
+            "max_model_len": 96,
+        },
+        True,
+    ),
+}  # fmt: skip
+
+
+@in_turns("room_and_whether_it_preempts, async_scheduling", ROOMS, ORDERS, share=2)
 def test_pieces_put_together_are_what_generate_returns(
-    room: dict[str, int], preempts: bool, async_scheduling: bool
+    room_and_whether_it_preempts: tuple[dict[str, int], bool], async_scheduling: bool
 ):
+    room, preempts = room_and_whether_it_preempts
     with build(DEMO, dtype="float32", async_scheduling=async_scheduling, **room) as llm:
         reasons: set[tuple[str, type]] = set()
         for seed in range(3):

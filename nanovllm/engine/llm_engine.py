@@ -24,10 +24,11 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
 from nanovllm.engine.step import PendingStep
 from nanovllm.engine.tokenizer import load_tokenizer
+from nanovllm.engine.weights import load_weights, update_weights
+from nanovllm.models import CausalLM
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checkpoint_files import read_headers
-from nanovllm.utils.loader import View, load_weights, update_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -198,14 +199,21 @@ class LLMEngine:
         Args:
             weights: pairs of a name, as in a checkpoint, and a whole tensor, on any device and in
                 any floating-point dtype. They are taken one by one, so a generator may make them as
-                it goes. Weights that do not come stay as they are. The prefix cache is emptied.
+                it goes. Weights that do not come stay as they are, and so do scales of keys and
+                values that the checkpoint had. The prefix cache is emptied.
 
         Raises:
             TypeError, ValueError: for a tensor that the model does not have, of another shape or no
-                floats; those before it are in place.
+                floats; those before it are in place. And if the model's checkpoint is in fp8.
             RuntimeError: if requests are unfinished, or with several ranks.
         """
-        self._change_weights(lambda *model: update_weights(weights, *model))
+        if self.config.fp8_blocks is not None:
+            raise ValueError(
+                "update_weights takes no tensors for a model whose checkpoint is in fp8: give "
+                "load_weights() the directory of another one, or start from the bf16 checkpoint "
+                "with quantization='fp8'"
+            )
+        self._change_weights(lambda model: update_weights(model, self.config, weights))
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Load another checkpoint of the same shape over the model's weights, in place: all that is
@@ -217,9 +225,9 @@ class LLMEngine:
             RuntimeError: if requests are unfinished, or with several ranks.
         """
 
-        def load(views: dict[str, View], ignored: frozenset[str]) -> None:
+        def load(model: CausalLM) -> None:
             with torch.inference_mode():
-                load_weights(read_headers(Path(path)), views, ignored)
+                load_weights(model, self.config, read_headers(Path(path)))
 
         self._change_weights(load)
 
@@ -263,7 +271,7 @@ class LLMEngine:
             "decode_tokens_per_second": self.stats.decode_rate,
         }
 
-    def _change_weights(self, fill: Callable[[dict[str, View], frozenset[str]], None]) -> None:
+    def _change_weights(self, fill: Callable[[CausalLM], None]) -> None:
         with self._callers.alone():
             self._check_no_requests("a change of weights")
             if self.config.tensor_parallel_size > 1:

@@ -9,6 +9,7 @@ from torch import nn
 
 from nanovllm.config import Config
 from nanovllm.models.config import ModelConfig
+from nanovllm.quantization.fp8_weights import use_fp8
 from nanovllm.utils.checkpoint_files import Headers, check_num_layers, head_that_differs
 from nanovllm.utils.memory import available_memory
 
@@ -61,11 +62,15 @@ def weight_bytes(config: Config) -> int:
     model_class, model_config = config.model_class, config.model_config
     make_layer: Any = model_class.layer_class
     with torch.device("meta"):
-        total = _num_parameters(model_class(replace(model_config, num_hidden_layers=0)))
+        ends = model_class(replace(model_config, num_hidden_layers=0)).to(config.torch_dtype)
+        total = _num_bytes(ends)
         for index, count in model_config.layer_kinds().items():
-            total += count * _num_parameters(make_layer(model_config, index))
-    return total * config.torch_dtype.itemsize
+            layer = make_layer(model_config, index).to(config.torch_dtype)
+            if config.has_fp8_weights:
+                use_fp8(layer, config.fp8_blocks, f"model.layers.{index}")
+            total += count * _num_bytes(layer)
+    return total
 
 
-def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _num_bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())

@@ -16,15 +16,15 @@ from nanovllm.engine.model_checks import checked_model_config
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step import PendingStep, PromptLogprobs, Step, prompt_logprobs
 from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
-from nanovllm.engine.weights import allocate_weights, fill_weights, linears_of
+from nanovllm.engine.weights import allocate_weights, fill_weights, pack_weights, unpack_weights
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import LOGPROB_ROWS, Sampler
 from nanovllm.models import CausalLM
+from nanovllm.quantization.fp8_weights import use_fp8
 from nanovllm.quantization.kv_cache import set_kv_scales
 from nanovllm.utils.checkpoint_files import read_headers
 from nanovllm.utils.context import Context
 from nanovllm.utils.kernels import has_kernels, kernels
-from nanovllm.utils.loader import View
 from nanovllm.utils.memory import gpu_memory_in_use, to_device
 
 
@@ -73,7 +73,9 @@ class ModelRunner:
         in_use_before = gpu_memory_in_use(self.device) if self.on_gpu else 0
         headers = {} if config.load_format == "dummy" else read_headers(config.model_dir)
         config.model_config = checked_model_config(config, headers)
-        self.model = self.make_model()
+        self.model = self.make_model().to(config.torch_dtype)
+        if config.has_fp8_weights:
+            use_fp8(self.model.model.layers, config.fp8_blocks)
         specs = self.model.cache_specs()
         self.backend = make_backend(
             config.attention_backend, self.device, config.torch_dtype, *specs[0],
@@ -238,23 +240,19 @@ class ModelRunner:
         self._launched_rows = {}
         self._edit_slots.clear()
 
-    def change_weights(self, fill: Callable[[dict[str, View], frozenset[str]], None]) -> None:
-        """Let `fill` write to the weights where they are, so that CUDA Graphs stay valid. It gets
-        the model's `checkpoint_views` and `ignored_tensors`."""
-        linears = linears_of(self.model)
+    def change_weights(self, fill: Callable[[CausalLM], None]) -> None:
+        """Let `fill` write to the model's weights where they are, so that CUDA Graphs stay
+        valid."""
         in_fp8 = self.config.kv_cache_dtype == "fp8"
         with self.on_device():
             self.reset()
-            for linear in linears:
-                linear.unpack()
-            self.model.tie_weights()
+            unpack_weights(self.model)
             try:
-                fill(self.model.checkpoint_views(), self.model.ignored_tensors())
+                fill(self.model)
             finally:
                 if in_fp8:
                     set_kv_scales(self.model)
-                for linear in linears:
-                    linear.pack()
+                pack_weights(self.model, self.config)
                 self.reset()  # a step may be launched by another stream
 
     def close(self) -> None:

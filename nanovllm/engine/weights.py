@@ -1,13 +1,25 @@
 """A network's weights: memory for them on the device, and what fills it."""
 
+from collections.abc import Iterable, Mapping
+
 import torch
 
 from nanovllm.config import Config
 from nanovllm.layers.linear import Linear
+from nanovllm.layers.packed_weight import OneDnnWeight
 from nanovllm.models import CausalLM
-from nanovllm.quantization.kv_cache import allocate_kv_scales, set_kv_scales
+from nanovllm.quantization.fp8_weights import fp8_views
+from nanovllm.quantization.int8 import Int8Weight, check_int8
+from nanovllm.quantization.kv_cache import (
+    allocate_kv_scales,
+    give_kv_scales,
+    kv_scale_names,
+    read_kv_scales,
+    set_kv_scales,
+    take_kv_scales,
+)
+from nanovllm.utils import loader
 from nanovllm.utils.checkpoint_files import Headers
-from nanovllm.utils.loader import check_weights, fill_with_noise, load_weights
 
 
 def allocate_weights(model: CausalLM, config: Config, headers: Headers) -> None:
@@ -17,19 +29,21 @@ def allocate_weights(model: CausalLM, config: Config, headers: Headers) -> None:
         ValueError, FileNotFoundError: for a checkpoint that cannot be loaded.
         RuntimeError: if there is no memory for it.
     """
+    if config.quantization == "int8":
+        check_int8(model, config.torch_device)
     if headers:
-        check_weights(headers, model.checkpoint_views(), model.ignored_tensors())
+        loader.check_weights(headers, _views(model, config), _ignored_tensors(model))
     # As `to_empty` would do, which imports sympy. A tied head gets memory too, and gives it back at
     # once. With that gap, later tensors lie where a step of one row takes 1% less time (see
     # docs/performance.md).
     parameters = model.state_dict()
     try:
         memory = {
-            name: torch.empty(parameter.shape, dtype=config.torch_dtype, device=config.torch_device)
+            name: torch.empty_like(parameter, device=config.torch_device)
             for name, parameter in parameters.items()
         }
     except RuntimeError as error:
-        num_bytes = sum(each.numel() for each in parameters.values()) * config.torch_dtype.itemsize
+        num_bytes = sum(each.nbytes for each in parameters.values())
         raise RuntimeError(
             f"no memory for weights of {num_bytes / 2**30:.1f} GiB on {config.torch_device}: free "
             "memory there, or give a narrower dtype or a larger tensor_parallel_size"
@@ -46,17 +60,63 @@ def fill_weights(model: CausalLM, config: Config, headers: Headers) -> None:
     Raises:
         ValueError: for a checkpoint that cannot be loaded.
     """
-    views = model.checkpoint_views()
     if headers:
-        load_weights(headers, views, model.ignored_tensors())
+        load_weights(model, config, headers)
     else:
-        fill_with_noise(views, config.model_config.initializer_range, config.seed)
+        views = _views(model, config)
+        loader.fill_with_noise(views, config.model_config.initializer_range, config.seed)
     if config.kv_cache_dtype == "fp8":
         set_kv_scales(model)
-    for linear in linears_of(model):
-        linear.pack()
+    pack_weights(model, config)
 
 
-def linears_of(model: CausalLM) -> list[Linear]:
-    """All its linear layers, whose weights a CPU packs once they are filled."""
+def load_weights(model: CausalLM, config: Config, headers: Headers) -> None:
+    """Fill a network's memory from the files with these headers. Scales of an fp8 cache that they
+    have are used by the next `set_kv_scales`.
+
+    Raises:
+        ValueError: for a checkpoint that cannot be loaded, before anything is changed.
+    """
+    scales = read_kv_scales(model, headers)
+    loader.load_weights(headers, _views(model, config), _ignored_tensors(model))
+    give_kv_scales(scales)
+
+
+def update_weights(
+    model: CausalLM,
+    config: Config,
+    weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+) -> None:
+    """The same from tensors, which need not be all: see `utils.loader.update_weights`."""
+    others = take_kv_scales(model, weights)
+    loader.update_weights(others, _views(model, config), model.ignored_tensors())
+
+
+def pack_weights(model: CausalLM, config: Config) -> None:
+    """On a CPU, give filled weights the form in which its libraries multiply them fastest."""
+    for linear in _linears_of(model):
+        if config.quantization == "int8":
+            linear.pack(Int8Weight(linear.weight))
+        elif OneDnnWeight.serves(linear.weight):
+            linear.pack(OneDnnWeight(linear.weight))
+
+
+def unpack_weights(model: CausalLM) -> None:
+    """Undo that, so that weights can be written to."""
+    for linear in _linears_of(model):
+        linear.unpack()
+    model.tie_weights()
+
+
+def _linears_of(model: CausalLM) -> list[Linear]:
     return [module for module in model.modules() if isinstance(module, Linear)]
+
+
+def _ignored_tensors(model: CausalLM) -> frozenset[str]:
+    return model.ignored_tensors() | kv_scale_names(model)
+
+
+def _views(model: CausalLM, config: Config) -> dict[str, loader.View]:
+    """Where each tensor of a checkpoint goes, or of random weights."""
+    is_dummy = config.load_format == "dummy"
+    return fp8_views(model.checkpoint_views(), None if is_dummy else config.fp8_blocks)

@@ -25,8 +25,9 @@ from nanovllm.kernels.decode_plan import FUSED_ROWS, DecodePlan, max_plan_words,
 from nanovllm.kernels.edit_logits import edit_logits
 from nanovllm.kernels.embedding import embed
 from nanovllm.kernels.experts import apply_experts
+from nanovllm.kernels.fp8_rows import quantize_rows
 from nanovllm.kernels.gumbel import gumbel_sample, gumbel_winners
-from nanovllm.kernels.layernorm import rms_norm
+from nanovllm.kernels.layernorm import rms_norm, rms_norm_in_fp8
 from nanovllm.kernels.linear import add_matmul, gated_matmul, matmul, summands
 from nanovllm.kernels.logprobs import MOST_TOP, token_logprobs
 from nanovllm.kernels.paged_cache import MAX_HEAD_DIM, tile_tokens
@@ -40,6 +41,6 @@ __all__ = [
     "add_matmul", "all_reduce", "all_reduce_add", "apply_experts", "best_of_ranks", "edit_logits",
     "embed", "gated_matmul", "gumbel_sample", "gumbel_winners", "matmul", "max_plan_words",
     "num_decode_ranges", "paged_decode", "paged_prefill", "plan_decode", "qk_norm_rope_store",
-    "rms_norm", "route", "silu_and_mul", "summands", "tile_tokens", "token_logprobs",
-    "truncation_thresholds", "wait_for",
+    "quantize_rows", "rms_norm", "rms_norm_in_fp8", "route", "silu_and_mul", "summands",
+    "tile_tokens", "token_logprobs", "truncation_thresholds", "wait_for",
 ]  # fmt: skip

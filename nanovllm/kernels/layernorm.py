@@ -4,14 +4,17 @@
     y  = x / sqrt(mean(x^2) + eps) * weight
 
 Grid: one program a row. Bytes moved a row of n elements: x read and y written; with `partials` they
-are read and x is written too. Bound by memory, and by launch latency at small batches.
+are read and x is written too; y may be written in fp8 (see `kernels.fp8_rows`). Bound by memory,
+and by launch latency at small batches.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.fp8_rows import empty_rows, store_in_fp8
 from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.quantization.fp8 import GROUP
 
 
 def rms_norm(
@@ -26,21 +29,49 @@ def rms_norm(
 
     `partials` [splits, rows, n] are first added to `x`, in place.
     """
-    rows, n = x.shape
     y = torch.empty_like(x) if out is None else out
-    block = triton.next_power_of_2(n)
+    _launch(x, weight, eps, partials, y, None)
+    return y
+
+
+def rms_norm_in_fp8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    partials: torch.Tensor | None = None,
+    group: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `quantize_rows` makes of the result of `rms_norm`, which is rounded to the dtype of x
+    before."""
+    values, scale = empty_rows(x, group)
+    _launch(x, weight, eps, partials, values, scale)
+    return values, scale
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    partials: torch.Tensor | None,
+    y: torch.Tensor,
+    scale: torch.Tensor | None,
+) -> None:
+    rows, n = x.shape
+    block = triton.next_power_of_2(n if scale is None else max(n, GROUP))
     _rms_norm_kernel[(rows,)](
-        x, partials, weight, y, n, eps, rows * n if partials is None else partials.stride(0),
+        x, partials, weight, y, scale, n, eps,
+        rows * n if partials is None else partials.stride(0), rows,
         SPLITS=0 if partials is None else partials.shape[0], BLOCK=block,
+        IN_FP8=scale is not None, HAS_GROUPS=scale is not None and scale.shape[1] > 1, GROUP=GROUP,
         num_warps=min(8, max(1, block // 512)), **pdl(x),
     )  # fmt: skip
-    return y
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, partials_ptr, weight_ptr, y_ptr, n, eps, split_stride,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, partials_ptr, weight_ptr, y_ptr, scale_ptr, n, eps, split_stride, rows,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, IN_FP8: tl.constexpr, HAS_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -58,4 +89,8 @@ def _rms_norm_kernel(
         tl.store(x_ptr + cells, x, mask=mask)
     x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / n + eps)
-    tl.store(y_ptr + cells, (x * scale * weight).to(y_ptr.dtype.element_ty), mask=mask)
+    if IN_FP8:
+        y = (x * scale * weight).to(x_ptr.dtype.element_ty).to(tl.float32)
+        store_in_fp8(y, y_ptr, scale_ptr, row, rows, n, HAS_GROUPS, GROUP, BLOCK)
+    else:
+        tl.store(y_ptr + cells, (x * scale * weight).to(y_ptr.dtype.element_ty), mask=mask)

@@ -8,25 +8,34 @@ that. So the kernel goes by the number of rows:
 - up to 128, with large weights up to 64: `kernels.split_k`;
 - 129 to 256, with small weights: `kernels.tiled_gemm`;
 - else cuBLAS.
+
+With a weight in fp8 (see `quantization.fp8`) it goes by rows in the same way: to
+`kernels.fp8_gemv`, `kernels.split_k`, the library's `torch._scaled_mm`, and `kernels.fp8_gemm`
+where these do not serve.
 """
 
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels import fp8_gemv as fp8_gemv_kernel
 from nanovllm.kernels import gemv as gemv_kernel
 from nanovllm.kernels import split_k as split_k_kernel
 from nanovllm.kernels import tiled_gemm as tiled_gemm_kernel
 from nanovllm.kernels.activation import silu_and_mul
+from nanovllm.kernels.fp8_gemv import fp8_gemv
+from nanovllm.kernels.fp8_linear import Gated, NormedInput, fp8_partial_sums, fp8_product
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.launch import Gpu, gpu_with
 from nanovllm.kernels.split_k import num_splits, split_k
 from nanovllm.kernels.tiled_gemm import SPLITS, tiled_gemm
+from nanovllm.quantization.fp8 import Fp8Weight
 
 # In-features of GEMVs, with a norm and without: of more, registers spill.
 _MAX_NORMED, _MAX_PLAIN = 4096, 27648
+_MAX_FP8 = 27648
 _SHORT_ROW, _SMALL = 2048, 2**23  # in-features and elements with which GEMV takes two rows
 _LARGE = 2**25  # elements of a weight with which cuBLAS is faster past 64 rows
 _MAX_ROWS_OF_LARGE = 64
@@ -39,6 +48,7 @@ class Kernel(Enum):
     GEMV = "gemv"
     SPLIT_K = "split_k"
     TILED_GEMM = "tiled_gemm"
+    FP8_GEMM = "fp8_gemm"
     LIBRARY = "library"
 
 
@@ -57,11 +67,13 @@ class ProductShape(NamedTuple):
     Attributes:
         rows: of x.
         in_features, out_features: the weight is [out_features, in_features], gate and up together.
-        dtype: of x and W.
+        dtype: of x, and of W unless that is in fp8.
         use: what becomes of it.
         has_bias: there is a b.
         has_norm: x has still to be normalised.
         has_partials: and before that, partial sums have to be added to it.
+        in_fp8: W is, and x is to be.
+        has_groups: their scales are those of groups of inputs.
     """
 
     rows: int
@@ -72,10 +84,14 @@ class ProductShape(NamedTuple):
     has_bias: bool = False
     has_norm: bool = False
     has_partials: bool = False
+    in_fp8: bool = False
+    has_groups: bool = False
 
 
 def choose_kernel(product: ProductShape, gpu: Gpu) -> Kernel:
     """The kernel that makes a product on a GPU."""
+    if product.in_fp8:
+        return _choose_in_fp8(product, gpu)
     rows, k, n = product.rows, product.in_features, product.out_features
     # GEMV pays by the norm or the addition that it takes along. It knows no partial sums.
     pays = product.has_norm or product.use is Use.ADDED
@@ -96,27 +112,25 @@ def choose_kernel(product: ProductShape, gpu: Gpu) -> Kernel:
     return Kernel.LIBRARY
 
 
-class NormedInput(Protocol):
-    """An input that has still to be normalised: RMSNorm(x + sum of partials) * weight."""
-
-    @property
-    def weight(self) -> torch.Tensor: ...
-
-    @property
-    def eps(self) -> float: ...
-
-    @property
-    def x(self) -> torch.Tensor: ...
-
-    @property
-    def partials(self) -> torch.Tensor | None: ...
-
-    def values(self) -> torch.Tensor: ...
+def _choose_in_fp8(product: ProductShape, gpu: Gpu) -> Kernel:
+    rows, k, n = product.rows, product.in_features, product.out_features
+    is_small = k <= _SHORT_ROW or k * n <= _SMALL
+    fits = k <= _MAX_FP8 and not product.has_partials
+    if fits and (rows == 1 or (rows == fp8_gemv_kernel.MAX_ROWS and is_small)):
+        return Kernel.GEMV
+    is_large = k * n > _LARGE and product.use is not Use.ADDED
+    max_rows = _MAX_ROWS_OF_LARGE if is_large else split_k_kernel.MAX_ROWS
+    if not gpu.is_hopper_class:
+        return Kernel.FP8_GEMM
+    if rows <= max_rows:
+        return Kernel.SPLIT_K
+    has_scaled_mm = product.dtype == torch.bfloat16 and k % 16 == n % 16 == 0
+    return Kernel.LIBRARY if has_scaled_mm and not product.has_groups else Kernel.FP8_GEMM
 
 
 def matmul(
     x: torch.Tensor | NormedInput,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Fp8Weight,
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -129,6 +143,8 @@ def matmul(
         out: [rows, out], the memory of the result if it is to be a given one.
     """
     kernel = _choose(x, weight, bias, Use.VALUES)
+    if isinstance(weight, Fp8Weight):
+        return _in_fp8(kernel, x, weight, bias, out=out)
     if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):  # it is chosen for no other x
         return gemv(x.x, weight, bias, x.weight, x.eps, out=out)
     x = _values(x)
@@ -143,16 +159,25 @@ def matmul(
 
 
 def gated_matmul(
-    x: torch.Tensor | NormedInput, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+    x: torch.Tensor | NormedInput,
+    weight: torch.Tensor | Fp8Weight,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor | Gated:
     """silu(gate) * up, [rows, out], gate and up being the halves of x W^T + b.
 
     Args:
         x: [rows, in], or what has still to be normalised to that.
         weight: [2 * out, in].
         bias: [2 * out].
+
+    Returns:
+        It, or what becomes it in fp8 if the next product is in fp8; for `add_matmul` only.
     """
     kernel = _choose(x, weight, bias, Use.GATED)
+    if isinstance(weight, Fp8Weight):
+        if kernel in (Kernel.GEMV, Kernel.SPLIT_K):
+            return _in_fp8(kernel, x, weight, bias, gated=True)
+        return Gated(_in_fp8(kernel, x, weight, bias))
     if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):
         return gemv(x.x, weight, bias, x.weight, x.eps, gated=True)
     x = _values(x)
@@ -164,19 +189,26 @@ def gated_matmul(
 
 
 def add_matmul(
-    stream: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    stream: torch.Tensor,
+    x: torch.Tensor | Gated,
+    weight: torch.Tensor | Fp8Weight,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Add x W^T + b to `stream` [rows, out], in place, or return what has still to be added.
 
     Args:
-        x: [rows, in].
+        x: [rows, in], or what `gated_matmul` returns.
         weight: [out, in].
         bias: [out].
 
     Returns:
-        None, or partial sums [splits, rows, out] float32, for the norm that comes next.
+        None, or partial sums [splits, rows, out] for the norm that comes next, float32, or one in
+        the dtype of x.
     """
-    kernel = _choose(x, weight, bias, Use.ADDED)
+    kernel = _choose(x.x if isinstance(x, Gated) else x, weight, bias, Use.ADDED)
+    if isinstance(weight, Fp8Weight):
+        return _add_in_fp8(kernel, stream, x, weight, bias)
+    x = x.values() if isinstance(x, Gated) else x
     if kernel in (Kernel.SPLIT_K, Kernel.TILED_GEMM):
         return _partial_sums(kernel, x, weight, bias)
     if kernel is Kernel.GEMV:
@@ -189,14 +221,51 @@ def add_matmul(
 
 
 def summands(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor, weight: torch.Tensor | Fp8Weight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What `add_matmul` would add: [rows, out] in the dtype of x, or partial sums of it, [splits,
     rows, out] float32."""
     kernel = _choose(x, weight, bias, Use.ADDED)
+    if isinstance(weight, Fp8Weight):
+        is_split = kernel is Kernel.SPLIT_K
+        return fp8_partial_sums(x, weight, bias) if is_split else _in_fp8(kernel, x, weight, bias)
     if kernel in (Kernel.SPLIT_K, Kernel.TILED_GEMM):
         return _partial_sums(kernel, x, weight, bias)
     return gemv(x, weight, bias) if kernel is Kernel.GEMV else F.linear(x, weight, bias)
+
+
+def _in_fp8(
+    kernel: Kernel,
+    x: torch.Tensor | NormedInput,
+    weight: Fp8Weight,
+    bias: torch.Tensor | None,
+    gated: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):
+        return fp8_gemv(x.x, weight, bias, x.weight, x.eps, gated, out=out)
+    if kernel is Kernel.GEMV:
+        return fp8_gemv(_values(x), weight, bias, gated=gated, out=out)
+    return fp8_product(
+        x, weight, bias, by_split_k=kernel is Kernel.SPLIT_K,
+        by_library=kernel is Kernel.LIBRARY, gated=gated, out=out,
+    )  # fmt: skip
+
+
+def _add_in_fp8(
+    kernel: Kernel,
+    stream: torch.Tensor,
+    x: torch.Tensor | Gated,
+    weight: Fp8Weight,
+    bias: torch.Tensor | None,
+) -> torch.Tensor | None:
+    if kernel is Kernel.GEMV:
+        fp8_gemv(x.values() if isinstance(x, Gated) else x, weight, bias, add_to=stream)
+        return None
+    if kernel is Kernel.SPLIT_K:
+        return fp8_partial_sums(x, weight, bias)
+    by_library = kernel is Kernel.LIBRARY
+    return fp8_product(x, weight, bias, by_split_k=False, by_library=by_library)[None]
 
 
 def _partial_sums(
@@ -208,13 +277,19 @@ def _partial_sums(
 
 
 def _choose(
-    x: torch.Tensor | NormedInput, weight: torch.Tensor, bias: torch.Tensor | None, use: Use
+    x: torch.Tensor | NormedInput,
+    weight: torch.Tensor | Fp8Weight,
+    bias: torch.Tensor | None,
+    use: Use,
 ) -> Kernel:
     normed = None if isinstance(x, torch.Tensor) else x
-    rows = (x if isinstance(x, torch.Tensor) else x.x).shape[0]
+    values = x if isinstance(x, torch.Tensor) else x.x
+    in_fp8 = has_groups = False
+    if isinstance(weight, Fp8Weight):
+        in_fp8, has_groups, weight = True, weight.has_groups, weight.values
     product = ProductShape(
-        rows, weight.shape[1], weight.shape[0], weight.dtype, use, bias is not None,
-        normed is not None, normed is not None and normed.partials is not None,
+        values.shape[0], weight.shape[1], weight.shape[0], values.dtype, use, bias is not None,
+        normed is not None, normed is not None and normed.partials is not None, in_fp8, has_groups,
     )  # fmt: skip
     gpu = gpu_with(weight)
     assert gpu is not None, "kernels run on a GPU"

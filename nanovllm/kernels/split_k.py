@@ -9,6 +9,10 @@ a program. The partial sums stay float32 and are added up, in a fixed order, by 
 comes next (the residual add of `rms_norm`): results are deterministic, and no kernel is launched
 for the sum. A bias is added by the first slice.
 
+In fp8 (see `quantization.fp8`) the tensor cores multiply both as they are; they add up 128 products
+in their own precision, and the rest is float32. Scales are applied to such sums, or once at the
+end.
+
 Grid: (tile of outputs, slice of K). Bytes moved: the weights once. Bound by memory.
 """
 
@@ -35,6 +39,8 @@ def split_k(
     splits: int | None = None,
     gated: bool = False,
     out: torch.Tensor | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """W x + b, whole or in parts.
 
@@ -45,21 +51,31 @@ def split_k(
         splits: into how many slices the inner dimension is cut; None leaves it whole.
         gated: return silu(gate) * up, without `splits`.
         out: the memory of the result if it is to be a given one.
+        scales: of x and of the weight, if both are in fp8: [rows, in / g] and [out, in / g]
+            float32, g being `GROUP`, or `in`. Those of one group are side by side.
+        dtype: of the product, if it is not that of x.
 
     Returns:
         [splits, rows, out] float32, whose sum is the product; without `splits` the product itself,
-        [rows, out], in the dtype of x.
+        [rows, out].
     """
     (rows, k), n = x.shape, weight.shape[0]
     n, outputs = (n // 2, _TILE // 2) if gated else (n, _TILE)
-    shape, dtype = ((rows, n), x.dtype) if splits is None else ((splits, rows, n), torch.float32)
+    dtype = dtype or x.dtype
+    shape, dtype = ((rows, n), dtype) if splits is None else ((splits, rows, n), torch.float32)
     splits = splits or 1
+    x_scale, weight_scale = scales or (None, None)
+    has_groups = x_scale is not None and x_scale.shape[1] > 1
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=x.device)
+    slice_k = _slice_size(k, splits)
     padded_rows, block_k, stages = tiling(rows)
+    if scales is not None:
+        block_k, stages = _fp8_tiling(block_k, stages, slice_k, has_groups)
     _split_k_kernel[(triton.cdiv(n, outputs), splits)](
-        x, weight, bias, out, rows, n, k, _slice_size(k, splits),
+        x, weight, bias, out, x_scale, weight_scale, rows, n, k, slice_k,
         ROWS=padded_rows, TILE=_TILE, BLOCK_K=block_k, GATED=gated, HAS_BIAS=bias is not None,
+        IN_FP8=scales is not None, HAS_GROUPS=has_groups,
         num_warps=4, num_stages=stages, **pdl(x),
     )  # fmt: skip
     return out
@@ -75,6 +91,14 @@ def tiling(rows: int) -> tuple[int, int, int]:
     return padded_rows, _BLOCK_K if padded_rows <= 64 else 64, 6 if padded_rows == 16 else 5
 
 
+def _fp8_tiling(block_k: int, stages: int, slice_k: int, has_groups: bool) -> tuple[int, int]:
+    """A block of K and the stages in fp8, of as many bytes: twice the block, or twice the stages
+    where that block would cut a slice or span two groups."""
+    if 2 * block_k <= _BLOCK_K or (not has_groups and slice_k % (2 * block_k) == 0):
+        return 2 * block_k, stages
+    return block_k, 2 * stages
+
+
 def _slice_size(k: int, splits: int) -> int:
     """A multiple of a block; the last slices may be short, or empty."""
     return -(-k // (splits * _BLOCK_K)) * _BLOCK_K
@@ -82,9 +106,10 @@ def _slice_size(k: int, splits: int) -> int:
 
 @triton.jit
 def _split_k_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, rows, n: tl.constexpr, k: tl.constexpr,
-    slice_k: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
-    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, x_scale_ptr, weight_scale_ptr, rows, n: tl.constexpr,
+    k: tl.constexpr, slice_k: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_K: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, IN_FP8: tl.constexpr,
+    HAS_GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
     lane = tl.arange(0, TILE)
@@ -105,8 +130,10 @@ def _split_k_kernel(
     even: tl.constexpr = n % outputs == 0 and k % BLOCK_K == 0
     if even:  # two blocks; all of them would be slower (see docs/performance.md)
         blocks = tl.minimum(first + tl.arange(0, 2) * BLOCK_K, k - BLOCK_K)
-        prefetch(weight_starts + blocks[None, :], 2 * BLOCK_K, PDL)
+        prefetch(weight_starts + blocks[None, :], BLOCK_K if IN_FP8 else 2 * BLOCK_K, PDL)
     acc = tl.zeros([TILE, ROWS], tl.float32)
+    if IN_FP8:
+        weight_scales, x_scales = weight_scale_ptr + weight_rows, x_scale_ptr + row
     wait(PDL)
     for start in range(first, tl.minimum(first + slice_k, k), BLOCK_K):
         if even:
@@ -116,7 +143,18 @@ def _split_k_kernel(
             inside = (start + cols < k)[None, :]
             w = tl.load(weights + start, mask=(outs < n)[:, None] & inside, other=0.0)
             x = tl.load(xs + start, mask=(row < rows)[:, None] & inside, other=0.0)
-        acc = tl.dot(w, tl.trans(x), acc)
+        if HAS_GROUPS:
+            group = start // BLOCK_K
+            scale = tl.load(weight_scales + group * n * (2 if GATED else 1), mask=outs < n, other=0)
+            x_scale = tl.load(x_scales + group * rows, mask=row < rows, other=0)
+            acc += tl.dot(w, tl.trans(x)) * scale[:, None] * x_scale[None, :]
+        elif IN_FP8:
+            acc = tl.dot(w, tl.trans(x), acc, max_num_imprecise_acc=128)
+        else:
+            acc = tl.dot(w, tl.trans(x), acc)
+    if IN_FP8 and not HAS_GROUPS:
+        scale = tl.load(weight_scales, mask=outs < n, other=0)
+        acc = acc * scale[:, None] * tl.load(x_scales, mask=row < rows, other=0)[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + weight_rows, mask=outs < n, other=0.0).to(tl.float32)
         acc += tl.where(tl.program_id(1) == 0, bias, 0.0)[:, None]

@@ -43,6 +43,7 @@ class Attention(nn.Module):
         self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.o_proj = Linear(q_size, hidden_size, output_bias)
         self.kv_scales: torch.Tensor | None = None  # see `AttentionSpec`
+        self.given_kv_scales: torch.Tensor | None = None  # see `quantization.kv_cache`
 
     def forward(self, x: Normed, context: Context) -> Product:
         """What is to be added to the stream of `x`; see `Context` for what is read and written."""

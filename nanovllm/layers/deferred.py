@@ -17,6 +17,8 @@ from typing import Protocol, Union
 
 import torch
 
+from nanovllm.utils.kernels import kernels
+
 Input = Union[torch.Tensor, "Normed"]  # of a projection: [tokens, in]
 
 
@@ -34,6 +36,10 @@ class Norm(Protocol):
         partials: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
+
+    def normalize_in_fp8(
+        self, x: torch.Tensor, partials: torch.Tensor | None, group: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class Multiplier(Protocol):
@@ -171,6 +177,12 @@ class Normed:
             pass
         assert self._values is not None
         return self._values
+
+    def in_fp8(self, group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The values, for a kernel that multiplies in fp8; see `kernels.fp8_rows`."""
+        if self._values is None and self.stream.pending is None:
+            return self.norm.normalize_in_fp8(self.x, self.stream.take_partials(), group)
+        return kernels.quantize_rows(self.values(), group)
 
     def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """(which tokens, their values), as what is still to be added to the stream arrives. They

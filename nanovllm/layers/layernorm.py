@@ -35,6 +35,12 @@ class RMSNorm(nn.Module):
         y = rms_norm(x, self.weight, self.eps, partials)
         return y if out is None else out.copy_(y)
 
+    def normalize_in_fp8(
+        self, x: torch.Tensor, partials: torch.Tensor | None, group: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`normalize` by a kernel, with the result in fp8; see `kernels.fp8_rows`."""
+        return kernels.rms_norm_in_fp8(x, self.weight, self.eps, partials, group)
+
 
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, partials: torch.Tensor | None = None

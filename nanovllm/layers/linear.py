@@ -1,18 +1,15 @@
 """Linear layers: projections, made when they are used (see `layers.deferred`)."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.layers.activation import activate_and_mul
-from nanovllm.layers.deferred import Input, PendingSum, Product, values_of
+from nanovllm.layers.deferred import Input, Normed, PendingSum, Product, values_of
+from nanovllm.layers.packed_weight import PackedWeight
+from nanovllm.quantization.fp8 import FP8, Fp8Weight, fp8_linear
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import View
-
-# oneDNN packs a weight for a number of rows; 32 is within a few per cent of the best for 1 to 256.
-_PACK_ROWS = 32
 
 
 class Linear(nn.Module):
@@ -21,6 +18,9 @@ class Linear(nn.Module):
     Args:
         in_features, out_features: W is [out_features, in_features].
         bias: whether there is a b, [out_features].
+
+    Attributes:
+        weight_scale: of a weight in fp8, see `quantization.fp8.Fp8Weight`; else None.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
@@ -28,8 +28,8 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self._packed_weight: torch.Tensor | None = None
-        self._packs_every_row = False
+        self.weight_scale: nn.Parameter | None = None
+        self._packed: PackedWeight | None = None
 
     def forward(self, x: Input, tokens: torch.Tensor | None = None) -> Product:
         """The product, still to be made. `tokens`: see `Product`."""
@@ -38,14 +38,15 @@ class Linear(nn.Module):
     def multiply(self, x: Input, out: torch.Tensor | None = None) -> torch.Tensor:
         """[tokens, out_features], in the dtype of x; in the memory of `out` if that is given."""
         if has_kernels(self.weight):
-            return kernels.matmul(x, self.weight, self.bias, out)
+            return kernels.matmul(x, self.factor, self.bias, out)
         y = self._plain(values_of(x))
         return y if out is None else out.copy_(y)
 
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
-        """activation(gate) * up, [tokens, out_features / 2], gate and up being the halves of y."""
+        """activation(gate) * up, [tokens, out_features / 2], gate and up being the halves of y. By
+        kernels in fp8 it may be what has such `values()`, for the projection that is added next."""
         if has_kernels(self.weight) and activation == "silu":
-            return kernels.gated_matmul(x, self.weight, self.bias)
+            return kernels.gated_matmul(x, self.factor, self.bias)
         return activate_and_mul(self.multiply(x), activation)
 
     def multiply_add(self, x: Input, stream: torch.Tensor) -> torch.Tensor | PendingSum | None:
@@ -55,39 +56,52 @@ class Linear(nn.Module):
             None, or partial sums [splits, tokens, out_features] float32 that are still to be added.
         """
         if has_kernels(self.weight):
-            return kernels.add_matmul(stream, values_of(x), self.weight, self.bias)
+            x = x.values() if isinstance(x, Normed) else x
+            return kernels.add_matmul(stream, x, self.factor, self.bias)
         stream.add_(self._plain(values_of(x)))
         return None
 
-    def pack(self) -> None:
-        """On a CPU, let oneDNN keep a bf16 weight in its own blocked layout, if it can. Call after
-        loading.
+    @property
+    def factor(self) -> torch.Tensor | Fp8Weight:
+        """W, as kernels take it."""
+        if self.weight_scale is None:
+            return self.weight
+        return Fp8Weight(self.weight, self.weight_scale)
 
-        The plain call reads the weight row by row, at half the bandwidth (measured on a 2-core AMD
-        EPYC, one row: 15 against 23 GB/s; eight rows: 10 against 20). The packed form is
+    def whole_weight(self) -> torch.Tensor:
+        """[out_features, in_features], not in fp8."""
+        factor = self.factor
+        return factor.whole() if isinstance(factor, Fp8Weight) else factor
 
-        - bf16 where the CPU has instructions for it: it replaces the weight;
-        - else float32, and stands beside the weight, with which a single row is faster, as it has
-          half the bytes (a decode step of Qwen3-0.6B on two cores: 92 against 114 ms).
-        """
-        if not has_onednn_bf16(self.weight):
-            return
-        self._packed_weight = pack_weight(self.weight)
-        self._packs_every_row = self._packed_weight.dtype == self.weight.dtype
-        if self._packs_every_row:
+    def store_in_fp8(self, num_groups: int) -> None:
+        """Hold the weight in fp8 from now on, with so many scales for each output. Call it before
+        there is memory."""
+        self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=FP8), requires_grad=False)
+        scale = torch.empty(
+            num_groups, self.out_features, dtype=torch.float32, device=self.weight.device
+        )
+        # A kernel takes those of many outputs at once: they are side by side.
+        self.weight_scale = nn.Parameter(scale.t(), requires_grad=False)
+
+    def pack(self, packed: PackedWeight) -> None:
+        """Let another form of the weight make products from now on, where it serves them better."""
+        self._packed = packed
+        if packed.replaces_weight:
             # The old one may be the embedding's, too: it is dropped here, not emptied.
             self.weight = nn.Parameter(self.weight[:0].clone(), requires_grad=False)
 
     def unpack(self) -> None:
         """Undo `pack`, so that `weight` is there to be written to. One that was also the
         embedding's is a copy then, until it is tied again."""
-        if self._packs_every_row and self._packed_weight is not None:
-            self.weight = nn.Parameter(self._packed_weight.to_dense(), requires_grad=False)
-        self._packed_weight, self._packs_every_row = None, False
+        if self._packed is not None and self._packed.replaces_weight:
+            self.weight = nn.Parameter(self._packed.unpack(), requires_grad=False)
+        self._packed = None
 
     def _plain(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed_weight is not None and (self._packs_every_row or x.shape[0] > 1):
-            return packed_linear(x, self._packed_weight, self.bias)
+        if self._packed is not None and (self._packed.replaces_weight or x.shape[0] > 1):
+            return self._packed.multiply(x, self.bias)
+        if isinstance(factor := self.factor, Fp8Weight):
+            return fp8_linear(x, factor, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -110,34 +124,3 @@ class MergedLinear(Linear):
             for name, piece in zip(self.parts, pieces, strict=True):
                 views[f"{parent}.{name}.{kind}"] = View.whole(piece)
         return views
-
-
-def has_onednn_bf16(weight: torch.Tensor) -> bool:
-    """Whether oneDNN's packed matrices serve this weight: bf16, on a CPU."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    )
-
-
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """A weight [out, in] in oneDNN's blocked layout, for `packed_linear` only.
-
-    It is float32 where the CPU has no bf16 instructions; measured on such a 2-core AMD EPYC, that
-    takes a quarter of the time for eight rows and a seventh for a prompt.
-    """
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        weight = weight.float()
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACK_ROWS)
-
-
-def packed_linear(
-    x: torch.Tensor, packed_weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x [rows, in] times a weight from `pack_weight`: [rows, out], in the dtype of x."""
-    dtype = packed_weight.dtype
-    bias = None if bias is None else bias.to(dtype)
-    linear: Any = torch.ops.mkldnn._linear_pointwise
-    return linear(x.to(dtype), packed_weight, bias, "none", [], "").to(x.dtype)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.layers.activation import activate_and_mul
-from nanovllm.layers.deferred import Input, PendingSum, Product, values_of
+from nanovllm.layers.deferred import Input, PendingSum, Product, Stream, values_of
 from nanovllm.layers.linear import Linear
+from nanovllm.layers.mlp import GatedMLP
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import Stack, View
 
@@ -28,12 +29,14 @@ class Routing(NamedTuple):
 
 
 class SparseMoE(nn.Module):
-    """sum over the chosen experts e of weight[e] * down_e(activation(gate_e(x)) * up_e(x)).
+    """sum over the chosen experts e of weight[e] * down_e(activation(gate_e(x)) * up_e(x)), and for
+    every token sigmoid(shared_expert_gate(x)) * shared_expert(x), if there is a shared expert.
 
     Args:
         hidden_size, inner_size: outside, and inside of one expert.
         num_experts: of which each token goes to the `top_k` that the router prefers.
         renormalize: whether the chosen ones' weights are made to sum up to 1.
+        shared_size: inside of the shared expert; 0: there is none.
         activation: see `layers.activation.ACTIVATIONS`.
     """
 
@@ -45,12 +48,17 @@ class SparseMoE(nn.Module):
         top_k: int,
         *,
         renormalize: bool,
+        shared_size: int = 0,
         activation: str = "silu",
     ) -> None:
         super().__init__()
         self.top_k, self.renormalize = top_k, renormalize
         self.gate = Linear(hidden_size, num_experts)
         self.experts = Experts(hidden_size, inner_size, num_experts, activation)
+        self.shared_expert: GatedMLP | None = None
+        if shared_size:
+            self.shared_expert = GatedMLP(hidden_size, shared_size, activation=activation)
+            self.shared_expert_gate = Linear(hidden_size, 1)
 
     def forward(self, x: Input) -> Product:
         """What is to be added to the stream of `x`."""
@@ -61,6 +69,8 @@ class SparseMoE(nn.Module):
         """[tokens, hidden], in the dtype of x; in the memory of `out` if that is given."""
         x = values_of(x)
         y = self.experts(x, self.route(x))
+        if (shared := self._shared(x)) is not None:
+            y.add_(shared.values())
         return y if out is None else out.copy_(y)
 
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
@@ -70,11 +80,20 @@ class SparseMoE(nn.Module):
         """Add the output to `stream` [tokens, hidden], in place, or return what is still to be
         added."""
         x = values_of(x)
-        return self.experts.add_to(stream, x, self.route(x))
+        return self.experts.add_to(stream, x, self.route(x), self._shared(x))
 
     def route(self, x: torch.Tensor) -> Routing:
         """The experts of `x` [tokens, hidden]."""
         return route(self.gate(x).values(), self.top_k, self.renormalize)
+
+    def _shared(self, x: torch.Tensor) -> Product | None:
+        """The output of the shared expert."""
+        if (mlp := self.shared_expert) is None:
+            return None
+        inner = mlp.act_and_mul(mlp.gate_up_proj(x))
+        # One number a token, which may as well be multiplied before the projection: so the product
+        # is still to be made, and of several ranks each has a summand of it.
+        return mlp.down_proj(inner.mul_(self.shared_expert_gate(x).values().sigmoid()))
 
 
 class Experts(nn.Module):
@@ -124,15 +143,20 @@ class Experts(nn.Module):
         return y.to(x.dtype)
 
     def add_to(
-        self, stream: torch.Tensor, x: torch.Tensor, routing: Routing
+        self,
+        stream: torch.Tensor,
+        x: torch.Tensor,
+        routing: Routing,
+        shared: Product | None = None,
     ) -> torch.Tensor | PendingSum | None:
-        """Add what `forward` returns to `stream` [tokens, hidden], in place, or return what is
-        still to be added."""
+        """Add what `forward` returns, and the output of a shared expert, to `stream` [tokens,
+        hidden], in place, or return what is still to be added."""
+        partials = None if shared is None else (Stream(stream) + shared).partials
         if self._has_kernels(x):
             kernels.apply_experts(x, *routing, self.gate_up_proj, self.down_proj, stream)
         else:
             stream.add_(self(x, routing))
-        return None
+        return partials
 
     @property
     def can_capture(self) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nanovllm.layers.activation import ACTIVATIONS
+from nanovllm.quantization.fp8_checkpoints import Fp8Blocks, checkpoint_format
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,6 +34,7 @@ class ModelConfig:
         sliding_window: how many tokens attention looks back, the newest included; None: all. The
             engine runs a model with a window as far as the window reaches.
         dtype: of the weights, as config.json has it.
+        fp8_blocks: the format of weights that are in fp8; None: they are not quantised.
         eos_token_id: one, a list, or None, unchecked.
     """
 
@@ -58,6 +60,7 @@ class ModelConfig:
     original_max_position_embeddings: int | None = None
     sliding_window: int | None = None
     dtype: Any = None
+    fp8_blocks: Fp8Blocks | None = None
     eos_token_id: Any = None
 
     @classmethod
@@ -73,6 +76,7 @@ class ModelConfig:
         values["dtype"] = content.get("dtype") or content.get("torch_dtype")  # transformers 5, 4
         values["rope_parameters"] = _rope_parameters(content, cls.default_rope_theta)
         values["sliding_window"] = cls.window_of(content)
+        values["fp8_blocks"] = checkpoint_format(content)
         _check_and_derive_sizes(values, content, (*SIZES, *cls.own_sizes))
         config = cls(**values)
         config._check_values()
@@ -160,7 +164,7 @@ def _check_and_derive_sizes(
 
 def _check_options(content: dict[str, Any]) -> None:
     """Refuse what config.json may ask for and the engine does not compute."""
-    computed = {"quantization_config": (None,), "partial_rotary_factor": (1, None)}
+    computed = {"partial_rotary_factor": (1, None)}
     for name, values in computed.items():
         if name in content and content[name] not in values:
             raise refusal(name, content[name])

@@ -5,6 +5,7 @@ through NCCL, or gloo on CPUs. Groups are objects, not torch's global ones: an e
 knows nothing of another.
 """
 
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from nanovllm.utils.kernels import kernels
 HOST = "127.0.0.1"
 TIMEOUT = 300  # seconds that a rank waits for another
 _PATIENCE = 10  # seconds for what should take none
+_LOOK = timedelta(seconds=0.5)  # how long to wait for another rank before looking for an abort
 # NCCL's and torch's settings, for this project's groups only: no NVLink multicast, and no watchdog
 # that ends the process, which is the caller's.
 _SETTINGS = {
@@ -71,6 +73,9 @@ class Group:
         self._aborting: threading.Thread | None = None
         timeout = timedelta(seconds=TIMEOUT)
         if device.type == "cpu":
+            # gloo's constructor waits for the others too, and no thread of Python runs meanwhile.
+            store.set(f"here/{rank}", "")
+            store.wait([f"here/{other}" for other in range(size)], timeout)
             gloo: Any = dist.ProcessGroupGloo
             options = gloo._Options()
             options._devices = [gloo.create_device(hostname=HOST)]
@@ -131,7 +136,7 @@ class Group:
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
         options = dist.distributed_c10d.AllgatherOptions()
         options.asyncOp = False
-        _wait(self._backend._allgather_base(out, x.contiguous(), options))
+        self._wait(self._backend._allgather_base(out, x.contiguous(), options))
         return out.view(self.size, *x.shape)
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +145,7 @@ class Group:
         out = torch.empty_like(x)
         options = dist.AllToAllOptions()
         options.asyncOp = False
-        _wait(self._backend.alltoall_base(out, x, [], [], options))
+        self._wait(self._backend.alltoall_base(out, x, [], [], options))
         return out
 
     def least(self, number: int) -> int:
@@ -180,13 +185,26 @@ class Group:
         options = dist.AllreduceOptions()
         options.reduceOp = op
         options.asyncOp = False
-        _wait(self._backend.allreduce([x], options))
+        self._wait(self._backend.allreduce([x], options))
 
-
-def _wait(work: Any) -> None:
-    """On a GPU, let the stream wait; on a CPU, wait."""
-    if work is not None:
-        work.wait()
+    def _wait(self, work: Any) -> None:
+        """On a GPU, let the stream wait. On a CPU, wait, but not after `abort`: gloo may miss that
+        the other rank is gone, and then waits as long as its timeout says."""
+        if self.device.type == "cuda":
+            if work is not None:
+                work.wait()
+            return
+        while True:
+            try:
+                work.wait(_LOOK)
+                return
+            except RuntimeError:
+                if work.is_completed():  # the error is its own
+                    raise
+                if self._aborting is not None:
+                    # When it is dropped, gloo waits for what it has begun: it never is.
+                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._backend))
+                    raise RuntimeError("another rank is gone") from None
 
 
 @contextmanager

@@ -6,12 +6,13 @@ from typing import TypeGuard
 import torch
 
 from nanovllm.layers.activation import activate_and_mul
-from nanovllm.layers.deferred import Input, Norm, Normed, PendingSum, values_of
+from nanovllm.layers.deferred import Input, Norm, Normed, PendingSum, Product, values_of
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.linear import Linear, MergedLinear
 from nanovllm.layers.moe import Experts, Routing
 from nanovllm.parallel.group import Group
 from nanovllm.parallel.peer_memory import Peers
+from nanovllm.quantization.fp8 import GROUP, num_groups
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import View
 
@@ -49,7 +50,7 @@ class ColumnParallelLinear(MergedLinear):
     def checkpoint_views(self, path: str) -> dict[str, View]:
         views = super().checkpoint_views(path)
         parts = zip(self.whole_parts.values(), self.slices.values(), strict=True)
-        cuts = [*parts] * (2 if self.bias is not None else 1)  # of the weights, then of the biases
+        cuts = [*parts] * len([*self.parameters()])  # of the weights, then of the biases, if any
         for (name, view), (size, cut) in zip(views.items(), cuts, strict=True):
             views[name] = View(view.memory, (size, *view.shape[1:]), (cut, *view.part[1:]))
         return views
@@ -84,7 +85,16 @@ class RowParallelLinear(Linear):
             views[f"{path}.bias"] = View.whole(self.bias.data)
         elif self.drops_bias:
             views[f"{path}.bias"] = View.whole(torch.empty(self.out_features, device="meta"))
+        if self.weight_scale is not None:
+            scale, first = self.weight_scale.data, self.part.start // GROUP
+            shape = (self.out_features, num_groups(self.whole_in_features, GROUP))
+            groups = slice(first, first + scale.shape[1])
+            views[f"{path}.weight_scale"] = View(scale, shape, (_ALL, groups))
         return views
+
+    def summand(self, x: Input) -> torch.Tensor:
+        """[tokens, out_features], this rank's."""
+        return super().multiply(x)
 
     def multiply(self, x: Input, out: torch.Tensor | None = None) -> torch.Tensor:
         return self.group.all_reduce(super().multiply(x, out))
@@ -97,7 +107,7 @@ class RowParallelLinear(Linear):
         x = values_of(x)
         if has_kernels(self.weight):
             if (peers := self.group.peers_for(stream)) is not None:
-                return SumOverRanks(kernels.summands(x, self.weight, self.bias), peers)
+                return SumOverRanks(kernels.summands(x, self.factor, self.bias), peers)
             if (copies := self.group.copies_for(stream)) is not None:
                 make, n = super().multiply, self.out_features
                 pieces = 2 if self.in_features >= n else 4
@@ -147,11 +157,21 @@ class ParallelExperts(Experts):
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         return self.group.all_reduce(super().forward(x, routing))
 
-    def add_to(self, stream: torch.Tensor, x: torch.Tensor, routing: Routing) -> PendingSum | None:
+    def add_to(
+        self,
+        stream: torch.Tensor,
+        x: torch.Tensor,
+        routing: Routing,
+        shared: Product | None = None,
+    ) -> PendingSum | None:
         """Add the sum over the ranks to `stream`, in place, or return what is still to be added."""
+        y = super().forward(x, routing)
+        if shared is not None:  # one sum for both
+            assert isinstance(shared.multiplier, RowParallelLinear)
+            y.add_(shared.multiplier.summand(shared.x))
         if has_kernels(x) and (peers := self.group.peers_for(stream)) is not None:
-            return SumOverRanks(super().forward(x, routing), peers)
-        stream.add_(self(x, routing))
+            return SumOverRanks(y, peers)
+        stream.add_(self.group.all_reduce(y))
         return None
 
 

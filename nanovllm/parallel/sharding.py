@@ -2,9 +2,9 @@
 
 Queries, keys and values go by heads, gate and up by columns; the projections after them, o_proj and
 down_proj, take what their rank has made, so each rank has a summand of their output: one sum over
-the ranks after attention, one after the MLP. Each rank has such a part of every expert, too.
-Embedding and output head go by tokens. Norms and routers are everywhere. With more ranks than
-key-value heads, several ranks have the same one.
+the ranks after attention, one after the MLP. Each rank has such a part of every expert, too, and of
+a shared one. Embedding and output head go by tokens. Norms, routers and a shared expert's gate are
+everywhere. With more ranks than key-value heads, several ranks have the same one.
 """
 
 from nanovllm.layers.attention import Attention

@@ -1,7 +1,7 @@
 """Weights: safetensors files to parameters, or random ones in their place."""
 
 import zlib
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from nanovllm.utils.checkpoint_files import Headers, describe, read_headers
 _FLOATS = {  # safetensors' names of the dtypes that can be loaded
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
+_FP8 = {"F8_E4M3": torch.float8_e4m3fn}
 
 
 class Stack(NamedTuple):
@@ -36,12 +37,16 @@ class View(NamedTuple):
         shape: of the whole tensor.
         part: a slice of each dimension.
         stack: the tensor that may hold it among others, if there is such a form.
+        store: takes the part where it is more than a copy to `memory`, such as a quantisation.
+        in_fp8: the checkpoint has it in e4m3.
     """
 
     memory: torch.Tensor
     shape: tuple[int, ...]
     part: tuple[slice, ...]
     stack: Stack | None = None
+    store: Callable[[torch.Tensor], None] | None = None
+    in_fp8: bool = False
 
     @classmethod
     def whole(cls, memory: torch.Tensor) -> "View":
@@ -51,16 +56,24 @@ class View(NamedTuple):
     def is_whole(self) -> bool:
         return tuple(self.memory.shape) == self.shape
 
+    def fill(self, part: torch.Tensor) -> None:
+        """Put the part there."""
+        if self.store is None:
+            self.memory.copy_(part)
+        else:
+            self.store(part)
+
 
 def checkpoint_dtype(model_dir: Path) -> torch.dtype | None:
-    """The dtype of the first floating-point tensor of a checkpoint; None without one."""
+    """The dtype of the first floating-point weight of a checkpoint; None without one."""
     try:
         headers = read_headers(model_dir)
     except (FileNotFoundError, ValueError):
         return None  # `check_weights` says what is wrong
     for tensors in headers.values():
-        for header in tensors.values():
-            if (dtype := _FLOATS.get(header.dtype)) is not None:
+        for name, header in tensors.items():
+            dtype = _FLOATS.get(header.dtype)
+            if dtype is not None and not name.endswith(("scale", "scale_inv")):
                 return torch.float32 if dtype == torch.float64 else dtype
     return None
 
@@ -101,7 +114,7 @@ def load_weights(
                         found = file.get_tensor(name)
                     else:
                         found = file.get_slice(name)[view.part]
-                    view.memory.copy_(found)
+                    view.fill(found)
 
 
 def update_weights(
@@ -134,7 +147,7 @@ def update_weights(
             raise ValueError(f"tensor {name!r} has {tensor.dtype}; supported are {[*_FLOATS]}")
         with torch.inference_mode():  # not around `weights`, which may be the caller's own code
             for key, index in pieces:
-                views[key].memory.copy_(tensor[index][views[key].part])
+                views[key].fill(tensor[index][views[key].part])
 
 
 # By the name of a view, the index of what it gets in a tensor of a file: () if that is all of it.
@@ -183,10 +196,10 @@ def _plan(
                     f"tensor {name!r} in {path} has shape {list(header.shape)}, config.json asks "
                     f"for {list(shape)}"
                 )
-            if header.dtype not in _FLOATS:
+            dtypes = _FP8 if views[pieces[0][0]].in_fp8 else _FLOATS
+            if header.dtype not in dtypes:
                 raise ValueError(
-                    f"tensor {name!r} in {path} has dtype {header.dtype}; supported are "
-                    f"{[*_FLOATS]}"
+                    f"tensor {name!r} in {path} has dtype {header.dtype}; supported are {[*dtypes]}"
                 )
             source |= {key: path for key, _ in pieces}
             plan[path][name] = pieces
@@ -208,13 +221,14 @@ def fill_with_noise(views: dict[str, View], std: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     size = 2**22 + 1  # odd: rows do not repeat
     pool = torch.randn(size, generator=generator, dtype=torch.float32).mul_(std)
-    for name, (memory, shape, part, _) in views.items():
+    for name, view in views.items():
+        memory, shape, part = view.memory, view.shape, view.part
         if len(shape) == 1:
             memory.fill_(1.0 if "norm" in name else 0.0)
             continue
-        pool = pool.to(memory.device, memory.dtype)
-        is_whole = tuple(memory.shape) == shape
-        whole = memory if is_whole else torch.empty(shape, dtype=memory.dtype, device=memory.device)
+        pool = pool.to(memory.device, memory.dtype if view.store is None else pool.dtype)
+        is_in_place = view.is_whole and view.store is None
+        whole = memory if is_in_place else torch.empty(shape, dtype=pool.dtype, device=pool.device)
         flat = whole.view(-1)
         start = -(zlib.crc32(name.encode()) % size)  # no two tensors begin alike
         while start < flat.numel():
@@ -222,5 +236,5 @@ def fill_with_noise(views: dict[str, View], std: float, seed: int) -> None:
             offset = max(-start, 0)
             piece.copy_(pool[offset : offset + piece.numel()])
             start += size
-        if not is_whole:
-            memory.copy_(whole[part])
+        if not is_in_place:
+            view.fill(whole[part])

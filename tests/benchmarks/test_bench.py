@@ -10,7 +10,9 @@ from bench import MINIATURE, Workload, dummy_llm, floor_seconds, layer_weights, 
 from helpers.paths import DEMO
 from helpers.scripts import run_script
 from nanovllm import LLM, SamplingParams
+from nanovllm.config import Config
 from nanovllm.models import find_model_class
+from nanovllm.models.qwen2_moe import Qwen2MoeConfig
 
 
 def test_bench_reports_rates_and_floor(tmp_path: Path) -> None:
@@ -49,6 +51,20 @@ def test_the_floor_has_what_is_necessary_alone(tiny: Path) -> None:
     assert cut == floor_seconds(config, Workload([own[0]], [90]), 1, 1)
 
 
+def test_weights_in_fp8_have_a_byte_each_and_twice_the_speed(tiny: Path) -> None:
+    options = {"device": "cpu", "dtype": "bfloat16", "max_model_len": 100}
+    plain, in_fp8 = (Config(str(tiny), **options, quantization=q) for q in (None, "fp8"))
+    floors = [floor_seconds(c, Workload([[1]], [2]), 1, 1) for c in (plain, in_fp8)]
+    layers = layer_weights(plain.model_config, 1)
+    assert floors[0]["weights"] - floors[1]["weights"] == pytest.approx(layers)
+    assert floors[0]["prefill"] - floors[1]["prefill"] == pytest.approx(layers)
+    assert floors[0]["keys_and_values"] == floors[1]["keys_and_values"]
+    in_int8 = Config(str(tiny), **options, quantization="int8")  # the head too
+    floor = floor_seconds(in_int8, Workload([[1]], [2]), 1, 1)
+    assert floor["weights"] == floors[0]["weights"] / 2
+    assert floor["prefill"] == floors[1]["prefill"]
+
+
 def test_a_step_of_experts_reads_those_that_are_hit(tmp_path: Path) -> None:
     write_shape("qwen3-30b-a3b", str(tmp_path))
     content = json.loads((tmp_path / "config.json").read_text())
@@ -57,6 +73,9 @@ def test_a_step_of_experts_reads_those_that_are_hit(tmp_path: Path) -> None:
     assert layer_weights(config, 10**6) == pytest.approx(30.5e9 - 2 * 151936 * 2048, rel=0.003)
     expert, two = 3 * 2048 * 768, layer_weights(config, 2) - layer_weights(config, 1)
     assert two == pytest.approx(48 * expert * 8 * (1 - 8 / 128))
+    config = Qwen2MoeConfig.from_json({})  # Qwen1.5-MoE-A2.7B, with a shared expert
+    assert layer_weights(config, 1) == pytest.approx(2.7e9 - 2 * 151936 * 2048, rel=0.03)
+    assert layer_weights(config, 10**6) == pytest.approx(14.3e9 - 2 * 151936 * 2048, rel=0.003)
 
 
 def test_the_floor_of_a_mixture_counts_the_rows_of_each_step() -> None:

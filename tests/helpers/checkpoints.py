@@ -45,6 +45,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 8,
         "num_experts_per_tok": 3,
     },
+    "qwen2_moe": {
+        "hidden_size": 128,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 80,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+    },
 }
 # What the first model would load otherwise, after conftest has frozen what there is: each closing
 # of an engine would look through it for garbage.

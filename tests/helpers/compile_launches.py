@@ -71,8 +71,9 @@ A100 = Card("A100", (8, 0), 163 * KIB, 164 * KIB, 108)
 RTX_3090 = Card("RTX 3090", (8, 6), 99 * KIB, 100 * KIB, 82)
 RTX_4090 = Card("RTX 4090", (8, 9), 99 * KIB, 100 * KIB, 128)
 H100 = Card("H100", (9, 0), 227 * KIB, 228 * KIB, 132)
+B200 = Card("B200", (10, 0), 227 * KIB, 228 * KIB, 148)
 RTX_5090 = Card("RTX 5090", (12, 0), 99 * KIB, 100 * KIB, 170)
-CARDS = (A100, RTX_3090, RTX_4090, H100, RTX_5090)
+CARDS = (A100, RTX_3090, RTX_4090, H100, B200, RTX_5090)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Compile all that a step of a model launches, for GPUs that need not be there.
 
-    PYTHONPATH=.:tests python -m helpers.compile_models        # a sample: one or two minutes
+    PYTHONPATH=.:tests python -m helpers.compile_models        # two samples: one or two minutes
     PYTHONPATH=.:tests python -m helpers.compile_models --all  # every family on every GPU
 
 A step is run by the model itself on stand-ins for tensors (see `compile_launches`), so that what is
@@ -9,7 +9,7 @@ must fit into the GPU's shared memory.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,8 @@ from nanovllm.layers.attention_backends import TritonBackend
 from nanovllm.layers.edit_tables import EditTables
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import find_model_class
+from nanovllm.quantization.fp8_checkpoints import Fp8Blocks
+from nanovllm.quantization.fp8_weights import use_fp8
 from nanovllm.utils.context import Context
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -59,6 +61,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
         "norm_topk_prob": True,
     },
+    "Qwen1.5-MoE-A2.7B": {
+        "model_type": "qwen2_moe", "hidden_size": 2048, "intermediate_size": 5632,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4,
+    },
     # No published model of these families: the widest heads, and every bias.
     "head_dim 256": {
         "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2048,
@@ -77,16 +84,25 @@ class Step(NamedTuple):
     model: str
     rows: int
     dtype: torch.dtype = torch.bfloat16
+    weights: str = ""  # "fp8", or "blocks": fp8 as checkpoints have it
 
 
 SAMPLE = [
-    *(Step(H100, "Qwen3-0.6B", rows) for rows in (1, 8)),
+    Step(H100, "Qwen3-0.6B", 8),
     Step(A100, "Qwen2.5-0.5B", 0),
     Step(RTX_3090, "head_dim 256", 8),
     Step(RTX_4090, "Llama-3.2-1B", 1),
-    *(Step(H100, "Qwen3-30B-A3B", rows) for rows in (0, 1, 32)),
-    Step(RTX_3090, "Qwen3-30B-A3B", 0),
+    Step(H100, "Qwen3-30B-A3B", 1),
+    Step(H100, "Qwen3-0.6B", 1, weights="fp8"),
+]
+SECOND_SAMPLE = [
+    Step(H100, "Qwen3-0.6B", 1),
     Step(RTX_5090, "Llama-3.2-1B", 0, torch.float32),
+    *(Step(H100, "Qwen3-30B-A3B", rows) for rows in (0, 32)),
+    Step(RTX_3090, "Qwen3-30B-A3B", 0),
+    Step(H100, "Qwen3-0.6B", 8, weights="fp8"),
+    Step(H100, "Qwen3-0.6B", 128, weights="blocks"),
+    Step(RTX_4090, "Qwen3-0.6B", 0, weights="blocks"),
 ]
 
 
@@ -102,6 +118,8 @@ def launches_of(step: Step) -> list[CompiledLaunch]:
         try:
             with torch.device("cuda"):
                 model = model_class(config).requires_grad_(False)
+                if step.weights:
+                    use_fp8(model.model.layers, Fp8Blocks() if step.weights == "blocks" else None)
         finally:
             torch.set_default_dtype(before)
         is_prefill, (rows, length) = step.rows == 0, PREFILL if step.rows == 0 else (step.rows, 1)
@@ -154,17 +172,27 @@ def all_steps() -> Iterator[Step]:
             for rows in (0, 1, 2, 4, 8, 32, 64, 128):
                 for dtype in (torch.bfloat16, torch.float32):
                     yield Step(card, model, rows, dtype)
+                if card.capability >= (8, 9) and "A3B" not in model:
+                    for weights in ("fp8", "blocks"):
+                        yield Step(card, model, rows, weights=weights)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile what steps of models launch.")
     parser.add_argument("--all", action="store_true", help="every family on every GPU")
-    steps = all_steps() if parser.parse_args().all else SAMPLE
+    compile_steps(all_steps() if parser.parse_args().all else [*SAMPLE, *SECOND_SAMPLE])
+
+
+def compile_steps(steps: Iterable[Step]) -> None:
+    """Raises:
+    AssertionError: if a program of theirs does not fit.
+    """
     for step in steps:
         launched = launches_of(step)
         largest = max(launched, key=lambda launch: launch.shared)
         too_large = [launch.name for launch in launched if not launch.fits]
         name = f"{step.card.name}, {step.model}, {step.rows or 'prefill'}, {step.dtype}"
+        name += f", {step.weights}" * bool(step.weights)
         print(f"{name}: {len(launched)} launches, at most {largest.shared} bytes", flush=True)
         assert not too_large, f"{name}: {too_large} take more than {step.card.shared_per_program}"
         if step.card is H100:

@@ -10,7 +10,8 @@ from nanovllm import LLM, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 PROMPTS = [random_tokens(length, seed=length) for length in (5, 40, 16, 33)]
-BOTH_ORDERS = pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+ORDERS = {"sync": False, "async": True}  # values of async_scheduling
+BOTH_ORDERS = pytest.mark.parametrize("async_scheduling", ORDERS.values(), ids=ORDERS)
 
 
 def build(path: Path | str, **options) -> LLM:

@@ -58,6 +58,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "family": "qwen3_moe", "tie_word_embeddings": True, "num_key_value_heads": 1,
         "decoder_sparse_step": 2,
     },
+    "qwen2moe-gqa2-dense-and-sparse": {"family": "qwen2_moe", "mlp_only_layers": [0]},
 }  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from helpers.cases import slow
+
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TOLERANCE = {FP32: 1e-5, FP16: 2e-3, BF16: 1e-2}
 EPS = 1e-6
@@ -16,6 +18,8 @@ interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="for Triton's interpreter"
 )
 on_cpu = pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+# For tests that take long, of kernels that do no more in float32.
+on_cpu_in_fp16 = pytest.mark.parametrize("dtype", [slow(FP32), FP16], ids=str)
 on_gpu = pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
 
 Sizes = tuple[int, int, int, int]  # block size, query heads, kv heads, head dim

@@ -27,6 +27,7 @@ def test_transformers_runs_every_family(tmp_path: Path, family: str, is_tied: bo
     [
         ("qwen3", {}, set()), ("qwen3", {"attention_bias": True}, {"q", "k", "v", "o"}),
         ("qwen3_moe", {}, set()), ("qwen2", {}, {"q", "k", "v"}),
+        ("qwen2_moe", {}, {"q", "k", "v"}), ("qwen2_moe", {"qkv_bias": False}, set()),
         ("mistral", {}, set()), ("llama", {}, set()),
         ("llama", {"attention_bias": True}, {"q", "k", "v", "o"}),
         ("llama", {"mlp_bias": True}, {"gate", "up", "down"}),

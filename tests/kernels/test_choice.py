@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from helpers.cases import slow
 from helpers.compile_launches import run_compiler
 from helpers.kernel_inputs import interpreted
 from nanovllm.kernels.launch import Gpu
@@ -14,7 +15,7 @@ from nanovllm.kernels.linear import Kernel, ProductShape, Use, choose_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GEMV, SPLIT_K, LIBRARY = Kernel.GEMV, Kernel.SPLIT_K, Kernel.LIBRARY
-TILED_GEMM = Kernel.TILED_GEMM
+TILED_GEMM, FP8_GEMM = Kernel.TILED_GEMM, Kernel.FP8_GEMM
 KIB = 1024
 GPUS = {
     "A100": Gpu((8, 0), 163 * KIB, 164 * KIB, 108),
@@ -76,14 +77,23 @@ ON_HOPPER = [
     ("Llama-3.1-8B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
     ("Mistral-7B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
 ]
+# The same in fp8 (f: GEMM for fp8), of all but the head, which is not in fp8.
+IN_FP8_ON_HOPPER = [
+    ("Qwen3-0.6B", {1: "gggg", 2: "gggg", 3: "ssss", 128: "ssss", 129: "llll"}),
+    ("Qwen3-8B", {1: "gggg", 2: "ssss", 64: "ssss", 65: "ssls", 129: "llll"}),
+    ("Qwen3-32B", {1: "gggg", 2: "ssss", 64: "ssss", 65: "lsls", 129: "llll"}),
+    ("Qwen2.5-0.5B", {1: "gggg", 2: "gggg", 64: "ssss", 128: "ssss", 129: "llll"}),
+    ("Llama-3.2-1B", {1: "gggg", 2: "gggs", 3: "ssss", 128: "ssss", 129: "llll"}),
+]
 
 
 # First in its file, as it takes longest.
 @interpreted
-def test_a_sample_of_models_and_gpus_compiles_and_fits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sample", ["SAMPLE", slow("SECOND_SAMPLE")])
+def test_a_sample_of_models_and_gpus_compiles_and_fits(tmp_path: Path, sample: str) -> None:
     """What the interpreter lets pass, the compiler may not (a variable that changes its type
     between branches, say), and only the compiler tells how much shared memory a program takes."""
-    code = "from helpers.compile_models import main; main()"
+    code = f"from helpers.compile_models import *; compile_steps({sample})"
     assert run_compiler(code, tmp_path).endswith("all compiled\n")
 
 
@@ -162,3 +172,41 @@ def test_a_bias_changes_nothing_in_small_batches(rows: int):
         for gpu in GPUS.values():
             biased = choose_kernel(product._replace(has_bias=True), gpu)
             assert biased is choose_kernel(product, gpu), name
+
+
+@pytest.mark.parametrize(("model", "table"), IN_FP8_ON_HOPPER)
+@pytest.mark.parametrize("gpu", HOPPER_CLASS)
+@pytest.mark.parametrize("has_groups", [False, True])
+def test_products_in_fp8_on_hopper(
+    model: str, table: dict[int, str], gpu: str, has_groups: bool
+) -> None:
+    """The library's product knows no scales of groups."""
+    options = {"in_fp8": True, "has_groups": has_groups}
+    found = {rows: chosen(model, gpu, rows, **options)[:4] for rows in table}
+    if has_groups:
+        table = {rows: kernels.replace("l", "f") for rows, kernels in table.items()}
+    assert found == table
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("gpu", ["L4", "RTX 5090"])
+def test_products_in_fp8_on_other_gpus(model: str, gpu: str) -> None:
+    assert chosen(model, gpu, 1, in_fp8=True)[:4] == "gggg"
+    for rows in (3, 64, 1000):
+        assert chosen(model, gpu, rows, in_fp8=True)[:4] == "ffff"
+
+
+@pytest.mark.parametrize("use", list(Use))
+def test_what_the_library_lacks_in_fp8(use: Use) -> None:
+    product = ProductShape(200, 1024, 4096, BF16, use, in_fp8=True)
+    assert choose_kernel(product, GPUS["H100"]) is LIBRARY
+    for change in ({"dtype": FP16}, {"in_features": 1000}, {"out_features": 4088}):
+        assert choose_kernel(product._replace(**change), GPUS["H100"]) is FP8_GEMM
+
+
+@pytest.mark.parametrize("gpu", ["L4", "H100", "B200", "RTX 5090"])
+def test_gemv_in_fp8_knows_no_partial_sums(gpu: str) -> None:
+    product = ProductShape(1, 1024, 4096, BF16, has_norm=True, in_fp8=True)
+    assert choose_kernel(product, GPUS[gpu]) is GEMV
+    few = SPLIT_K if gpu in HOPPER_CLASS else FP8_GEMM
+    assert choose_kernel(product._replace(has_partials=True), GPUS[gpu]) is few

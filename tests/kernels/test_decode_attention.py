@@ -15,7 +15,7 @@ from helpers.kernel_inputs import (
     Sizes,
     decode_batch,
     interpreted,
-    on_cpu,
+    on_cpu_in_fp16,
     paged_batch,
     relative_error,
 )
@@ -93,7 +93,7 @@ DECODES = [
 
 
 @interpreted
-@on_cpu
+@on_cpu_in_fp16
 @pytest.mark.parametrize("function", [paged_decode, decode_attention])
 @pytest.mark.parametrize(("context_lens", "sizes"), DECODES)
 def test_paged_decode(function, context_lens, sizes: Sizes, dtype: torch.dtype) -> None:

@@ -49,18 +49,21 @@ def as_stored_kernel(x_ptr, scale_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 def check_as_stored(device: str) -> None:
-    """All numbers of e4m3, those half way between two, their neighbours, and what is too large."""
+    """All numbers of e4m3, those half way between two, their neighbours, and what is too large.
+    Times the scale, too: there a product with 1 / scale would fall on the other side of a tie."""
     numbers = torch.arange(256, dtype=torch.uint8).view(FP8).float()
     numbers = numbers[numbers.isfinite()].sort().values
     between = (numbers[1:] + numbers[:-1]) / 2
     x = torch.cat([numbers, between, torch.tensor([449.0, 1e6, 3e38, 1e-30, 2.0**-10])])
     x = torch.cat([x, -x, x * (1 + 2.0**-20), x * (1 - 2.0**-20)])
     x = torch.nn.functional.pad(x, (0, 4096 - len(x))).to(device)
-    for scale in (1.0, 0.25, 3.0):
-        out = torch.empty(len(x), dtype=FP8, device=device)
-        as_stored_kernel[(1,)](x, torch.tensor([scale], device=device), out, len(x))
-        expected = in_fp8(x[:, None, None], torch.tensor([scale], device=device)).flatten()
-        assert torch.equal(out.float().cpu(), expected.float().cpu())
+    for number in (1.0, 0.25, 0.037, 0.011, 3.0):
+        scale = torch.tensor([number], device=device)
+        for values in (x, x * scale):
+            out = torch.empty(len(x), dtype=FP8, device=device)
+            as_stored_kernel[(1,)](values, scale, out, len(x))
+            expected = in_fp8(values[:, None, None], scale).flatten()
+            assert torch.equal(out.float().cpu(), expected.float().cpu())
     assert out.float().abs().max() == 448
 
 
@@ -75,8 +78,8 @@ def test_values_are_rounded_to_the_nearest_and_saturate_gpu() -> None:
 
 
 def scales_of(num_kv_heads: int, device: str) -> torch.Tensor:
-    """Powers of two, but for one."""
-    scales = torch.tensor([[0.0625, 0.25, 0.3], [0.125, 0.015625, 0.5]]).repeat(1, num_kv_heads)
+    """Powers of two, as they follow from weights, and others, as checkpoints have them."""
+    scales = torch.tensor([[0.037, 0.25, 0.3], [0.125, 0.021, 0.5]]).repeat(1, num_kv_heads)
     return scales[:, :num_kv_heads].contiguous().to(device)
 
 

@@ -13,7 +13,7 @@ from helpers.kernel_inputs import (
     TOLERANCE,
     interpreted,
     normal,
-    on_cpu,
+    on_cpu_in_fp16,
     relative_error,
     rms_norm_float64,
 )
@@ -65,7 +65,7 @@ def check_gemv(rows: int, shape: tuple[int, int], dtype, device: str = "cpu") ->
 
 
 @interpreted
-@on_cpu
+@on_cpu_in_fp16
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(
     "shape", [(1, 1), (37, 300), (5, 1024), (9, 2048), (5, 2560), (3, 4096), (9, 5000)], ids=str

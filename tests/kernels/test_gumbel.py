@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from helpers.cases import slow
 from helpers.kernel_inputs import (
     BF16,
     FP32,
@@ -19,6 +20,7 @@ from helpers.kernel_inputs import (
     interpreted,
     normal,
     on_cpu,
+    on_cpu_in_fp16,
     philox4x32,
 )
 from helpers.noise import noise_of_tokens
@@ -140,7 +142,7 @@ def test_the_highest_of_all_is_found_though_few_have_noise(vocab: int, spread: f
     assert out.tolist() == scores.argmax(dim=1).where(~none_left, sampler.NONE_LEFT).tolist()
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [slow(0.5), slow(1.0), 2.0])
 def test_sampled_frequencies_are_the_softmax(temperature: float) -> None:
     # A few possible tokens, from all four streams of both tiles.
     possible = torch.tensor([0, 1, 900, 1024, 2047, 2500, 3071, 4095, 4096, 4100])
@@ -209,7 +211,7 @@ def test_greedy_takes_the_lowest_of_the_best(function, vocab: int, dtype: torch.
 
 
 @interpreted
-@on_cpu
+@on_cpu_in_fp16
 @pytest.mark.parametrize("function", [gumbel_sample, sampler.gumbel_sample])
 @pytest.mark.parametrize("vocab", [50, 2 * TILE + 1500])
 @pytest.mark.parametrize("place", [0, -1])
@@ -243,7 +245,7 @@ def test_of_two_equal_tokens_the_lower_wins(function) -> None:
 
 
 @interpreted
-@on_cpu
+@on_cpu_in_fp16
 @pytest.mark.parametrize("vocab", [1, 5, TILE, TILE + 1, 3 * TILE + 1500])
 def test_sampled_tokens_are_the_twins(vocab: int, dtype: torch.dtype) -> None:
     logits = normal(16, vocab, dtype=dtype)

@@ -13,7 +13,17 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from helpers.kernel_inputs import BF16, FP16, FP32, interpreted, normal, on_cpu, on_gpu
+from helpers.cases import slow
+from helpers.kernel_inputs import (
+    BF16,
+    FP16,
+    FP32,
+    interpreted,
+    normal,
+    on_cpu,
+    on_cpu_in_fp16,
+    on_gpu,
+)
 from nanovllm.kernels import truncate
 from nanovllm.kernels.truncate import truncation_thresholds as truncation_thresholds_triton
 from nanovllm.layers.sampler import truncation_thresholds as truncation_thresholds_torch
@@ -89,9 +99,10 @@ def check(thresholds: torch.Tensor, logits: torch.Tensor, rows: list[Options]) -
             assert threshold == -INF
         elif not (row == threshold).any():
             peak, below = row.double().max().item(), options.temperature * math.log(min_p)
-            # Float32 rounds both terms, which may cancel each other out.
+            # Float32 rounds both terms, which may cancel each other out, and has no more than 3e38.
             rounding = max(1e-6, 2.0**-22 * (abs(peak) + abs(below)))
-            assert threshold == pytest.approx(peak + below, rel=1e-6, abs=rounding), options
+            bound = torch.tensor(peak + below, dtype=FP32).item()
+            assert threshold == pytest.approx(bound, rel=1e-6, abs=rounding), options
     return certain
 
 
@@ -103,13 +114,13 @@ def mixed(function: Callable, vocab: int, temperatures: list[float]) -> list[Opt
     rows = [Options(top_k=k) for k in ks] + [Options(0.8, top_p=p) for p in ps]
     rows += [Options(0.8, min_p=m) for m in ms]
     rows += [Options(*row) for row in product(temperatures, ks, ps, ms)]
-    # 53 has no divisor in common with a side of the grid: every value takes its turn.
-    return rows if function is truncation_thresholds_torch else rows[2:17:2] + rows[17::53]
+    # 97 has no divisor in common with a side of the grid: every value takes its turn.
+    return rows if function is truncation_thresholds_torch else rows[2:17:2] + rows[17::97]
 
 
 @interpreted
 @both
-@on_cpu
+@on_cpu_in_fp16
 @pytest.mark.parametrize(("vocab", "scale"), [(1, 3.0), (31, 3.0), (60, 0.1), (60, 3.0)])
 def test_options_alone_and_together(function, vocab: int, scale: float, dtype) -> None:
     rows = mixed(function, vocab, [0.3, 1.0, 2.0])
@@ -138,8 +149,8 @@ def test_many_ties(function, dtype) -> None:
 
 @interpreted
 @both
-@on_cpu
-@pytest.mark.parametrize("finite", [1, 3, 30])
+@on_cpu_in_fp16
+@pytest.mark.parametrize("finite", [1, slow(3), 30])
 def test_minus_infinity(function, finite: int, dtype) -> None:
     rows = [row for row in mixed(function, 60, [0.5, 1e30]) if not finite <= row.top_k < 60]
     logits = torch.full((len(rows), 60), -INF, dtype=dtype)
@@ -154,7 +165,7 @@ def test_minus_infinity(function, finite: int, dtype) -> None:
 
 @interpreted
 @both
-@on_cpu
+@on_cpu_in_fp16
 @pytest.mark.parametrize("value", [-0.0, -7.5, 12.0])
 def test_equal_logits_are_all_kept(function, value: float, dtype) -> None:
     rows = [

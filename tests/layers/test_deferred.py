@@ -143,6 +143,10 @@ def test_an_activation_that_no_kernel_has_takes_the_plain_path(monkeypatch: pyte
     torch.testing.assert_close(linear(x).gated("gelu"), expected)
 
 
+# Weights in fp8 are in tests/kernels/test_fp8_linear.py.
+PLAIN_KERNELS = [kernel for kernel in Kernel if kernel is not Kernel.FP8_GEMM]
+
+
 class Recorder:
     """Notes which kernel was called, with what."""
 
@@ -167,7 +171,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kernel", list(Kernel))
+@pytest.mark.parametrize("kernel", PLAIN_KERNELS)
 def test_the_kernel_that_is_chosen_gets_all_that_is_asked(
     monkeypatch: pytest.MonkeyPatch, kernel: Kernel, bias: bool
 ):
@@ -221,7 +225,7 @@ def test_the_kernel_that_is_chosen_gets_all_that_is_asked(
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kernel", list(Kernel))
+@pytest.mark.parametrize("kernel", PLAIN_KERNELS)
 def test_a_ranks_summand_has_the_bias_and_no_stream(
     monkeypatch: pytest.MonkeyPatch, kernel: Kernel, bias: bool
 ):

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from nanovllm.layers.deferred import Stream
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import Linear, MergedLinear, has_onednn_bf16
+from nanovllm.layers.linear import Linear, MergedLinear
+from nanovllm.layers.packed_weight import OneDnnWeight
 
 
 def filled(module: torch.nn.Module) -> torch.nn.Module:
@@ -20,14 +21,14 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
 def test_packed_weights_give_the_plain_product(rows: int, bias: bool):
     torch.manual_seed(0)
     linear = filled(Linear(96, 40, bias).to(torch.bfloat16))
-    if not has_onednn_bf16(linear.weight):
+    if not OneDnnWeight.serves(linear.weight):
         pytest.skip("oneDNN has no packed matrices here")
     x, norm = torch.randn(rows, 96).bfloat16(), RMSNorm(96, 1e-6).to(torch.bfloat16)
     norm.weight.data.fill_(1.0)
     expected = F.linear(norm(Stream(x)).values().double(), linear.weight.double())
     if bias:
         expected += linear.bias.double()
-    linear.pack()
+    linear.pack(OneDnnWeight(linear.weight))
     out = linear(norm(Stream(x))).values()
     assert out.dtype == torch.bfloat16
     assert ((out.double() - expected).norm() / expected.norm()).item() < 1e-2
@@ -38,17 +39,17 @@ def test_packed_weights_give_the_plain_product(rows: int, bias: bool):
 def test_a_weight_is_the_same_after_unpacking():
     linear = filled(Linear(96, 40).to(torch.bfloat16))
     before = linear.weight.clone()
-    linear.pack()
+    linear.pack(OneDnnWeight(linear.weight))
     linear.unpack()
     assert torch.equal(linear.weight, before)
-    assert linear._packed_weight is None
+    assert linear._packed is None
 
 
 def test_packing_a_head_leaves_the_embedding_that_it_shares_as_it_is():
     weight = torch.nn.Parameter(torch.randn(40, 96).bfloat16(), requires_grad=False)
     linear, before = Linear(96, 40), weight.clone()
     linear.weight = weight
-    linear.pack()
+    linear.pack(OneDnnWeight(linear.weight))
     assert torch.equal(weight, before)
 
 

@@ -58,13 +58,21 @@ OWN_CONTENTS: dict[str, list[dict[str, Any]]] = {
         {"mlp_only_layers": None}, {"mlp_only_layers": [0, 3]}, {"decoder_sparse_step": 2},
     ],
     "qwen2": [*NULL_HEADS, *SWITCHED_WINDOWS],
+    "qwen2_moe": [
+        *SWITCHED_WINDOWS, {"qkv_bias": False}, {"norm_topk_prob": True},
+        {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+        {"shared_expert_intermediate_size": 96}, {"mlp_only_layers": None},
+        {"mlp_only_layers": [0, 3]}, {"decoder_sparse_step": 2},
+    ],
     "llama": [*NULL_HEADS, {"attention_bias": True}, {"mlp_bias": True}, {"head_dim": None}],
     "mistral": [{"head_dim": None}, {"sliding_window": None}, {"sliding_window": 64}],
 }  # fmt: skip
 FAMILY_AND_CONTENT = [
     (name, content) for name in FAMILIES for content in CONTENTS + OWN_CONTENTS.get(name, [])
 ]
-COMPARED_ELSEWHERE = {"rope_parameters", "original_max_position_embeddings", "dtype"}
+COMPARED_ELSEWHERE = {
+    "rope_parameters", "original_max_position_embeddings", "dtype", "fp8_blocks",
+}  # fmt: skip
 
 
 def read(**content: Any) -> Qwen3Config:
@@ -183,7 +191,7 @@ def test_experts_of_no_use_are_refused_by_name(name: str, value: object):
     [
         ({"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}, "Phi3ForCausalLM"),
         ({"model_type": "phi3", "architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM"),
-        ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2Moe"),
+        ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "Mixtral"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClassification"),
         ({"model_type": "gpt2", "architectures": None}, "gpt2"),
         ({"model_type": None, "architectures": None}, "None"),

@@ -1,6 +1,7 @@
 """Layers of which a rank has a part. What comes from the others is played by the test."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,11 +14,14 @@ from nanovllm.layers.deferred import Norm, Normed, Stream
 from nanovllm.layers.embed_head import Embedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear, MergedLinear
+from nanovllm.layers.moe import SparseMoE
 from nanovllm.parallel.layers import (
     ColumnParallelLinear,
+    ParallelExperts,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from nanovllm.utils.loader import View
 
 
 class Pending:
@@ -124,6 +128,40 @@ def test_the_stream_and_the_bias_are_summed_up_once(bias: bool):
             view.memory.copy_(getattr(whole, name.rpartition(".")[2])[view.part])
         assert linear.multiply_add(x[:, part].contiguous(), stream.clone()) is None
     torch.testing.assert_close(sums[0] + sums[1], stream + whole.multiply(x))
+
+
+@torch.inference_mode()
+def test_experts_and_a_shared_one_are_summed_up_at_once():
+    whole = SparseMoE(8, 6, 3, 2, renormalize=True, shared_size=10).requires_grad_(False)
+    for parameter in whole.parameters():
+        parameter.normal_()
+    sources = views_of(whole)
+    x, stream = torch.randn(5, 8), torch.randn(5, 8)
+    sums: list[torch.Tensor] = []
+    parts = ((slice(0, 2), slice(0, 7)), (slice(2, 6), slice(7, 10)))
+    for rank, (part, shared) in enumerate(parts):
+        network, group = deepcopy(whole), one_of_two(rank, sums)
+        network.experts = ParallelExperts(network.experts, part, group)
+        mlp = network.shared_expert
+        cuts = {"gate_proj": shared, "up_proj": shared}
+        mlp.gate_up_proj = ColumnParallelLinear(mlp.gate_up_proj, cuts)
+        mlp.down_proj = RowParallelLinear(mlp.down_proj, shared, group)
+        for name, view in views_of(network).items():
+            view.memory.copy_(sources[name].memory[view.part])
+        assert network.requires_grad_(False).multiply_add(x, stream.clone()) is None
+    assert len(sums) == 2
+    torch.testing.assert_close(sums[0] + sums[1], whole.multiply(x))
+
+
+def views_of(network: SparseMoE) -> dict[str, View]:
+    mlp = network.shared_expert
+    modules = {"experts": network.experts, "up": mlp.gate_up_proj}
+    views = {}
+    for path, module in modules.items():
+        views |= module.checkpoint_views(path)
+    if isinstance(mlp.down_proj, RowParallelLinear):
+        return views | mlp.down_proj.checkpoint_views("down")
+    return views | {"down.weight": View.whole(mlp.down_proj.weight)}
 
 
 @torch.inference_mode()

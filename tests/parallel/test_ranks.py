@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from helpers.cases import slow
 from helpers.checkpoints import link_checkpoint, make_checkpoint, random_tokens
 from helpers.engines import GREEDY, PROMPTS, assert_empty, build, greedy
 from helpers.paths import ROOT
@@ -187,7 +188,7 @@ class Graph:
         self.is_reset = True
 
 
-@pytest.mark.parametrize("way", ["close", "drop", "kill", "error"])
+@pytest.mark.parametrize("way", ["close", slow("drop"), "kill", slow("error")])
 def test_nccl_is_not_waited_for_before_the_graphs_are_gone(tiny: Path, way: str):
     llm = build(tiny, tensor_parallel_size=2)
     runner, processes, graph = llm.model_runner, pids(llm), Graph()

@@ -22,6 +22,8 @@ MOE_SHAPE = SHAPE | {
     "num_experts": 3, "num_experts_per_tok": 2, "mlp_only_layers": [0],
 }  # fmt: skip
 
+SHARED_SHAPE = MOE_SHAPE | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 16}
+
 
 def network(content: dict[str, Any]):
     model_class = find_model_class(content)
@@ -42,7 +44,9 @@ def test_every_token_belongs_to_one_rank(vocab_size: int, size: int):
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("is_tied", [False, True])
-@pytest.mark.parametrize("shape", [SHAPE, MOE_SHAPE], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    "shape", [SHAPE, MOE_SHAPE, SHARED_SHAPE], ids=["dense", "experts", "shared expert"]
+)
 def test_the_parts_of_all_ranks_are_the_model(shape: dict[str, Any], size: int, is_tied: bool):
     """Each element of each tensor is on one rank; of keys and values, with more ranks than heads,
     on as many as share one; norms and routers are on all."""
@@ -64,7 +68,7 @@ def test_the_parts_of_all_ranks_are_the_model(shape: dict[str, Any], size: int, 
         specs = model.cache_specs()
         assert specs[0].num_kv_heads == max(1, 4 // size)
     for name, count in counts.items():
-        on_all = ("o_proj.bias", "down_proj.bias", "mlp.gate.weight")
+        on_all = ("o_proj.bias", "down_proj.bias", "mlp.gate.weight", "shared_expert_gate.weight")
         expected = size if "norm" in name or name.endswith(on_all) else 1
         if "k_proj" in name or "v_proj" in name:
             expected = max(1, size // 4)
@@ -89,6 +93,9 @@ def test_experts_that_do_not_fit_are_refused():
     config = network(MOE_SHAPE | {"moe_intermediate_size": 6}).config
     check_shardable(config, 2)
     with pytest.raises(ValueError, match=r"moe_intermediate_size, 6, .*could be: \[1, 2\]"):
+        check_shardable(config, 4)
+    config = network(SHARED_SHAPE | {"shared_expert_intermediate_size": 6}).config
+    with pytest.raises(ValueError, match=r"shared_expert_intermediate_size, 6, .*be: \[1, 2\]"):
         check_shardable(config, 4)
 
 

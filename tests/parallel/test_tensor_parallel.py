@@ -5,25 +5,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.cases import slow
 from helpers.checkpoints import make_checkpoint, random_tokens
 from helpers.engines import assert_empty, build
 from helpers.exactness import MODELS, WAYS, Model, check_all_lengths, check_preemption
 from nanovllm import LLM, SamplingParams
 
 # Each model by another way; 4 ranks share the 2 heads of keys and values. Experts on two ranks are
-# in tests/models/test_qwen3_moe.py.
+# in tests/models.
 FOUR_RANKS = ("qwen3-bias-gqa2-dim64-sharded", "llama-gqa2-sharded")
-ALWAYS = (*FOUR_RANKS, "qwen2-tied-mha")  # the others take a minute: they are slow
 CASES = [
     pytest.param(
         name,
         way,
         4 if name in FOUR_RANKS else 2,
         id=f"{name}-{way}",
-        marks=() if name in ALWAYS else pytest.mark.slow,
+        marks=() if name == FOUR_RANKS[0] else pytest.mark.slow,
     )
     for name, way in zip(MODELS, [*WAYS] * 2)
-    if not name.startswith("qwen3moe")
+    if not name.startswith(("qwen3moe", "qwen2moe"))
     and name not in ("qwen2-gqa4-window-off-sharded", "mistral-tied-gqa8-dim64-sharded")
 ]
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
@@ -80,7 +80,7 @@ def assert_same_logprobs(found: list | None, expected: list | None) -> None:
             assert mine[token_id].logprob == pytest.approx(entry.logprob, abs=1e-4)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, slow(4)])
 def test_every_wish_is_answered_as_by_one_rank(tmp_path: Path, size: int):
     path = make_checkpoint(tmp_path / "model", vocab_size=137)  # no multiple of anything
     with build(path, num_kvcache_blocks=200) as llm:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.cases import in_turns
 from helpers.checkpoints import make_checkpoint, random_tokens
-from helpers.engines import BOTH_ORDERS
+from helpers.engines import ORDERS
 from helpers.exactness import (
     CROWDS,
     MAX_TOKENS,
@@ -32,13 +33,15 @@ model = model_fixture("cpu")
 gpu_model = model_fixture("cuda")
 
 
-@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS.keys())
+@in_turns("model, options", MODELS, WAYS, share=3, indirect=["model"])
 def test_prompts_of_all_lengths_give_transformers_tokens(model: Model, options: dict):
     check_all_lengths(model, **options)
 
 
-@BOTH_ORDERS
-@pytest.mark.parametrize("block_size", CROWDS)
+@in_turns(
+    "model, block_size, async_scheduling",
+    MODELS, {str(size): size for size in CROWDS}, ORDERS, share=3, indirect=["model"],
+)  # fmt: skip
 def test_preempted_sequences_give_transformers_tokens(
     model: Model, block_size: int, async_scheduling: bool
 ):
@@ -48,7 +51,7 @@ def test_preempted_sequences_give_transformers_tokens(
     )
 
 
-@BOTH_ORDERS
+@in_turns("model, async_scheduling", MODELS, ORDERS, share=2, indirect=["model"])
 def test_blocks_filled_by_generation_are_shared_correctly(model: Model, async_scheduling: bool):
     """A prompt and its own answer, as in a chat, find the blocks that the answer has filled."""
     with engine(

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.cases import in_turns
 from helpers.checkpoints import VOCAB_SIZE, Reference, edit_json, random_tokens
-from helpers.engines import BOTH_ORDERS, assert_empty, build
+from helpers.engines import BOTH_ORDERS, ORDERS, assert_empty, build
 from nanovllm import LLM, SamplingParams
 
 Request = tuple[list[int], dict[str, Any]]  # a prompt, and options of a SamplingParams
@@ -164,8 +165,7 @@ WAYS = {
 }  # fmt: skip
 
 
-@BOTH_ORDERS
-@pytest.mark.parametrize("way", WAYS)
+@in_turns("way, async_scheduling", {way: way for way in WAYS}, ORDERS, share=2)
 def test_log_probabilities_are_transformers_and_change_no_token(
     tiny: Path,
     expected: Expected,

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from helpers.engines import BOTH_ORDERS, assert_empty
+from helpers.cases import in_turns
+from helpers.engines import BOTH_ORDERS, ORDERS, assert_empty
 from helpers.noise import noise_of_tokens
 from helpers.small_model import (
     EOS,
@@ -145,8 +146,7 @@ WAYS = {
 }
 
 
-@BOTH_ORDERS
-@pytest.mark.parametrize("way", WAYS)
+@in_turns("way, async_scheduling", {way: way for way in WAYS}, ORDERS, share=2)
 def test_a_mixture_gives_each_request_what_it_gets_alone(
     model: Model, alone: dict[str, list[tuple]], way: str, async_scheduling: bool
 ):
@@ -167,8 +167,7 @@ def test_the_order_of_a_mixture_does_not_matter(
         assert run(llm, names[:half]) | run(llm, names[half:]) == alone
 
 
-@BOTH_ORDERS
-@pytest.mark.parametrize("num_blocks", [6, 9])
+@in_turns("num_blocks, async_scheduling", {"6": 6, "9": 9}, ORDERS, share=2)
 def test_a_mixture_gives_the_same_when_preempted(
     model: Model, alone: dict[str, list[tuple]], num_blocks: int, async_scheduling: bool
 ):

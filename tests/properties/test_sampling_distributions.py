@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from helpers.cases import slow
 from helpers.small_model import (
     PROMPT,
     VOCAB,
@@ -96,7 +97,20 @@ DISTRIBUTIONS: dict[str, Options] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+LIKE_OTHERS = (
+    "cool", "hot top_p", "cool min_p", "bias and top_k", "allowed and top_p", "stops",
+    "presence sought", "frequency sought", "repetition sought",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        slow(DISTRIBUTIONS[name]) if name in LIKE_OTHERS else DISTRIBUTIONS[name]
+        for name in DISTRIBUTIONS
+    ],
+    ids=DISTRIBUTIONS,
+)
 def test_tokens_are_as_likely_as_they_should_be(model: Model, llm: LLM, options: Options):
     """Of each outcome of up to three tokens there are as many as its probability says."""
     options = {"max_tokens": 1} | options

@@ -176,6 +176,7 @@ def test_a_part_of_a_tensor_has_the_noise_of_its_place_in_the_whole():
     [
         ({"a": torch.float16}, torch.float16), ({"a": torch.float64}, torch.float32),
         ({"a": torch.int64, "b": torch.bfloat16}, torch.bfloat16), ({"a": torch.int8}, None),
+        ({"a.k_scale": torch.float32, "b": torch.bfloat16}, torch.bfloat16),
     ],
     ids=str,
 )  # fmt: skip
