@@ -185,8 +185,7 @@ class Experts(nn.Module):
     @property
     def can_capture(self) -> bool:
         """Whether a CUDA Graph can hold it: in plain torch the host waits for the counts."""
-        has_kernels = self.activation == "silu" and self.gate_up_scale is None
-        return kernels is not None and has_kernels
+        return kernels is not None and self.activation == "silu"
 
     def _has_kernels(self, x: torch.Tensor) -> bool:
         return has_kernels(x) and self.can_capture

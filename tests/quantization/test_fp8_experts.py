@@ -67,6 +67,17 @@ def test_greedy_gives_the_tokens_of_rounded_weights_and_activations(
         assert_empty(llm)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graph"])
+def test_a_gpu_gives_the_tokens_of_a_cpu(plain: Found, blocks: Found, enforce_eager: bool) -> None:
+    options = {"device": "cuda", "dtype": "float32", "enforce_eager": enforce_eager}
+    for (path, expected), quantization in ((plain, "fp8"), (blocks, None)):
+        with build(path, quantization=quantization, **options) as llm:
+            for prompt, tokens in zip(PROMPTS, expected):  # by other kernels than all at once
+                assert greedy(llm, [prompt]) == [tokens]
+            assert greedy(llm, PROMPTS) == expected
+
+
 def test_stacks_are_quantized_as_single_experts_are(plain: Found) -> None:
     """And routers, which are not, are there too."""
     path, expected = plain
