@@ -87,14 +87,6 @@ def test_stacks_are_quantized_as_single_experts_are(plain: Found) -> None:
         assert greedy(llm, PROMPTS) == expected
 
 
-def test_two_ranks_give_the_tokens_of_one(plain: Found) -> None:
-    path, expected = plain
-    if "qwen3_moe" in (path / "config.json").read_text(encoding="utf-8"):
-        pytest.skip("once is enough: here with a shared expert")
-    with build(path, quantization="fp8", tensor_parallel_size=2) as llm:
-        assert greedy(llm, PROMPTS) == expected
-
-
 def test_checkpoint_in_blocks_is_loaded_as_it_is(blocks: Found) -> None:
     path, expected = blocks
     with build(path) as llm:
