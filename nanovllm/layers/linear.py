@@ -7,7 +7,7 @@ from torch import nn
 from nanovllm.layers.activation import activate_and_mul
 from nanovllm.layers.deferred import Input, Normed, PendingSum, Product, values_of
 from nanovllm.layers.packed_weight import PackedWeight
-from nanovllm.quantization.fp8 import FP8, Fp8Weight, fp8_linear
+from nanovllm.quantization.fp8 import Fp8Weight, fp8_linear
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import View
 
@@ -76,12 +76,9 @@ class Linear(nn.Module):
     def store_in_fp8(self, num_groups: int) -> None:
         """Hold the weight in fp8 from now on, with so many scales for each output. Call it before
         there is memory."""
-        self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=FP8), requires_grad=False)
-        scale = torch.empty(
-            num_groups, self.out_features, dtype=torch.float32, device=self.weight.device
-        )
-        # A kernel takes those of many outputs at once: they are side by side.
-        self.weight_scale = nn.Parameter(scale.t(), requires_grad=False)
+        values, scale = Fp8Weight.empty_like(self.weight, num_groups)
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
     def pack(self, packed: PackedWeight) -> None:
         """Let another form of the weight make products from now on, where it serves them better."""

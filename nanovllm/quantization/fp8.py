@@ -28,7 +28,10 @@ class Fp8Weight(NamedTuple):
     Attributes:
         values: [out, in] e4m3.
         scale: float32, one for each output, [out, 1]; or one for each output and `GROUP` inputs,
-            [out, in / GROUP], where the inputs are grouped likewise.
+            [out, in / GROUP], where the inputs are grouped likewise. A kernel takes those of many
+            outputs at once: they are side by side.
+
+    It may be a stack of such weights: then both have a dimension in front.
     """
 
     values: torch.Tensor
@@ -36,12 +39,23 @@ class Fp8Weight(NamedTuple):
 
     @property
     def has_groups(self) -> bool:
-        return self.scale.shape[1] > 1
+        return self.scale.shape[-1] > 1
 
     @property
     def group(self) -> int | None:
         """How many inputs have a scale in common; None: all."""
         return GROUP if self.has_groups else None
+
+    @classmethod
+    def empty_like(cls, weight: torch.Tensor, groups: int) -> "Fp8Weight":
+        """Memory for a weight, or a stack, with so many scales for each output."""
+        *stack, outputs, _ = weight.shape
+        scale = torch.empty(*stack, groups, outputs, dtype=torch.float32, device=weight.device)
+        return cls(torch.empty_like(weight, dtype=FP8), scale.mT)
+
+    def at(self, index: int) -> "Fp8Weight":
+        """One of a stack."""
+        return Fp8Weight(self.values[index], self.scale[index])
 
     def whole(self) -> torch.Tensor:
         """[out, in] float32."""

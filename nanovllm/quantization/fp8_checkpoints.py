@@ -23,7 +23,7 @@ class Fp8Blocks(NamedTuple):
 
     def converts(self, path: str) -> bool:
         """Whether the weight of a module is in fp8."""
-        return not any(_is_part(name, path) for name in self.unconverted)
+        return not any(f".{name}." in f".{path}." for name in self.unconverted)
 
 
 def checkpoint_format(content: dict[str, Any]) -> Fp8Blocks | None:
@@ -59,7 +59,3 @@ def checkpoint_format(content: dict[str, Any]) -> Fp8Blocks | None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"config.json has modules_to_not_convert={names!r}: it must list names")
     return Fp8Blocks(tuple(names))
-
-
-def _is_part(name: str, path: str) -> bool:
-    return f".{name}." in f".{path}."

@@ -103,6 +103,7 @@ SECOND_SAMPLE = [
     Step(H100, "Qwen3-0.6B", 8, weights="fp8"),
     Step(H100, "Qwen3-0.6B", 128, weights="blocks"),
     Step(RTX_4090, "Qwen3-0.6B", 0, weights="blocks"),
+    *(Step(H100, "Qwen3-30B-A3B", rows, weights="blocks") for rows in (0, 1)),
 ]
 
 
@@ -169,7 +170,7 @@ def all_steps() -> Iterator[Step]:
             for rows in (0, 1, 2, 4, 8, 32, 64, 128):
                 for dtype in (torch.bfloat16, torch.float32):
                     yield Step(card, model, rows, dtype)
-                if card.capability >= (8, 9) and "A3B" not in model:
+                if card.capability >= (8, 9):
                     for weights in ("fp8", "blocks"):
                         yield Step(card, model, rows, weights=weights)
 

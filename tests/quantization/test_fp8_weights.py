@@ -255,12 +255,6 @@ def test_weights_in_another_dtype_than_config_json_says(tiny: Path, tmp_path: Pa
         build(directory)
 
 
-def test_experts_are_refused(tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path, family="qwen3_moe")
-    with pytest.raises(ValueError, match="does not serve mixtures of experts"):
-        build(path, quantization="fp8")
-
-
 def test_other_quantizations_are_refused(tiny: Path) -> None:
     with pytest.raises(ValueError, match="quantization='awq' is not served: give the bf16"):
         build(tiny, quantization="awq")
