@@ -28,6 +28,7 @@ class Int8Weight:
     replaces_weight = True
 
     def __init__(self, weight: torch.Tensor) -> None:
+        self._dtype = weight.dtype
         weight = weight.detach().float().contiguous()
         self._scale = weight.abs().amax(dim=1).clamp(min=_SMALLEST) / _LARGEST
         values = (weight / self._scale[:, None]).round().to(torch.int8)
@@ -46,8 +47,9 @@ class Int8Weight:
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
     def unpack(self) -> torch.Tensor:
-        """In float32, of which the same integers are made again."""
-        return self._packed.to_dense().t().contiguous() * self._scale[:, None]
+        """In the dtype that it came in: what a checkpoint has is rounded to that first, as it was
+        the first time. Of the result the same integers are made again."""
+        return (self._packed.to_dense().t().contiguous() * self._scale[:, None]).to(self._dtype)
 
 
 def check_int8(model: nn.Module, device: torch.device) -> None:

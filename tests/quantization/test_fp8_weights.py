@@ -193,6 +193,8 @@ def test_random_weights_in_the_shape_of_a_checkpoint_in_blocks(
         assert linear.weight.dtype == FP8 and linear.weight_scale.shape == (8 * 32 + 128, 2)
         assert linear.whole_weight().std().item() == pytest.approx(0.15, rel=0.1)
         greedy(llm, PROMPTS)
+        llm.load_weights(blocks[0])
+        assert greedy(llm, PROMPTS) == blocks[1]
 
 
 def test_blocks_are_not_cut() -> None:
