@@ -52,7 +52,7 @@ def use_fp8(layers: nn.Module, blocks: Fp8Blocks | None, path: str = "model.laye
     for name, module in layers.named_modules(prefix=path):
         if isinstance(module, SparseMoE):
             raise ValueError(
-                "quantization='fp8' does not serve mixtures of experts yet: give the bf16 "
+                f"fp8 does not serve mixtures of experts yet, such as {name}: give the bf16 "
                 "checkpoint, without quantization"
             )
         if isinstance(module, Linear) and (blocks is None or _is_converted(name, module, blocks)):
