@@ -56,7 +56,6 @@ def use_fp8(layers: nn.Module, blocks: Fp8Blocks | None, path: str = "model.laye
                 "checkpoint, without quantization"
             )
         if isinstance(module, Linear) and (blocks is None or _is_converted(name, module, blocks)):
-            _check_part(name, module, group)
             module.store_in_fp8(num_groups(module.in_features, group))
 
 
@@ -92,16 +91,6 @@ def _is_converted(path: str, linear: Linear, blocks: Fp8Blocks) -> bool:
             "quantization='fp8' if it should be small"
         )
     return all(converted.values())
-
-
-def _check_part(path: str, linear: Linear, group: int | None) -> None:
-    """Of several ranks one may have a part of the inputs."""
-    part: slice = getattr(linear, "part", slice(0, 0))
-    if group is not None and part.start % group:
-        raise ValueError(
-            f"{path} has blocks of {group} inputs, which tensor_parallel_size would cut at "
-            f"{part.start}: give a smaller one"
-        )
 
 
 @torch.inference_mode()
