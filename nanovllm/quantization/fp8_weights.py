@@ -66,8 +66,10 @@ def fp8_views(views: dict[str, View], blocks: Fp8Blocks | None) -> dict[str, Vie
         blocks: the format of a checkpoint in fp8; None for one in bf16, which is quantised.
     """
     found = {name: view for name, view in views.items() if not name.endswith(_SCALE)}
-    for name in views.keys() - found.keys():
-        weight_name, scale = name.removesuffix("_scale"), views[name]
+    for name, scale in views.items():
+        if name in found:
+            continue
+        weight_name = name.removesuffix("_scale")
         weight = found[weight_name]
         if blocks is None:
             store = partial(_quantize_into, weight.memory, scale.memory)

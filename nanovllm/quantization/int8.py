@@ -2,7 +2,8 @@
 
 A weight has a scale for each output, with which the largest number of its row becomes 127; so has
 an input for each token. Products of integers are added up exactly, so a row's result depends on no
-other row. Half the bytes of bf16, and twice the numbers an instruction.
+other row. Half the bytes of bf16, and twice the numbers an instruction. Of several ranks each has
+scales for its own part of a row, so their tokens may be others than those of one.
 """
 
 from typing import Any

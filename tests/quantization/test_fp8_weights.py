@@ -236,8 +236,15 @@ def test_part_of_a_merged_projection_is_refused(tiny: Path, tmp_path: Path) -> N
 
 def test_weights_in_another_dtype_than_config_json_says(tiny: Path, tmp_path: Path) -> None:
     directory = config_with(tiny, tmp_path / "model", FP8_CONFIG)
-    with pytest.raises(ValueError, match=r"has dtype F32; supported are .'F8_E4M3'."):
+    with pytest.raises(ValueError, match=r"has dtype F32; supported are .'F8_E4M3'., as config"):
         build(directory)
+
+
+def test_weights_in_fp8_of_which_config_json_says_nothing(
+    blocks: tuple[Path, list[list[int]]],
+) -> None:
+    with pytest.raises(ValueError, match=r"dtype F8_E4M3; .* has no quantization_config that"):
+        build(blocks[0], hf_overrides={"quantization_config": None})
 
 
 def test_experts_are_refused(tmp_path: Path) -> None:
