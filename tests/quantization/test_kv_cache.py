@@ -290,9 +290,10 @@ def test_a_checkpoints_scales_give_transformers_tokens(tiny: Path, tmp_path: Pat
         assert (attentions(llm)[1].kv_scales[1] == 0.5).all()
         assert torch.equal(attentions(llm)[0].kv_scales, scales[0])
     # As tools write it that quantise the cache alone.
-    edit_json(path / "config.json", quantization_config={"quant_method": "compressed-tensors"})
-    options = {"max_num_batched_tokens": 16, "hf_overrides": {"quantization_config": None}}
-    with build(path, kv_cache_dtype="fp8", **options) as llm:
+    of_cache = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+    of_cache["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    edit_json(path / "config.json", quantization_config=of_cache)
+    with build(path, kv_cache_dtype="fp8", max_num_batched_tokens=16) as llm:
         assert greedy(llm, PROMPTS) == expected
 
 
