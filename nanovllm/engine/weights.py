@@ -63,7 +63,7 @@ def fill_weights(model: CausalLM, config: Config, headers: Headers) -> None:
     if headers:
         load_weights(model, config, headers)
     else:
-        views = _views(model, config)
+        views = fp8_views(model.checkpoint_views(), None)  # numbers in bf16, whatever a file has
         loader.fill_with_noise(views, config.model_config.initializer_range, config.seed)
     if config.kv_cache_dtype == "fp8":
         set_kv_scales(model)
@@ -117,6 +117,5 @@ def _ignored_tensors(model: CausalLM) -> frozenset[str]:
 
 
 def _views(model: CausalLM, config: Config) -> dict[str, loader.View]:
-    """Where each tensor of a checkpoint goes, or of random weights."""
-    is_dummy = config.load_format == "dummy"
-    return fp8_views(model.checkpoint_views(), None if is_dummy else config.fp8_blocks)
+    """Where each tensor of a checkpoint goes."""
+    return fp8_views(model.checkpoint_views(), config.fp8_blocks)

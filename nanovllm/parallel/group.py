@@ -199,8 +199,9 @@ class Group:
                 work.wait(_LOOK)
                 return
             except RuntimeError:
-                if work.is_completed():  # the error is its own
-                    raise
+                if work.is_completed():
+                    work.wait()  # raises its own error, if it has one: it may just have ended
+                    return
                 if self._aborting is not None:
                     # When it is dropped, gloo waits for what it has begun: it never is.
                     ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._backend))

@@ -38,6 +38,8 @@ def checkpoint_format(content: dict[str, Any]) -> Fp8Blocks | None:
     if not isinstance(given, dict):
         raise ValueError(f"config.json has quantization_config={given!r}: {_WAY_OUT}")
     method = given.get("quant_method")
+    if given.get("kv_cache_scheme") and given.get("config_groups") in ({}, []):
+        return None  # of the cache alone: see `quantization.kv_cache`
     if method != "fp8":
         name = method or next((key for key in given if key.startswith("load_in")), None) or given
         raise ValueError(

@@ -58,7 +58,6 @@ def use_fp8(layers: nn.Module, blocks: Fp8Blocks | None, path: str = "model.laye
             continue
         if blocks is not None and not _is_converted(name, module, blocks):
             continue
-        _check_part(name, module, group)
         if isinstance(module, Experts):
             module.store_in_fp8(group)
         else:
@@ -72,8 +71,10 @@ def fp8_views(views: dict[str, View], blocks: Fp8Blocks | None) -> dict[str, Vie
         blocks: the format of a checkpoint in fp8; None for one in bf16, which is quantised.
     """
     found = {name: view for name, view in views.items() if not name.endswith(_SCALE)}
-    for name in views.keys() - found.keys():
-        weight_name, scale = name.removesuffix("_scale"), views[name]
+    for name, scale in views.items():
+        if name in found:
+            continue
+        weight_name = name.removesuffix("_scale")
         weight = found[weight_name]
         if blocks is None:
             store = partial(_quantize_into, weight.memory, scale.memory)
@@ -105,16 +106,6 @@ def _few(converted: dict[str, bool]) -> dict[str, bool]:
     """Some that are, and some that are not."""
     sorted_names = sorted(converted, key=lambda name: (converted[name], name))
     return {name: converted[name] for name in (*sorted_names[:2], *sorted_names[-2:])}
-
-
-def _check_part(path: str, module: Linear | Experts, group: int | None) -> None:
-    """Of several ranks one may have a part of the inputs."""
-    part: slice = getattr(module, "part", slice(0, 0))
-    if group is not None and part.start % group:
-        raise ValueError(
-            f"{path} has blocks of {group} inputs, which tensor_parallel_size would cut at "
-            f"{part.start}: give a smaller one"
-        )
 
 
 @torch.inference_mode()

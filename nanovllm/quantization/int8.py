@@ -2,7 +2,8 @@
 
 A weight has a scale for each output, with which the largest number of its row becomes 127; so has
 an input for each token. Products of integers are added up exactly, so a row's result depends on no
-other row. Half the bytes of bf16, and twice the numbers an instruction.
+other row. Half the bytes of bf16, and twice the numbers an instruction. Of several ranks each has
+scales for its own part of a row, so their tokens may be others than those of one.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from nanovllm.layers.moe import SparseMoE
 _LARGEST = 127
 _ZERO = 128  # inputs are unsigned: this one stands for 0
 _SMALLEST = 1e-30  # of rows of zeros
+_PIECE = 2**22  # elements of a weight that are in float32 at once
 
 
 class Int8Weight:
@@ -28,10 +30,17 @@ class Int8Weight:
     replaces_weight = True
 
     def __init__(self, weight: torch.Tensor) -> None:
-        weight = weight.detach().float().contiguous()
-        self._scale = weight.abs().amax(dim=1).clamp(min=_SMALLEST) / _LARGEST
-        values = (weight / self._scale[:, None]).round().to(torch.int8)
-        self._zeros = torch.zeros(len(values), dtype=torch.int64)
+        self._dtype, device = weight.dtype, weight.device
+        self._scale = torch.empty(len(weight), dtype=torch.float32, device=device)
+        values = torch.empty(weight.shape, dtype=torch.int8, device=device)
+        step = max(1, _PIECE // weight.shape[1])
+        weight = weight.detach()
+        pieces = zip(weight.split(step), self._scale.split(step), values.split(step), strict=True)
+        for rows, own_scale, own_values in pieces:
+            rows = rows.float()
+            own_scale.copy_(rows.abs().amax(dim=1).clamp_(min=_SMALLEST).div_(_LARGEST))
+            own_values.copy_((rows / own_scale[:, None]).round_())
+        self._zeros = torch.zeros(len(values), dtype=torch.int64, device=device)
         self._packed = torch.ops.onednn.qlinear_prepack(values, None)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -46,8 +55,15 @@ class Int8Weight:
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
     def unpack(self) -> torch.Tensor:
-        """In float32, of which the same integers are made again."""
-        return self._packed.to_dense().t().contiguous() * self._scale[:, None]
+        """In the dtype that it came in: what a checkpoint has is rounded to that first, as it was
+        the first time. Of the result the same integers are made again."""
+        values = self._packed.to_dense().t()
+        weight = torch.empty(values.shape, dtype=self._dtype, device=values.device)
+        step = max(1, _PIECE // values.shape[1])
+        pieces = zip(weight.split(step), values.split(step), self._scale.split(step), strict=True)
+        for rows, own_values, own_scale in pieces:
+            rows.copy_(own_values * own_scale[:, None])
+        return weight
 
 
 def check_int8(model: nn.Module, device: torch.device) -> None:

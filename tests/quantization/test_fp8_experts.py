@@ -1,7 +1,7 @@
 """Mixtures of experts with weights in fp8: quantised as they are loaded, or in fp8 already."""
 
+import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +13,9 @@ from helpers.engines import GREEDY, assert_empty, build, greedy
 from helpers.fp8 import GROUP, quantized_reference, save_in_blocks
 from nanovllm.config import Config
 from nanovllm.engine.model_checks import weight_bytes
-from nanovllm.layers.moe import SparseMoE
-from nanovllm.parallel.layers import ParallelExperts
+from nanovllm.models import find_model_class
+from nanovllm.parallel.sharding import check_shardable
 from nanovllm.quantization.fp8 import FP8
-from nanovllm.quantization.fp8_checkpoints import Fp8Blocks
-from nanovllm.quantization.fp8_weights import use_fp8
 
 PROMPTS = [random_tokens(length, seed=length) for length in (1, 17, 40)]
 # Sizes are no multiples of a block, but for the inner one that two ranks share.
@@ -122,15 +120,13 @@ def test_some_experts_in_fp8_are_refused(blocks: Found, tmp_path: Path) -> None:
         build(directory, load_format="dummy")
 
 
-def test_blocks_of_experts_are_not_cut() -> None:
-    with torch.device("meta"):
-        layers = [SparseMoE(256, 384, 4, 2, renormalize=True) for _ in range(2)]
-        for layer, part in zip(layers, (slice(0, 192), slice(192, 384))):
-            layer.experts = ParallelExperts(layer.experts, part, SimpleNamespace())
-    use_fp8(layers[0], Fp8Blocks(), "model.layers.0.mlp")
-    assert layers[0].experts.down_scale.shape == (4, 256, 2)
-    with pytest.raises(ValueError, match=r"mlp.experts has blocks of 128 inputs, which .* 192"):
-        use_fp8(layers[1], Fp8Blocks(), "model.layers.0.mlp")
+def test_blocks_of_experts_are_not_cut(blocks: Found) -> None:
+    content = json.loads((blocks[0] / "config.json").read_text())
+    sizes = {"num_attention_heads": 8, "head_dim": 128, "intermediate_size": 512}
+    sizes |= {"moe_intermediate_size": 384, "shared_expert_intermediate_size": 512}
+    config = find_model_class(content).config_class.from_json(content | sizes)
+    with pytest.raises(ValueError, match=r"experts.0.down_proj has blocks of 128 .* 192 inputs"):
+        check_shardable(config, 2)
 
 
 def check_dtypes(path: Path, **options: Any) -> None:

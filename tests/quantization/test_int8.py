@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.checkpoints import Reference, make_checkpoint, random_tokens
 from helpers.engines import GREEDY, assert_empty, build, greedy
@@ -59,11 +60,36 @@ def test_what_is_not_finite_stays_so():
     assert not out[:2].isfinite().any() and out[2].isfinite().all()
 
 
-def test_a_weight_that_is_unpacked_is_packed_as_it_was():
-    packed = Int8Weight(torch.randn(40, 96).bfloat16())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_weight_that_is_unpacked_is_packed_as_it_was(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(int8, "_PIECE", 1000)  # some rows at once
+    weight = torch.randn(400, 96) * torch.logspace(-9, 3, 400)[:, None]
+    packed = Int8Weight(weight.to(dtype))
     again, x = Int8Weight(packed.unpack()), torch.randn(3, 96)
+    assert packed.unpack().dtype == dtype
     assert torch.equal(packed.multiply(x), again.multiply(x))
     assert torch.equal(packed.unpack(), again.unpack())
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor in float32 that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_no_weight_is_in_float32_as_a_whole(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(int8, "_PIECE", 1000)
+    with Largest() as largest:
+        Int8Weight(torch.ones(400, 96, dtype=torch.bfloat16)).unpack()
+    assert 0 < largest.elements <= 1000
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -102,6 +128,16 @@ def test_weights_are_replaced_in_part_and_all(path: Path, expected: list, tmp_pa
         if "lm_head.weight" in weights:
             llm.load_weights(other)
             assert greedy(llm, PROMPTS) != expected
+
+
+def test_weights_that_are_loaded_later_are_rounded_to_the_models_dtype_first(path: Path):
+    name = "model.layers.0.mlp.down_proj.weight"
+    with build(path, quantization="int8", dtype="bfloat16") as llm:
+        linear = llm.model_runner.model.get_submodule(name.removesuffix(".weight"))
+        x = torch.randn(2, linear.in_features)
+        before = linear.multiply(x)
+        llm.update_weights({name: load_file(path / "model.safetensors")[name]})
+        assert torch.equal(linear.multiply(x), before)
 
 
 def test_two_ranks_round_their_parts(tiny: Path):
