@@ -218,12 +218,13 @@ def _look_through(
         if HAS_NORM:
             squares += x * x
             x *= tl.load(norm_ptr + start + col, mask=inside, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(x))
+        largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
     if not HAS_NORM:
         scale, inverse = scales_of(tl.max(largest, axis=0))
         return inverse, scale
     total, most = tl.reduce((squares, largest), 0, _sum_and_max)
-    root = tl.rsqrt(total / k + eps) + (total - total)  # NaN if the mean square is not finite
+    # NaN if the mean square is not finite, or a number of the norm's weight.
+    root = tl.rsqrt(total / k + eps) + (total - total) + (most - most)
     if HAS_GROUPS:
         return root, root
     scale, inverse = scales_of(_rounded_to(most * root, x_ptr))
@@ -242,7 +243,7 @@ def _rounded_to(x, ptr):
 
 @triton.jit
 def _sum_and_max(sum_a, max_a, sum_b, max_b):
-    return sum_a + sum_b, tl.maximum(max_a, max_b)
+    return sum_a + sum_b, tl.maximum(max_a, max_b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from torch import nn
 
 from nanovllm.layers.activation import activate_and_mul
 from nanovllm.layers.deferred import Input, Normed, PendingSum, Product, values_of
-from nanovllm.layers.packed_weight import PackedWeight
+from nanovllm.layers.packed_weight import OneDnnWeight
 from nanovllm.quantization.fp8 import Fp8Weight, fp8_linear
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import View
@@ -29,7 +29,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.weight_scale: nn.Parameter | None = None
-        self._packed: PackedWeight | None = None
+        self._packed: OneDnnWeight | None = None
 
     def forward(self, x: Input, tokens: torch.Tensor | None = None) -> Product:
         """The product, still to be made. `tokens`: see `Product`."""
@@ -80,10 +80,12 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(values, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
-    def pack(self, packed: PackedWeight) -> None:
-        """Let another form of the weight make products from now on, where it serves them better."""
-        self._packed = packed
-        if packed.replaces_weight:
+    def pack(self) -> None:
+        """On a CPU, let oneDNN have the weight in its own layout, if it can. Call after loading."""
+        if not OneDnnWeight.serves(self.weight):
+            return
+        self._packed = OneDnnWeight(self.weight)
+        if self._packed.replaces_weight:
             # The old one may be the embedding's, too: it is dropped here, not emptied.
             self.weight = nn.Parameter(self.weight[:0].clone(), requires_grad=False)
 
