@@ -89,14 +89,15 @@ class Step(NamedTuple):
 
 SAMPLE = [
     Step(H100, "Qwen3-0.6B", 8),
-    Step(A100, "Qwen2.5-0.5B", 0),
     Step(RTX_3090, "head_dim 256", 8),
-    Step(RTX_4090, "Llama-3.2-1B", 1),
+    Step(RTX_4090, "Llama-3.2-1B", 0),
     Step(H100, "Qwen3-30B-A3B", 1),
     Step(H100, "Qwen3-0.6B", 1, weights="fp8"),
 ]
 SECOND_SAMPLE = [
     Step(H100, "Qwen3-0.6B", 1),
+    Step(A100, "Qwen2.5-0.5B", 0),
+    Step(RTX_4090, "Llama-3.2-1B", 1),
     Step(RTX_5090, "Llama-3.2-1B", 0, torch.float32),
     *(Step(H100, "Qwen3-30B-A3B", rows) for rows in (0, 32)),
     Step(RTX_3090, "Qwen3-30B-A3B", 0),
