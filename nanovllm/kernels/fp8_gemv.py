@@ -114,11 +114,9 @@ def _fp8_gemv_kernel(
         if i == -1:
             wait(PDL)
             if HAS_NORM or not HAS_GROUPS:
-                factor, scale = _look_through(
-                    x_ptr, norm_ptr, eps, k, HAS_NORM, HAS_GROUPS, X_BLOCK
-                )
+                factor, scale = _row_factors(x_ptr, norm_ptr, eps, k, HAS_NORM, HAS_GROUPS, X_BLOCK)
                 if ROWS == 2:
-                    factor_1, scale_1 = _look_through(
+                    factor_1, scale_1 = _row_factors(
                         x_ptr + k, norm_ptr, eps, k, HAS_NORM, HAS_GROUPS, X_BLOCK
                     )
         if i >= 0:
@@ -204,7 +202,7 @@ def _round_groups(x):
 
 
 @triton.jit
-def _look_through(
+def _row_factors(
     x_ptr, norm_ptr, eps, k: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GROUPS: tl.constexpr,
     X_BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -10,7 +10,7 @@ from nanovllm.layers.activation import activate_and_mul
 from nanovllm.layers.deferred import Input, PendingSum, Product, Stream, values_of
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.mlp import GatedMLP
-from nanovllm.quantization.fp8 import GROUP, Fp8Weight, fp8_linear, num_groups
+from nanovllm.quantization.fp8 import GROUP, Fp8Weight, fp8_linear, num_groups, stored_weight
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import Stack, View
 
@@ -132,18 +132,19 @@ class Experts(nn.Module):
     @property
     def gate_up(self) -> torch.Tensor | Fp8Weight:
         """[experts, 2 * inner, hidden], as kernels take it."""
-        return _factor(self.gate_up_proj, self.gate_up_scale)
+        return stored_weight(self.gate_up_proj, self.gate_up_scale)
 
     @property
     def down(self) -> torch.Tensor | Fp8Weight:
         """[experts, hidden, inner], as kernels take it."""
-        return _factor(self.down_proj, self.down_scale)
+        return stored_weight(self.down_proj, self.down_scale)
 
     def store_in_fp8(self, group: int | None) -> None:
         """Hold the weights in fp8 from now on, with a scale for each output, or with `group` for
         each output and so many inputs. Call it before there is memory."""
-        self.gate_up_proj, self.gate_up_scale = _in_fp8(self.gate_up_proj, group)
-        self.down_proj, self.down_scale = _in_fp8(self.down_proj, group)
+        parameters_like = Fp8Weight.parameters_like
+        self.gate_up_proj, self.gate_up_scale = parameters_like(self.gate_up_proj, group)
+        self.down_proj, self.down_scale = parameters_like(self.down_proj, group)
 
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """[tokens, hidden] in the dtype of x.
@@ -232,15 +233,6 @@ def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> Routing:
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return Routing(experts, weights)
-
-
-def _factor(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor | Fp8Weight:
-    return weight if scale is None else Fp8Weight(weight, scale)
-
-
-def _in_fp8(weight: torch.Tensor, group: int | None) -> tuple[nn.Parameter, nn.Parameter]:
-    values, scale = Fp8Weight.empty_like(weight, num_groups(weight.shape[-1], group))
-    return nn.Parameter(values, requires_grad=False), nn.Parameter(scale, requires_grad=False)
 
 
 def _multiply(x: torch.Tensor, weights: torch.Tensor | Fp8Weight, expert: int) -> torch.Tensor:

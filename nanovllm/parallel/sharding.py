@@ -24,7 +24,7 @@ from nanovllm.quantization.fp8 import GROUP
 
 _TOKENS = 16  # the vocabulary is cut at multiples: rows of logits begin at multiples of 16 bytes
 _MOST_RANKS = 1024  # that are suggested
-# Of each size by which MLPs are shared, whose inputs are so many.
+# The projection that has so many inputs, by the name of that size in config.json.
 _DOWN_PROJECTIONS = {
     "intermediate_size": "mlp.down_proj", "moe_intermediate_size": "mlp.experts.0.down_proj",
     "shared_expert_intermediate_size": "mlp.shared_expert.down_proj",

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 FP8 = torch.float8_e4m3fn
 GROUP = 128  # numbers with a scale of their own, in checkpoints that have scales of blocks
@@ -49,19 +50,29 @@ class Fp8Weight(NamedTuple):
         return GROUP if self.has_groups else None
 
     @classmethod
-    def empty_like(cls, weight: torch.Tensor, groups: int) -> "Fp8Weight":
-        """Memory for a weight, or a stack, with so many scales for each output."""
-        *stack, outputs, _ = weight.shape
-        scale = torch.empty(*stack, groups, outputs, dtype=torch.float32, device=weight.device)
-        return cls(torch.empty_like(weight, dtype=FP8), scale.mT)
+    def parameters_like(
+        cls, weight: torch.Tensor, group: int | None
+    ) -> tuple[nn.Parameter, nn.Parameter]:
+        """Memory for the two of a weight, or a stack, with a scale for each output, or with `group`
+        for each output and so many inputs."""
+        *stack, outputs, inputs = weight.shape
+        shape = (*stack, num_groups(inputs, group), outputs)
+        scale = torch.empty(shape, dtype=torch.float32, device=weight.device).mT
+        values = torch.empty_like(weight, dtype=FP8)
+        return nn.Parameter(values, requires_grad=False), nn.Parameter(scale, requires_grad=False)
 
     def at(self, index: int) -> "Fp8Weight":
         """One of a stack."""
         return Fp8Weight(self.values[index], self.scale[index])
 
-    def whole(self) -> torch.Tensor:
+    def dequantized(self) -> torch.Tensor:
         """[out, in] float32."""
         return dequantize(self.values, self.scale)
+
+
+def stored_weight(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor | Fp8Weight:
+    """A weight as kernels take it: with its scales, if it is in fp8."""
+    return weight if scale is None else Fp8Weight(weight, scale)
 
 
 def num_groups(in_features: int, group: int | None) -> int:
@@ -94,7 +105,7 @@ def fp8_linear(
     """The formula in torch: x [rows, in] -> [rows, out], in the dtype of x."""
     rounded = dequantize(*quantize(x, weight.group))
     bias = None if bias is None else bias.float()
-    return F.linear(rounded, weight.whole(), bias).to(x.dtype)
+    return F.linear(rounded, weight.dequantized(), bias).to(x.dtype)
 
 
 def _in_groups(x: torch.Tensor, groups: int) -> torch.Tensor:

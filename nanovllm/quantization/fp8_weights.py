@@ -2,10 +2,10 @@
 
 Quantised are the projections of the decoder layers, those of experts too; embedding, output head
 and norms stay as they are, and so do the routers of experts. A bf16 checkpoint is quantised tensor
-by tensor as it is loaded, with a scale for each output: its weights are never on the device all at
-once. Of a checkpoint in fp8 the weights are copied as they are; the scale of a block is kept for
-each of its rows, as the rows of a merged projection, or of a GPU's part, need not begin with a
-block.
+by tensor as it is loaded, with a scale for each output: in bf16 its weights are never on the device
+all at once. Of a checkpoint in fp8 the weights are copied as they are. The scale of a block is
+stored once for each of the block's rows: projections are merged into one matrix, and GPUs have
+parts of it, and neither need begin where a block does.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from torch import nn
 
 from nanovllm.layers.linear import Linear, MergedLinear
 from nanovllm.layers.moe import Experts, SparseMoE
-from nanovllm.quantization.fp8 import GROUP, num_groups, quantize
+from nanovllm.quantization.fp8 import GROUP, quantize
 from nanovllm.quantization.fp8_checkpoints import Fp8Blocks
 from nanovllm.utils.loader import Stack, View
 
@@ -58,10 +58,7 @@ def use_fp8(layers: nn.Module, blocks: Fp8Blocks | None, path: str = "model.laye
             continue
         if blocks is not None and not _is_converted(name, module, blocks):
             continue
-        if isinstance(module, Experts):
-            module.store_in_fp8(group)
-        else:
-            module.store_in_fp8(num_groups(module.in_features, group))
+        module.store_in_fp8(group)
 
 
 def fp8_views(views: dict[str, View], blocks: Fp8Blocks | None) -> dict[str, View]:

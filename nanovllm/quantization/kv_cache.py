@@ -179,7 +179,7 @@ def _no_scales(model: CausalLM) -> GivenScales:
 def _scales(attention: Attention, norm_weight: torch.Tensor) -> torch.Tensor:
     projection, head_dim = attention.qkv_proj, attention.head_dim
     parts = projection.parts.values()
-    _, *weights = projection.whole_weight().split([*parts])
+    _, *weights = projection.dequantized_weight().split([*parts])
     biases = [None, None]
     if projection.bias is not None:
         _, *biases = projection.bias.split([*parts])

@@ -223,7 +223,7 @@ def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 def stack(n, k):
-    return Fp8Weight.empty_like(empty(128, n, k), -(-k // GROUP))
+    return Fp8Weight(*Fp8Weight.parameters_like(empty(128, n, k), GROUP))
 
 for tokens, card in ((4, H100), (4096, RTX_4090)):
     routing = empty(tokens, 8, dtype=torch.int32), empty(tokens, 8, dtype=torch.float32)

@@ -159,7 +159,7 @@ def test_layers_are_in_fp8_and_the_ends_are_not(tiny: Path) -> None:
                 in_fp8 = module.weight.dtype == FP8
                 assert in_fp8 == name.startswith("model.layers")
                 if in_fp8:
-                    sizes = module.whole_weight().std().item()
+                    sizes = module.dequantized_weight().std().item()
                     assert sizes == pytest.approx(0.15, rel=0.1)  # the checkpoint's
         assert model.model.embed_tokens.weight.dtype == torch.bfloat16
         greedy(llm, PROMPTS)
@@ -187,7 +187,7 @@ def test_random_weights_in_the_shape_of_a_checkpoint_in_blocks(
     with build(blocks[0], load_format="dummy") as llm:
         linear = llm.model_runner.model.model.layers[0].self_attn.qkv_proj
         assert linear.weight.dtype == FP8 and linear.weight_scale.shape == (8 * 32 + 128, 2)
-        assert linear.whole_weight().std().item() == pytest.approx(0.15, rel=0.1)
+        assert linear.dequantized_weight().std().item() == pytest.approx(0.15, rel=0.1)
         greedy(llm, PROMPTS)
         llm.load_weights(blocks[0])
         assert greedy(llm, PROMPTS) == blocks[1]
