@@ -199,14 +199,11 @@ def floor_seconds(
     prompt_tokens = sum(p for p, _ in lens) - again * prefix_len
     pairs = sum(p * (p + 1) // 2 for p, _ in lens) - again * prefix_len * (prefix_len + 1) // 2
     active = layer_weights(config, 1)
-    in_int8 = engine_config.quantization == "int8"  # the head too
-    is_narrow = in_int8 or engine_config.has_fp8_weights
-    weight_bytes, speed = (1, 2) if is_narrow else (itemsize, 1)
-    head_bytes = 1 if in_int8 else itemsize
+    weight_bytes, speed = (1, 2) if engine_config.has_fp8_weights else (itemsize, 1)
     prefill_ops = 2 * active * prompt_tokens / speed + 4 * config.num_hidden_layers * q_size * pairs
     ranks = engine_config.tensor_parallel_size
     return {
-        "weights": (layers * weight_bytes + steps * head * head_bytes) / read_rate / ranks,
+        "weights": (layers * weight_bytes + steps * head * itemsize) / read_rate / ranks,
         # Past that number ranks have the same heads.
         "keys_and_values": contexts * kv_bytes / read_rate / min(ranks, config.num_key_value_heads),
         "prefill": prefill_ops / matmul_rate / ranks,
@@ -277,7 +274,7 @@ def parse_args() -> argparse.Namespace:
     engine.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     engine.add_argument("--tensor-parallel-size", type=int, default=1)
     engine.add_argument("--kv-cache-dtype", default="auto")
-    engine.add_argument("--quantization", choices=["fp8", "int8"], help="of the weights")
+    engine.add_argument("--quantization", choices=["fp8"], help="of the weights")
     args = parser.parse_args()
     for name in ("num_requests", "runs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

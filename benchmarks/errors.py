@@ -23,8 +23,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bfloat16, keys and values in fp8": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
     "float32, weights in fp8": {"dtype": "float32", "quantization": "fp8"},
     "bfloat16, weights in fp8": {"dtype": "bfloat16", "quantization": "fp8"},
-    "float32, weights in int8": {"dtype": "float32", "quantization": "int8"},
-    "bfloat16, weights in int8": {"dtype": "bfloat16", "quantization": "int8"},
     "bfloat16, both in fp8": {
         "dtype": "bfloat16", "quantization": "fp8", "kv_cache_dtype": "fp8",
     },

@@ -22,7 +22,7 @@ _DTYPE_NAMES: dict[Any, str] = {
     "half": "float16", "float": "float32", **{dtype: name for name, dtype in DTYPES.items()},
 }  # fmt: skip
 KV_CACHE_DTYPES = ("auto", "fp8")
-QUANTIZATIONS = (None, "fp8", "int8")
+QUANTIZATIONS = (None, "fp8")
 ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "torch")
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
@@ -48,8 +48,7 @@ class Config:
         kv_cache_dtype: of keys and values in the cache: "auto" (that of the model), or "fp8" (e4m3,
             with scales by kv head, see `quantization.kv_cache`).
         quantization: of the weights: "fp8" has those of the decoder layers' projections in e4m3,
-            quantised as they are loaded (see `quantization.fp8_weights`); "int8", on a CPU, has
-            those and the output head's in int8 (see `quantization.int8`). None: as the checkpoint
+            quantised as they are loaded (see `quantization.fp8_weights`). None: as the checkpoint
             has them, in fp8 too.
         attention_backend: "auto", "flash-attn", "triton" or "torch".
         load_format: "auto" or "safetensors"; "dummy" for random weights in the shape of

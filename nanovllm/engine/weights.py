@@ -6,10 +6,8 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.layers.linear import Linear
-from nanovllm.layers.packed_weight import OneDnnWeight
 from nanovllm.models import CausalLM
 from nanovllm.quantization.fp8_weights import fp8_views
-from nanovllm.quantization.int8 import Int8Weight, check_int8
 from nanovllm.quantization.kv_cache import (
     allocate_kv_scales,
     give_kv_scales,
@@ -29,8 +27,6 @@ def allocate_weights(model: CausalLM, config: Config, headers: Headers) -> None:
         ValueError, FileNotFoundError: for a checkpoint that cannot be loaded.
         RuntimeError: if there is no memory for it.
     """
-    if config.quantization == "int8":
-        check_int8(model, config.torch_device)
     if headers:
         loader.check_weights(headers, _views(model, config), _ignored_tensors(model))
     # As `to_empty` would do, which imports sympy. A tied head gets memory too, and gives it back at
@@ -63,11 +59,11 @@ def fill_weights(model: CausalLM, config: Config, headers: Headers) -> None:
     if headers:
         load_weights(model, config, headers)
     else:
-        views = _views(model, config)
+        views = fp8_views(model.checkpoint_views(), None)  # numbers in bf16, whatever a file has
         loader.fill_with_noise(views, config.model_config.initializer_range, config.seed)
     if config.kv_cache_dtype == "fp8":
         set_kv_scales(model)
-    pack_weights(model, config)
+    pack_weights(model)
 
 
 def load_weights(model: CausalLM, config: Config, headers: Headers) -> None:
@@ -92,13 +88,10 @@ def update_weights(
     loader.update_weights(others, _views(model, config), model.ignored_tensors())
 
 
-def pack_weights(model: CausalLM, config: Config) -> None:
+def pack_weights(model: CausalLM) -> None:
     """On a CPU, give filled weights the form in which its libraries multiply them fastest."""
     for linear in _linears_of(model):
-        if config.quantization == "int8":
-            linear.pack(Int8Weight(linear.weight))
-        elif OneDnnWeight.serves(linear.weight):
-            linear.pack(OneDnnWeight(linear.weight))
+        linear.pack()
 
 
 def unpack_weights(model: CausalLM) -> None:
@@ -117,6 +110,5 @@ def _ignored_tensors(model: CausalLM) -> frozenset[str]:
 
 
 def _views(model: CausalLM, config: Config) -> dict[str, loader.View]:
-    """Where each tensor of a checkpoint goes, or of random weights."""
-    is_dummy = config.load_format == "dummy"
-    return fp8_views(model.checkpoint_views(), None if is_dummy else config.fp8_blocks)
+    """Where each tensor of a checkpoint goes."""
+    return fp8_views(model.checkpoint_views(), config.fp8_blocks)

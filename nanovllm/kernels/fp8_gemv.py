@@ -114,11 +114,9 @@ def _fp8_gemv_kernel(
         if i == -1:
             wait(PDL)
             if HAS_NORM or not HAS_GROUPS:
-                factor, scale = _look_through(
-                    x_ptr, norm_ptr, eps, k, HAS_NORM, HAS_GROUPS, X_BLOCK
-                )
+                factor, scale = _row_factors(x_ptr, norm_ptr, eps, k, HAS_NORM, HAS_GROUPS, X_BLOCK)
                 if ROWS == 2:
-                    factor_1, scale_1 = _look_through(
+                    factor_1, scale_1 = _row_factors(
                         x_ptr + k, norm_ptr, eps, k, HAS_NORM, HAS_GROUPS, X_BLOCK
                     )
         if i >= 0:
@@ -204,7 +202,7 @@ def _round_groups(x):
 
 
 @triton.jit
-def _look_through(
+def _row_factors(
     x_ptr, norm_ptr, eps, k: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GROUPS: tl.constexpr,
     X_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -218,12 +216,13 @@ def _look_through(
         if HAS_NORM:
             squares += x * x
             x *= tl.load(norm_ptr + start + col, mask=inside, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(x))
+        largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
     if not HAS_NORM:
         scale, inverse = scales_of(tl.max(largest, axis=0))
         return inverse, scale
     total, most = tl.reduce((squares, largest), 0, _sum_and_max)
-    root = tl.rsqrt(total / k + eps) + (total - total)  # NaN if the mean square is not finite
+    # NaN if the mean square is not finite, or a number of the norm's weight.
+    root = tl.rsqrt(total / k + eps) + (total - total) + (most - most)
     if HAS_GROUPS:
         return root, root
     scale, inverse = scales_of(_rounded_to(most * root, x_ptr))
@@ -242,7 +241,7 @@ def _rounded_to(x, ptr):
 
 @triton.jit
 def _sum_and_max(sum_a, max_a, sum_b, max_b):
-    return sum_a + sum_b, tl.maximum(max_a, max_b)
+    return sum_a + sum_b, tl.maximum(max_a, max_b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

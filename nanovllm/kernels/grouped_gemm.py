@@ -9,6 +9,9 @@ many tiles an expert has only the device knows: a program finds its own among th
 and one past the last tile ends. As many are launched as there could be tiles. A token's outputs are
 added up in float32 in the order of its experts: no atomics, results are deterministic.
 
+In fp8 (see `quantization.fp8`) the tensor cores multiply both as they are, 128 of K at a time, and
+scales are applied to such sums, or once at the end. Between the two products, a kernel rounds h.
+
 Grid: (tile of outputs, tile of pairs), and for the sum (token, slice of the output). Bytes moved:
 the weights of the experts that are hit once, each pair's input and output. Bound by memory up to
 some hundred pairs an expert, by arithmetic beyond.
@@ -23,8 +26,10 @@ import triton.language as tl
 from nanovllm.kernels.activation import silu_times
 from nanovllm.kernels.launch import launch_dependents, pdl, wait
 from nanovllm.kernels.moe_plan import MoePlan, max_tiles
+from nanovllm.quantization.fp8 import GROUP
 
 _SUM_BLOCK = 1024
+Scales = tuple[torch.Tensor, torch.Tensor]
 
 
 class Tiling(NamedTuple):
@@ -40,6 +45,8 @@ class Tiling(NamedTuple):
 def tiling(num_pairs: int, num_experts: int, element_size: int) -> Tiling:
     """Tiles about as high as an expert has pairs; all fit into 99 KiB of shared memory."""
     rows = max(16, min(128, triton.next_power_of_2(triton.cdiv(num_pairs, num_experts))))
+    if element_size == 1:
+        return Tiling(rows, 64, GROUP, 4, 5) if rows <= 32 else Tiling(rows, 128, GROUP, 8, 3)
     if element_size > 2:  # no tensor cores: float32 is to be exact
         return Tiling(min(rows, 32), 64, 32, 4, 3)
     if rows <= 32:
@@ -48,31 +55,48 @@ def tiling(num_pairs: int, num_experts: int, element_size: int) -> Tiling:
 
 
 def grouped_gate_up(
-    x: torch.Tensor, gate_up: torch.Tensor, plan: MoePlan, top_k: int
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    plan: MoePlan,
+    top_k: int,
+    scales: Scales | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """silu(gate) * up of each pair, in the order of `plan.pairs`: [pairs, inner], in x's dtype.
+    """silu(gate) * up of each pair, in the order of `plan.pairs`: [pairs, inner].
 
     Args:
         x: [tokens, hidden].
         gate_up: [experts, 2 * inner, hidden], gate then up.
         plan: of the tokens' pairs.
         top_k: pairs of a token.
+        scales: of x and of the weights, if both are in fp8: [tokens, hidden / g] and
+            [experts, 2 * inner, hidden / g] float32, g being `GROUP`, or `hidden`. Those of one
+            group are side by side.
+        dtype: of the result, if it is not that of x.
     """
-    h = torch.empty(len(plan.pairs), gate_up.shape[1] // 2, dtype=x.dtype, device=x.device)
-    _launch(x, gate_up, plan, h, top_k)
+    dtype = dtype or x.dtype
+    h = torch.empty(len(plan.pairs), gate_up.shape[1] // 2, dtype=dtype, device=x.device)
+    _launch(x, gate_up, plan, h, top_k, scales)
     return h
 
 
-def grouped_down(h: torch.Tensor, down: torch.Tensor, plan: MoePlan) -> torch.Tensor:
-    """Each pair's output, in the order of tokens: [pairs, hidden], in h's dtype.
+def grouped_down(
+    h: torch.Tensor,
+    down: torch.Tensor,
+    plan: MoePlan,
+    scales: Scales | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Each pair's output, in the order of tokens: [pairs, hidden].
 
     Args:
         h: [pairs, inner], in the order of `plan.pairs`.
         down: [experts, hidden, inner].
         plan: of the pairs.
+        scales, dtype: as above.
     """
-    y = torch.empty(len(h), down.shape[1], dtype=h.dtype, device=h.device)
-    _launch(h, down, plan, y, None)
+    y = torch.empty(len(h), down.shape[1], dtype=dtype or h.dtype, device=h.device)
+    _launch(h, down, plan, y, None, scales)
     return y
 
 
@@ -98,24 +122,34 @@ def weighted_sum(
 
 
 def _launch(
-    x: torch.Tensor, weight: torch.Tensor, plan: MoePlan, out: torch.Tensor, top_k: int | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    plan: MoePlan,
+    out: torch.Tensor,
+    top_k: int | None,
+    scales: Scales | None,
 ) -> None:
     gated = top_k is not None
     (num_experts, _, k), n = weight.shape, out.shape[1]
     tile = tiling(len(out), num_experts, x.element_size())
     outputs = tile.outputs // 2 if gated else tile.outputs
     grid = (triton.cdiv(n, outputs), max_tiles(len(out), num_experts, tile.rows))
+    x_scale, weight_scale = scales or (None, None)
+    has_groups = x_scale is not None and x_scale.shape[1] > 1
     _grouped_gemm_kernel[grid](
         x, weight, plan.pairs, plan.offsets, out, num_experts, n, k, top_k or 1,
-        GATED=gated, EXPERTS=triton.next_power_of_2(num_experts), ROWS=tile.rows, OUTPUTS=outputs,
-        BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(x),
+        x_scale, weight_scale, None if scales is None else len(x), IN_FP8=scales is not None,
+        HAS_GROUPS=has_groups, GATED=gated, EXPERTS=triton.next_power_of_2(num_experts),
+        ROWS=tile.rows, OUTPUTS=outputs, BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(x),
     )  # fmt: skip
 
 
 @triton.jit
 def _grouped_gemm_kernel(
     x_ptr, weight_ptr, pairs_ptr, offsets_ptr, out_ptr, num_experts, n: tl.constexpr,
-    k: tl.constexpr, top_k, GATED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    k: tl.constexpr, top_k, x_scale_ptr, weight_scale_ptr, num_rows, IN_FP8: tl.constexpr,
+    HAS_GROUPS: tl.constexpr, GATED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
@@ -146,15 +180,39 @@ def _grouped_gemm_kernel(
     weights = weight_ptr + expert.to(tl.int64) * matrix + outs[:, None] * k + cols[None, :]
     acc = tl.zeros([ROWS, OUTPUTS], tl.float32)
     acc_up = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    if IN_FP8:
+        groups: tl.constexpr = (k + BLOCK_K - 1) // BLOCK_K if HAS_GROUPS else 1
+        height: tl.constexpr = 2 * n if GATED else n
+        x_scales = x_scale_ptr + rows_in
+        scales = weight_scale_ptr + expert.to(tl.int64) * (height * groups) + outs
     for start in range(0, k, BLOCK_K):
         inside = (start + cols < k)[None, :]
         x = tl.load(xs + start, mask=is_own[:, None] & inside, other=0.0)
         mask = (outs < n)[:, None] & inside
         w = tl.load(weights + start, mask=mask, other=0.0)
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        if HAS_GROUPS:
+            group = start // BLOCK_K
+            x_scale = tl.load(x_scales + group * num_rows, mask=is_own, other=0)
+            scale = tl.load(scales + group * height, mask=outs < n, other=0)
+            acc += tl.dot(x, tl.trans(w)) * x_scale[:, None] * scale[None, :]
+        elif IN_FP8:
+            acc = tl.dot(x, tl.trans(w), acc, max_num_imprecise_acc=BLOCK_K)
+        else:
+            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
         if GATED:
             w = tl.load(weights + n * k + start, mask=mask, other=0.0)
-            acc_up = tl.dot(x, tl.trans(w), acc_up, input_precision="ieee")
+            if HAS_GROUPS:
+                scale = tl.load(scales + n + group * height, mask=outs < n, other=0)
+                acc_up += tl.dot(x, tl.trans(w)) * x_scale[:, None] * scale[None, :]
+            elif IN_FP8:
+                acc_up = tl.dot(x, tl.trans(w), acc_up, max_num_imprecise_acc=BLOCK_K)
+            else:
+                acc_up = tl.dot(x, tl.trans(w), acc_up, input_precision="ieee")
+    if IN_FP8 and not HAS_GROUPS:
+        x_scale = tl.load(x_scales, mask=is_own, other=0)[:, None]
+        acc *= x_scale * tl.load(scales, mask=outs < n, other=0)[None, :]
+        if GATED:
+            acc_up *= x_scale * tl.load(scales + n, mask=outs < n, other=0)[None, :]
     if GATED:
         acc = silu_times(acc, acc_up)
     cells = rows_out.to(tl.int64)[:, None] * n + outs[None, :]

@@ -6,8 +6,8 @@ from torch import nn
 
 from nanovllm.layers.activation import activate_and_mul
 from nanovllm.layers.deferred import Input, Normed, PendingSum, Product, values_of
-from nanovllm.layers.packed_weight import PackedWeight
-from nanovllm.quantization.fp8 import FP8, Fp8Weight, fp8_linear
+from nanovllm.layers.packed_weight import OneDnnWeight
+from nanovllm.quantization.fp8 import Fp8Weight, fp8_linear, stored_weight
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import View
 
@@ -29,7 +29,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.weight_scale: nn.Parameter | None = None
-        self._packed: PackedWeight | None = None
+        self._packed: OneDnnWeight | None = None
 
     def forward(self, x: Input, tokens: torch.Tensor | None = None) -> Product:
         """The product, still to be made. `tokens`: see `Product`."""
@@ -43,8 +43,11 @@ class Linear(nn.Module):
         return y if out is None else out.copy_(y)
 
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
-        """activation(gate) * up, [tokens, out_features / 2], gate and up being the halves of y. By
-        kernels in fp8 it may be what has such `values()`, for the projection that is added next."""
+        """activation(gate) * up, [tokens, out_features / 2], gate and up being the halves of y.
+
+        With a weight in fp8 a kernel may return a `kernels.fp8_linear.Gated` in place of a tensor:
+        the product that comes next computes it, in fp8.
+        """
         if has_kernels(self.weight) and activation == "silu":
             return kernels.gated_matmul(x, self.factor, self.bias)
         return activate_and_mul(self.multiply(x), activation)
@@ -64,29 +67,24 @@ class Linear(nn.Module):
     @property
     def factor(self) -> torch.Tensor | Fp8Weight:
         """W, as kernels take it."""
-        if self.weight_scale is None:
-            return self.weight
-        return Fp8Weight(self.weight, self.weight_scale)
+        return stored_weight(self.weight, self.weight_scale)
 
-    def whole_weight(self) -> torch.Tensor:
+    def dequantized_weight(self) -> torch.Tensor:
         """[out_features, in_features], not in fp8."""
         factor = self.factor
-        return factor.whole() if isinstance(factor, Fp8Weight) else factor
+        return factor.dequantized() if isinstance(factor, Fp8Weight) else factor
 
-    def store_in_fp8(self, num_groups: int) -> None:
-        """Hold the weight in fp8 from now on, with so many scales for each output. Call it before
-        there is memory."""
-        self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=FP8), requires_grad=False)
-        scale = torch.empty(
-            num_groups, self.out_features, dtype=torch.float32, device=self.weight.device
-        )
-        # A kernel takes those of many outputs at once: they are side by side.
-        self.weight_scale = nn.Parameter(scale.t(), requires_grad=False)
+    def store_in_fp8(self, group: int | None) -> None:
+        """Hold the weight in fp8 from now on, with a scale for each output, or with `group` for
+        each output and so many inputs. Call it before there is memory."""
+        self.weight, self.weight_scale = Fp8Weight.parameters_like(self.weight, group)
 
-    def pack(self, packed: PackedWeight) -> None:
-        """Let another form of the weight make products from now on, where it serves them better."""
-        self._packed = packed
-        if packed.replaces_weight:
+    def pack(self) -> None:
+        """On a CPU, let oneDNN have the weight in its own layout, if it can. Call after loading."""
+        if not OneDnnWeight.serves(self.weight):
+            return
+        self._packed = OneDnnWeight(self.weight)
+        if self._packed.replaces_weight:
             # The old one may be the embedding's, too: it is dropped here, not emptied.
             self.weight = nn.Parameter(self.weight[:0].clone(), requires_grad=False)
 

@@ -10,6 +10,7 @@ from nanovllm.layers.activation import activate_and_mul
 from nanovllm.layers.deferred import Input, PendingSum, Product, Stream, values_of
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.mlp import GatedMLP
+from nanovllm.quantization.fp8 import GROUP, Fp8Weight, fp8_linear, num_groups, stored_weight
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import Stack, View
 
@@ -60,6 +61,10 @@ class SparseMoE(nn.Module):
             self.shared_expert = GatedMLP(hidden_size, shared_size, activation=activation)
             self.shared_expert_gate = Linear(hidden_size, 1)
 
+    def gates(self) -> list[Linear]:
+        """What says which experts a token gets, and how much of them."""
+        return [self.gate] if self.shared_expert is None else [self.gate, self.shared_expert_gate]
+
     def forward(self, x: Input) -> Product:
         """What is to be added to the stream of `x`."""
         # Router and experts both need the values, before the stream is added to.
@@ -90,7 +95,7 @@ class SparseMoE(nn.Module):
         """The output of the shared expert."""
         if (mlp := self.shared_expert) is None:
             return None
-        inner = mlp.act_and_mul(mlp.gate_up_proj(x))
+        inner = values_of(mlp.act_and_mul(mlp.gate_up_proj(x)))
         # One number a token, which may as well be multiplied before the projection: so the product
         # is still to be made, and of several ranks each has a summand of it.
         return mlp.down_proj(inner.mul_(self.shared_expert_gate(x).values().sigmoid()))
@@ -104,6 +109,7 @@ class Experts(nn.Module):
     Attributes:
         can_run_ahead: whether its kernels may run on inputs that nobody has computed. These read
             weights at places that the router gives.
+        gate_up_scale, down_scale: of weights in fp8, see `quantization.fp8.Fp8Weight`; else None.
     """
 
     can_run_ahead = False
@@ -116,10 +122,29 @@ class Experts(nn.Module):
         # gate then up, as in the checkpoints of transformers 5
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, inner_size))
+        self.gate_up_scale: nn.Parameter | None = None
+        self.down_scale: nn.Parameter | None = None
 
     @property
     def inner_size(self) -> int:
         return self.down_proj.shape[2]
+
+    @property
+    def gate_up(self) -> torch.Tensor | Fp8Weight:
+        """[experts, 2 * inner, hidden], as kernels take it."""
+        return stored_weight(self.gate_up_proj, self.gate_up_scale)
+
+    @property
+    def down(self) -> torch.Tensor | Fp8Weight:
+        """[experts, hidden, inner], as kernels take it."""
+        return stored_weight(self.down_proj, self.down_scale)
+
+    def store_in_fp8(self, group: int | None) -> None:
+        """Hold the weights in fp8 from now on, with a scale for each output, or with `group` for
+        each output and so many inputs. Call it before there is memory."""
+        parameters_like = Fp8Weight.parameters_like
+        self.gate_up_proj, self.gate_up_scale = parameters_like(self.gate_up_proj, group)
+        self.down_proj, self.down_scale = parameters_like(self.down_proj, group)
 
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """[tokens, hidden] in the dtype of x.
@@ -128,7 +153,7 @@ class Experts(nn.Module):
         so that the sum depends on no other token.
         """
         if self._has_kernels(x):
-            return kernels.apply_experts(x, *routing, self.gate_up_proj, self.down_proj)
+            return kernels.apply_experts(x, *routing, self.gate_up, self.down)
         weights = routing.weights.flatten()
         pairs = routing.experts.flatten().argsort(stable=True)  # of token and expert, by expert
         counts = routing.experts.flatten().bincount(minlength=len(self.down_proj)).tolist()
@@ -136,9 +161,9 @@ class Experts(nn.Module):
         for expert, own in enumerate(pairs.split(counts)):
             if len(own):
                 tokens = own // routing.experts.shape[1]
-                gate_up = F.linear(x[tokens], self.gate_up_proj[expert])
+                gate_up = _multiply(x[tokens], self.gate_up, expert)
                 inner = activate_and_mul(gate_up, self.activation)
-                outputs = F.linear(inner, self.down_proj[expert])
+                outputs = _multiply(inner, self.down, expert)
                 y.index_add_(0, tokens, outputs * weights[own, None])
         return y.to(x.dtype)
 
@@ -153,7 +178,7 @@ class Experts(nn.Module):
         hidden], in place, or return what is still to be added."""
         partials = None if shared is None else (Stream(stream) + shared).partials
         if self._has_kernels(x):
-            kernels.apply_experts(x, *routing, self.gate_up_proj, self.down_proj, stream)
+            kernels.apply_experts(x, *routing, self.gate_up, self.down, stream)
         else:
             stream.add_(self(x, routing))
         return partials
@@ -176,24 +201,23 @@ class Experts(nn.Module):
         transformers 4 writes three matrices for each expert, and so does 5 unless told otherwise;
         else it writes two stacks, as they are here.
         """
-        views = {}
-        num_experts, hidden_size, own_size = self.down_proj.shape
-        gate_ups = self.gate_up_proj.data.split(own_size, dim=1)
-        for name, memory, first in zip(("gate", "up"), gate_ups, (0, inner_size), strict=True):
-            for expert in range(num_experts):
-                index = (expert, slice(first, first + inner_size))
-                shape = (num_experts, 2 * inner_size, hidden_size)
-                views[f"{path}.{expert}.{name}_proj.weight"] = View(
-                    memory[expert], (inner_size, hidden_size), (part, _ALL),
-                    Stack(f"{path}.gate_up_proj", shape, index),
-                )  # fmt: skip
-        for expert in range(num_experts):
-            shape = (num_experts, hidden_size, inner_size)
-            views[f"{path}.{expert}.down_proj.weight"] = View(
-                self.down_proj.data[expert], shape[1:], (_ALL, part),
-                Stack(f"{path}.down_proj", shape, (expert,)),
+        views = _views_of_stacks(
+            path, "", (self.gate_up_proj.data, inner_size, part),
+            (self.down_proj.data, inner_size, part),
+        )  # fmt: skip
+        if self.gate_up_scale is not None and self.down_scale is not None:
+            down, first = self.down_scale.data, part.start // GROUP
+            groups = slice(first, first + down.shape[2])
+            views |= _views_of_stacks(
+                path, "_scale", (self.gate_up_scale.data, inner_size, part),
+                (down, num_groups(inner_size, GROUP), groups),
             )  # fmt: skip
         return views
+
+    def projections(self) -> list[str]:
+        """The paths of all matrices, from here, in a checkpoint that has them apart."""
+        names = ("gate_proj", "up_proj", "down_proj")
+        return [f"{expert}.{name}" for expert in range(len(self.down_proj)) for name in names]
 
 
 def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> Routing:
@@ -209,3 +233,39 @@ def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> Routing:
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return Routing(experts, weights)
+
+
+def _multiply(x: torch.Tensor, weights: torch.Tensor | Fp8Weight, expert: int) -> torch.Tensor:
+    if isinstance(weights, Fp8Weight):
+        return fp8_linear(x, weights.at(expert))
+    return F.linear(x, weights[expert])
+
+
+# A stack's memory; how many features, or groups of them, are inside of an expert, and which of
+# them it has: rows of gate and of up, and columns of down.
+_Stacked = tuple[torch.Tensor, int, slice]
+
+
+def _views_of_stacks(path: str, kind: str, gate_up: _Stacked, down: _Stacked) -> dict[str, View]:
+    """Of the weights of all experts; with the `kind` "_scale" of their scales."""
+    views: dict[str, View] = {}
+    memory, size, part = gate_up
+    num_experts, own_size, columns = len(memory), memory.shape[1] // 2, memory.shape[2]
+    shape: tuple[int, ...] = (num_experts, 2 * size, columns)
+    for name, half, first in zip(
+        ("gate", "up"), memory.split(own_size, dim=1), (0, size), strict=True
+    ):
+        for expert in range(num_experts):
+            index = (expert, slice(first, first + size))
+            views[f"{path}.{expert}.{name}_proj.weight{kind}"] = View(
+                half[expert], (size, columns), (part, _ALL),
+                Stack(f"{path}.gate_up_proj{kind}", shape, index),
+            )  # fmt: skip
+    memory, size, part = down
+    shape = (num_experts, memory.shape[1], size)
+    for expert in range(num_experts):
+        views[f"{path}.{expert}.down_proj.weight{kind}"] = View(
+            memory[expert], shape[1:], (_ALL, part),
+            Stack(f"{path}.down_proj{kind}", shape, (expert,)),
+        )  # fmt: skip
+    return views

@@ -33,7 +33,9 @@ class Qwen2MoeConfig(Qwen2Config, SparseConfig):
 
     @property
     def inner_sizes(self) -> tuple[str, ...]:
-        return (*super().inner_sizes, "shared_expert_intermediate_size")
+        sizes = super().inner_sizes
+        has_experts = "moe_intermediate_size" in sizes
+        return (*sizes, "shared_expert_intermediate_size") if has_experts else sizes
 
 
 class Qwen2MoeDecoderLayer(DecoderLayer):

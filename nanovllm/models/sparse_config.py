@@ -46,7 +46,8 @@ class SparseConfig(ModelConfig):
 
     @property
     def inner_sizes(self) -> tuple[str, ...]:
-        return ("intermediate_size", "moe_intermediate_size")
+        sizes = {False: "intermediate_size", True: "moe_intermediate_size"}
+        return tuple(sizes[self.is_sparse(index)] for index in self.layer_kinds())
 
     def layer_kinds(self) -> dict[int, int]:
         num_layers, step = self.num_hidden_layers, self.decoder_sparse_step

@@ -24,7 +24,7 @@ from nanovllm.utils.kernels import kernels
 HOST = "127.0.0.1"
 TIMEOUT = 300  # seconds that a rank waits for another
 _PATIENCE = 10  # seconds for what should take none
-_LOOK = timedelta(seconds=0.5)  # how long to wait for another rank before looking for an abort
+_POLL_INTERVAL = timedelta(seconds=0.5)  # of looks whether a wait was aborted
 # NCCL's and torch's settings, for this project's groups only: no NVLink multicast, and no watchdog
 # that ends the process, which is the caller's.
 _SETTINGS = {
@@ -73,7 +73,7 @@ class Group:
         self._aborting: threading.Thread | None = None
         timeout = timedelta(seconds=TIMEOUT)
         if device.type == "cpu":
-            # gloo's constructor waits for the others too, and no thread of Python runs meanwhile.
+            # All must be here before gloo's constructor, which waits for them with the GIL held.
             store.set(f"here/{rank}", "")
             store.wait([f"here/{other}" for other in range(size)], timeout)
             gloo: Any = dist.ProcessGroupGloo
@@ -188,21 +188,22 @@ class Group:
         self._wait(self._backend.allreduce([x], options))
 
     def _wait(self, work: Any) -> None:
-        """On a GPU, let the stream wait. On a CPU, wait, but not after `abort`: gloo may miss that
-        the other rank is gone, and then waits as long as its timeout says."""
+        """On a GPU, let the stream wait. On a CPU, wait here, at most until `abort`: gloo may not
+        notice that the other rank is gone, and would then wait for its whole timeout."""
         if self.device.type == "cuda":
             if work is not None:
                 work.wait()
             return
         while True:
             try:
-                work.wait(_LOOK)
+                work.wait(_POLL_INTERVAL)
                 return
             except RuntimeError:
-                if work.is_completed():  # the error is its own
-                    raise
+                if work.is_completed():
+                    work.wait()  # raises its own error, if it has one: it may just have ended
+                    return
                 if self._aborting is not None:
-                    # When it is dropped, gloo waits for what it has begun: it never is.
+                    # Its destructor would wait for the calls that have begun: it is never dropped.
                     ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._backend))
                     raise RuntimeError("another rank is gone") from None
 

@@ -20,9 +20,15 @@ from nanovllm.parallel.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
+from nanovllm.quantization.fp8 import GROUP
 
 _TOKENS = 16  # the vocabulary is cut at multiples: rows of logits begin at multiples of 16 bytes
 _MOST_RANKS = 1024  # that are suggested
+# The projection that has so many inputs, by the name of that size in config.json.
+_DOWN_PROJECTIONS = {
+    "intermediate_size": "mlp.down_proj", "moe_intermediate_size": "mlp.experts.0.down_proj",
+    "shared_expert_intermediate_size": "mlp.shared_expert.down_proj",
+}  # fmt: skip
 
 
 def check_shardable(config: ModelConfig, size: int) -> None:
@@ -48,6 +54,19 @@ def _obstacle(config: ModelConfig, size: int) -> str | None:
             return f"its {name}, {getattr(config, name)}, is not a multiple of it"
     if config.vocab_size < _TOKENS * size:
         return f"each rank needs {_TOKENS} tokens of the vocabulary, which has {config.vocab_size}"
+    return None if size == 1 else _cut_blocks(config, size)
+
+
+def _cut_blocks(config: ModelConfig, size: int) -> str | None:
+    """Whether ranks would cut the blocks of a checkpoint in fp8, whose inputs have one scale."""
+    if (blocks := config.fp8_blocks) is None:
+        return None
+    inputs = {"self_attn.o_proj": config.num_attention_heads * config.head_dim}
+    inputs |= {_DOWN_PROJECTIONS[name]: getattr(config, name) for name in config.inner_sizes}
+    for name, number in inputs.items():
+        paths = (f"model.layers.{index}.{name}" for index in range(config.num_hidden_layers))
+        if number // size % GROUP and any(map(blocks.converts, paths)):
+            return f"its {name} has blocks of {GROUP} inputs, and each rank {number // size} inputs"
     return None
 
 

@@ -3,6 +3,5 @@
 kv_cache.py         scales of keys and values in fp8
 fp8.py              weights and activations in fp8: the numbers, and a product of them in torch
 fp8_weights.py      a model that holds its weights so, and how they get there
-int8.py             weights and activations in int8, on a CPU
 fp8_checkpoints.py  what config.json says of a checkpoint that is in fp8 already
 """

@@ -8,13 +8,16 @@ on several GPUs are those of the whole row. (Below 2^-14 of the largest number e
 digits, and there they may differ.)
 
 Activations are quantised in every product, whatever kernel makes it and however many rows there
-are: the result of a row does not depend on its batch. Products are accumulated in float32.
+are: what a row is rounded to does not depend on its batch. Products are added up in float32. (The
+tensor cores' own sums on Hopper have fewer digits: of 128 products in the kernels here, of all of
+them in the library's.)
 """
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 FP8 = torch.float8_e4m3fn
 GROUP = 128  # numbers with a scale of their own, in checkpoints that have scales of blocks
@@ -28,7 +31,10 @@ class Fp8Weight(NamedTuple):
     Attributes:
         values: [out, in] e4m3.
         scale: float32, one for each output, [out, 1]; or one for each output and `GROUP` inputs,
-            [out, in / GROUP], where the inputs are grouped likewise.
+            [out, in / GROUP], where the inputs are grouped likewise. A kernel takes those of many
+            outputs at once: they are side by side.
+
+    It may be a stack of such weights: then both have a dimension in front.
     """
 
     values: torch.Tensor
@@ -36,16 +42,37 @@ class Fp8Weight(NamedTuple):
 
     @property
     def has_groups(self) -> bool:
-        return self.scale.shape[1] > 1
+        return self.scale.shape[-1] > 1
 
     @property
     def group(self) -> int | None:
         """How many inputs have a scale in common; None: all."""
         return GROUP if self.has_groups else None
 
-    def whole(self) -> torch.Tensor:
+    @classmethod
+    def parameters_like(
+        cls, weight: torch.Tensor, group: int | None
+    ) -> tuple[nn.Parameter, nn.Parameter]:
+        """Memory for the two of a weight, or a stack, with a scale for each output, or with `group`
+        for each output and so many inputs."""
+        *stack, outputs, inputs = weight.shape
+        shape = (*stack, num_groups(inputs, group), outputs)
+        scale = torch.empty(shape, dtype=torch.float32, device=weight.device).mT
+        values = torch.empty_like(weight, dtype=FP8)
+        return nn.Parameter(values, requires_grad=False), nn.Parameter(scale, requires_grad=False)
+
+    def at(self, index: int) -> "Fp8Weight":
+        """One of a stack."""
+        return Fp8Weight(self.values[index], self.scale[index])
+
+    def dequantized(self) -> torch.Tensor:
         """[out, in] float32."""
         return dequantize(self.values, self.scale)
+
+
+def stored_weight(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor | Fp8Weight:
+    """A weight as kernels take it: with its scales, if it is in fp8."""
+    return weight if scale is None else Fp8Weight(weight, scale)
 
 
 def num_groups(in_features: int, group: int | None) -> int:
@@ -78,7 +105,7 @@ def fp8_linear(
     """The formula in torch: x [rows, in] -> [rows, out], in the dtype of x."""
     rounded = dequantize(*quantize(x, weight.group))
     bias = None if bias is None else bias.float()
-    return F.linear(rounded, weight.whole(), bias).to(x.dtype)
+    return F.linear(rounded, weight.dequantized(), bias).to(x.dtype)
 
 
 def _in_groups(x: torch.Tensor, groups: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ class Fp8Blocks(NamedTuple):
 
     def converts(self, path: str) -> bool:
         """Whether the weight of a module is in fp8."""
-        return not any(_is_part(name, path) for name in self.unconverted)
+        return not any(f".{name}." in f".{path}." for name in self.unconverted)
 
 
 def checkpoint_format(content: dict[str, Any]) -> Fp8Blocks | None:
@@ -38,6 +38,8 @@ def checkpoint_format(content: dict[str, Any]) -> Fp8Blocks | None:
     if not isinstance(given, dict):
         raise ValueError(f"config.json has quantization_config={given!r}: {_WAY_OUT}")
     method = given.get("quant_method")
+    if given.get("kv_cache_scheme") and given.get("config_groups") in ({}, []):
+        return None  # of the cache alone: see `quantization.kv_cache`
     if method != "fp8":
         name = method or next((key for key in given if key.startswith("load_in")), None) or given
         raise ValueError(
@@ -59,7 +61,3 @@ def checkpoint_format(content: dict[str, Any]) -> Fp8Blocks | None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"config.json has modules_to_not_convert={names!r}: it must list names")
     return Fp8Blocks(tuple(names))
-
-
-def _is_part(name: str, path: str) -> bool:
-    return f".{name}." in f".{path}."

@@ -38,7 +38,9 @@ def allocate_kv_scales(model: CausalLM, device: torch.device) -> None:
     """Give each layer's attention its `kv_scales`, for `set_kv_scales`."""
     for attention in model.modules():
         if isinstance(attention, Attention):
-            attention.kv_scales = torch.ones(2, attention.num_kv_heads, device=device)
+            attention.kv_scales = torch.ones(
+                2, attention.num_kv_heads, dtype=torch.float32, device=device
+            )
 
 
 @torch.inference_mode()
@@ -166,7 +168,9 @@ def _no_scales(model: CausalLM) -> GivenScales:
     """Of each layer whose cache is in fp8."""
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     return {
-        attention: torch.full((2, attention.num_kv_heads), float("nan"))
+        attention: torch.full(
+            (2, attention.num_kv_heads), float("nan"), dtype=torch.float32, device="cpu"
+        )
         for attention in attentions
         if attention.kv_scales is not None
     }
@@ -175,7 +179,7 @@ def _no_scales(model: CausalLM) -> GivenScales:
 def _scales(attention: Attention, norm_weight: torch.Tensor) -> torch.Tensor:
     projection, head_dim = attention.qkv_proj, attention.head_dim
     parts = projection.parts.values()
-    _, *weights = projection.whole_weight().split([*parts])
+    _, *weights = projection.dequantized_weight().split([*parts])
     biases = [None, None]
     if projection.bias is not None:
         _, *biases = projection.bias.split([*parts])

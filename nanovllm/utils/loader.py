@@ -196,10 +196,15 @@ def _plan(
                     f"tensor {name!r} in {path} has shape {list(header.shape)}, config.json asks "
                     f"for {list(shape)}"
                 )
-            dtypes = _FP8 if views[pieces[0][0]].in_fp8 else _FLOATS
+            in_fp8 = views[pieces[0][0]].in_fp8
+            dtypes = _FP8 if in_fp8 else _FLOATS
             if header.dtype not in dtypes:
+                why = ", as config.json's quantization_config says of it" if in_fp8 else ""
+                if header.dtype in _FP8:
+                    why = ", as config.json has no quantization_config that says fp8 of it"
                 raise ValueError(
-                    f"tensor {name!r} in {path} has dtype {header.dtype}; supported are {[*dtypes]}"
+                    f"tensor {name!r} in {path} has dtype {header.dtype}; supported are "
+                    f"{[*dtypes]}{why}"
                 )
             source |= {key: path for key, _ in pieces}
             plan[path][name] = pieces

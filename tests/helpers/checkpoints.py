@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -18,6 +20,7 @@ INITIALIZER_RANGE = 0.15  # wide enough to keep logits apart
 # Two tokens of a vocabulary whose logits are closer than this may swap places between two correct
 # float32 implementations: seeds are chosen so that no reference comes near it.
 SMALLEST_GAP = 1e-4
+_OF_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight(|_scale_inv)")
 
 SETTINGS: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -124,6 +127,35 @@ def link_checkpoint(source: Path, target: Path) -> Path:
         else:
             os.symlink(path.resolve(), target / path.name)
     return target
+
+
+def rewritten(path: Path, target: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A checkpoint with other tensors."""
+    copy = link_checkpoint(path, target)
+    (copy / "model.safetensors").unlink()
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts as transformers 5 holds them, all in two tensors; their scales of blocks in two."""
+    stacks: dict[str, torch.Tensor] = {}
+    parts: dict[tuple[str, str, str], dict[int, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if (match := _OF_EXPERT.fullmatch(name)) is None:
+            stacks[name] = tensor
+        else:
+            parts.setdefault((match[1], match[3], match[4]), {})[int(match[2])] = tensor
+    for (path, projection, kind), of_expert in parts.items():
+        if projection == "up":
+            continue
+        rows = [of_expert[expert] for expert in range(len(of_expert))]
+        if projection == "gate":
+            ups = parts[path, "up", kind]
+            rows = [torch.cat((gate, ups[expert])) for expert, gate in enumerate(rows)]
+        name = "down_proj" if projection == "down" else "gate_up_proj"
+        stacks[f"{path}.{name}{kind}"] = torch.stack(rows)
+    return stacks
 
 
 def add_tokenizer(path: Path, eos_token: str | None = None) -> Path:

@@ -89,20 +89,22 @@ class Step(NamedTuple):
 
 SAMPLE = [
     Step(H100, "Qwen3-0.6B", 8),
-    Step(A100, "Qwen2.5-0.5B", 0),
     Step(RTX_3090, "head_dim 256", 8),
-    Step(RTX_4090, "Llama-3.2-1B", 1),
+    Step(RTX_4090, "Llama-3.2-1B", 0),
     Step(H100, "Qwen3-30B-A3B", 1),
     Step(H100, "Qwen3-0.6B", 1, weights="fp8"),
 ]
 SECOND_SAMPLE = [
     Step(H100, "Qwen3-0.6B", 1),
+    Step(A100, "Qwen2.5-0.5B", 0),
+    Step(RTX_4090, "Llama-3.2-1B", 1),
     Step(RTX_5090, "Llama-3.2-1B", 0, torch.float32),
     *(Step(H100, "Qwen3-30B-A3B", rows) for rows in (0, 32)),
     Step(RTX_3090, "Qwen3-30B-A3B", 0),
     Step(H100, "Qwen3-0.6B", 8, weights="fp8"),
     Step(H100, "Qwen3-0.6B", 128, weights="blocks"),
     Step(RTX_4090, "Qwen3-0.6B", 0, weights="blocks"),
+    *(Step(H100, "Qwen3-30B-A3B", rows, weights="blocks") for rows in (0, 1)),
 ]
 
 
@@ -172,7 +174,7 @@ def all_steps() -> Iterator[Step]:
             for rows in (0, 1, 2, 4, 8, 32, 64, 128):
                 for dtype in (torch.bfloat16, torch.float32):
                     yield Step(card, model, rows, dtype)
-                if card.capability >= (8, 9) and "A3B" not in model:
+                if card.capability >= (8, 9):
                     for weights in ("fp8", "blocks"):
                         yield Step(card, model, rows, weights=weights)
 

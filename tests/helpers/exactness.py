@@ -111,7 +111,7 @@ def check_all_lengths(model: Model, **options) -> None:
 
 
 # Each of block size, room, chunking, batch width and scheduling order meets each other at least
-# once, and all of them meet each model.
+# once, and by `-m slow` all of them meet each model.
 WAYS = {
     "plain": {"num_kvcache_blocks": 40},
     "async": {"num_kvcache_blocks": 40, "async_scheduling": True},

@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 import torch
 
+from helpers.fp8 import fp8_weight, rounded
 from helpers.kernel_inputs import FP32, normal
+from nanovllm.quantization.fp8 import Fp8Weight
 
 
 class Case(NamedTuple):
@@ -49,6 +51,60 @@ def make_case(
     x = normal(len(experts), hidden, dtype=dtype)
     weights = normal(*experts.shape, dtype=FP32, seed=3).softmax(dim=1)
     return Case(*(each.to(device) for each in (x, experts.int(), weights, gate_up, down)))
+
+
+class Fp8Case(NamedTuple):
+    """The same with weights in fp8. `exact` has what they stand for, and x rounded to fp8."""
+
+    x: torch.Tensor
+    experts: torch.Tensor
+    weights: torch.Tensor
+    gate_up: Fp8Weight
+    down: Fp8Weight
+    exact: Case
+
+    def sums(self, inner: torch.Tensor) -> torch.Tensor:
+        """The weighted sums if this is `inner`, before it is rounded: [tokens, hidden] float64."""
+        outputs = self.exact.outputs(rounded(inner, self.down.group))
+        return (self.weights.double()[:, :, None] * outputs.view(*self.experts.shape, -1)).sum(1)
+
+
+def make_fp8_case(
+    experts: torch.Tensor,
+    num_experts: int,
+    hidden: int,
+    inner: int,
+    dtype: torch.dtype,
+    group: int | None,
+    device: str = "cpu",
+) -> Fp8Case:
+    """Random tokens, one of them zero, and weights; those of experts that are not hit are NaN."""
+    gate_up, exact_gate_up = _fp8_stack(num_experts, 2 * inner, hidden, group, seed=1)
+    down, exact_down = _fp8_stack(num_experts, hidden, inner, group, seed=2)
+    not_hit = [expert for expert in range(num_experts) if not (experts == expert).any()]
+    for weight in (gate_up, down):
+        weight.values.view(torch.uint8)[not_hit] = 0x7F
+        weight.scale[not_hit] = float("nan")
+    x = normal(len(experts), hidden, dtype=dtype)
+    x[0], x[-1, hidden // 2] = 0, 100
+    weights = normal(*experts.shape, dtype=FP32, seed=3).softmax(dim=1)
+    given = x, experts.int(), weights
+    exact = Case(rounded(x, gate_up.group), *given[1:], exact_gate_up, exact_down)
+    factors = [Fp8Weight(*(each.to(device) for each in weight)) for weight in (gate_up, down)]
+    exact = Case(*(each.to(device) for each in exact))
+    return Fp8Case(*(each.to(device) for each in given), *factors, exact)
+
+
+def _fp8_stack(
+    num_experts: int, out: int, k: int, group: int | None, seed: int
+) -> tuple[Fp8Weight, torch.Tensor]:
+    weights, exact = zip(
+        *(fp8_weight(out, k, group, seed=10 * seed + each) for each in range(num_experts)),
+        strict=True,
+    )
+    values = torch.stack([weight.values for weight in weights])
+    scale = torch.stack([weight.scale.t() for weight in weights]).mT
+    return Fp8Weight(values, scale), torch.stack(exact)
 
 
 def random_experts(tokens: int, top_k: int, num_experts: int, seed: int = 0) -> torch.Tensor:

@@ -1,7 +1,9 @@
 """fp8 as it is defined, one row at a time, and transformers' models with it."""
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,19 +29,47 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantized_reference(path: Path, group: int | None = None) -> Reference:
-    """transformers' model of a checkpoint, whose layers' projections round what comes to fp8.
+    """transformers' model of a checkpoint, whose layers' projections round what comes to fp8. What
+    chooses among experts does not.
 
     Args:
         group: numbers that share a scale. Then the weights are in fp8 already; else they are
             rounded here.
     """
     reference = Reference(path)
-    for module in reference.model.model.layers.modules():
-        if isinstance(module, torch.nn.Linear):
+    for name, module in reference.model.model.layers.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.endswith("gate"):
             if group is None:
                 module.weight.data = rounded(module.weight.data)
             module.register_forward_pre_hook(lambda _, args: (rounded(args[0], group),))
+        elif name.endswith("experts") and hasattr(module, "gate_up_proj"):  # transformers 5
+            if group is None:
+                for weight in module.parameters():
+                    weight.data = rounded(weight.data)
+            module.forward = partial(_rounded_experts, module, group)
+        elif hasattr(module, "shared_expert_gate"):
+            _move_gate(module.shared_expert, module.shared_expert_gate)
     return reference
+
+
+def _rounded_experts(
+    experts: Any, group: int | None, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    x = rounded(x, group)[:, None, :, None]
+    gate, up = (experts.gate_up_proj[chosen] @ x).chunk(2, dim=2)
+    inner = rounded((experts.act_fn(gate) * up).squeeze(3), group)
+    return (weights[:, :, None] * (experts.down_proj[chosen] @ inner[..., None]).squeeze(3)).sum(1)
+
+
+def _move_gate(mlp: Any, gate: torch.nn.Linear) -> None:
+    """Multiply by the gate before the last projection, which is where numbers are rounded."""
+    weight = gate.weight
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        inner = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        return mlp.down_proj(inner * (x @ weight.T).sigmoid())
+
+    mlp.forward, gate.forward = forward, lambda x: torch.full_like(x[..., :1], 1e3)
 
 
 def save_in_blocks(source: Path, target: Path, unconverted: tuple[str, ...] = ()) -> None:
@@ -60,7 +90,7 @@ def save_in_blocks(source: Path, target: Path, unconverted: tuple[str, ...] = ()
         "quantization_config": {
             "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
             "weight_block_size": [GROUP, GROUP],
-            "modules_to_not_convert": ["lm_head", *unconverted],
+            "modules_to_not_convert": ["lm_head", "mlp.gate", *unconverted],
         }
     }  # fmt: skip
     for directory, tensors, changes in (

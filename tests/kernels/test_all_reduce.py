@@ -173,6 +173,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_they_compile_without_spills_and_read_16_bytes_at_a_time(tmp_path: Path) -> None:
     found = json.loads(run_compiler(FACTS, tmp_path))
     assert len(found) == 16

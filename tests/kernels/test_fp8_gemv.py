@@ -131,6 +131,9 @@ def check_not_finite(value: float, dtype: torch.dtype, device: str = "cpu") -> N
             y = fp8_gemv(x, weight, **norm)
             assert y[0].isfinite().all()
             assert not y[1].isfinite().any() or (not norm and not y[1].isfinite().all())
+        norm = ones.clone()
+        norm[7] = value
+        assert not fp8_gemv(x[:1], weight, norm_weight=norm, eps=EPS).isfinite().any()
 
 
 @interpreted

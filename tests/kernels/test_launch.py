@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import nanovllm
+from helpers.cases import slow
 from helpers.checkpoints import Reference
 from nanovllm.kernels.launch import Gpu, gpu_with, pdl
 
@@ -68,7 +69,7 @@ with LLM(sys.argv[1], device="cpu", num_kvcache_blocks=4) as llm:
 
 
 @pytest.mark.parametrize(
-    "blocked", [("triton", "flash_attn"), ("flash_attn",), ("nanovllm.kernels",)], ids=str
+    "blocked", [("triton", "flash_attn"), slow(("flash_attn",)), ("nanovllm.kernels",)], ids=str
 )
 def test_generates_on_a_cpu_without_the_packages_of_a_gpu(
     tiny: Path, tiny_reference: Reference, blocked: tuple[str, ...]

@@ -28,7 +28,7 @@ def test_packed_weights_give_the_plain_product(rows: int, bias: bool):
     expected = F.linear(norm(Stream(x)).values().double(), linear.weight.double())
     if bias:
         expected += linear.bias.double()
-    linear.pack(OneDnnWeight(linear.weight))
+    linear.pack()
     out = linear(norm(Stream(x))).values()
     assert out.dtype == torch.bfloat16
     assert ((out.double() - expected).norm() / expected.norm()).item() < 1e-2
@@ -39,7 +39,7 @@ def test_packed_weights_give_the_plain_product(rows: int, bias: bool):
 def test_a_weight_is_the_same_after_unpacking():
     linear = filled(Linear(96, 40).to(torch.bfloat16))
     before = linear.weight.clone()
-    linear.pack(OneDnnWeight(linear.weight))
+    linear.pack()
     linear.unpack()
     assert torch.equal(linear.weight, before)
     assert linear._packed is None
@@ -49,7 +49,7 @@ def test_packing_a_head_leaves_the_embedding_that_it_shares_as_it_is():
     weight = torch.nn.Parameter(torch.randn(40, 96).bfloat16(), requires_grad=False)
     linear, before = Linear(96, 40), weight.clone()
     linear.weight = weight
-    linear.pack(OneDnnWeight(linear.weight))
+    linear.pack()
     assert torch.equal(weight, before)
 
 

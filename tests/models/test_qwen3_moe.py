@@ -1,19 +1,19 @@
 """Mixtures of experts: transformers' tokens, from each form of a checkpoint."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from helpers.checkpoints import (
     TRANSFORMERS_5,
     Reference,
-    link_checkpoint,
     make_checkpoint,
     random_tokens,
+    rewritten,
+    stacked,
 )
 from helpers.engines import build, greedy
 from helpers.kernel_inputs import interpreted
@@ -24,7 +24,6 @@ from nanovllm.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 PROMPTS = [random_tokens(length, seed=length) for length in (1, 17, 40)]
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
-OF_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def expected(path: Path) -> list[list[int]]:
@@ -49,34 +48,6 @@ def moe_tokens(moe: Path) -> list[list[int]]:
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")
-
-
-def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Experts as transformers 5 holds them, all in two tensors."""
-    stacks: dict[str, torch.Tensor] = {}
-    parts: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        if (match := OF_EXPERT.fullmatch(name)) is None:
-            stacks[name] = tensor
-        else:
-            parts.setdefault((match[1], match[3]), {})[int(match[2])] = tensor
-    for (path, kind), of_expert in parts.items():
-        if kind == "up":
-            continue
-        rows = [of_expert[expert] for expert in range(len(of_expert))]
-        if kind == "gate":
-            ups = parts[path, "up"]
-            rows = [torch.cat((gate, ups[expert])) for expert, gate in enumerate(rows)]
-        stacks[f"{path}.{'down' if kind == 'down' else 'gate_up'}_proj"] = torch.stack(rows)
-    return stacks
-
-
-def rewritten(path: Path, target: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    """A checkpoint with other tensors."""
-    copy = link_checkpoint(path, target)
-    (copy / "model.safetensors").unlink()
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    return copy
 
 
 @pytest.mark.parametrize(

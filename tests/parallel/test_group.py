@@ -52,6 +52,28 @@ def test_abort_ends_a_wait_for_a_rank_whose_end_gloo_has_missed(store: dist.TCPS
             other.kill()
 
 
+class Work:
+    """What ends just after a wait for it was given up, well or with an error of its own."""
+
+    def __init__(self, error: RuntimeError | None) -> None:
+        self.errors = [RuntimeError("Operation timed out!"), error]
+
+    def wait(self, *_: object) -> None:
+        if (error := self.errors.pop(0)) is not None:
+            raise error
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def test_a_sum_that_ends_as_its_wait_is_given_up_counts():
+    ours = Group.__new__(Group)
+    ours.device, ours._aborting = torch.device("cpu"), None
+    ours._wait(Work(None))
+    with pytest.raises(RuntimeError, match="connection closed"):
+        ours._wait(Work(RuntimeError("connection closed")))
+
+
 def test_other_threads_run_while_a_rank_waits_for_the_others_to_start(store: dist.TCPStore):
     group.TIMEOUT = 2
     errors: list[Exception] = []

@@ -100,7 +100,7 @@ def test_an_error_of_rank_0_in_a_step_ends_the_others(ranks: LLM):
 
 
 def test_a_rank_that_hangs_is_waited_for_only_so_long(tiny: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(group, "TIMEOUT", 5)
+    monkeypatch.setattr(group, "TIMEOUT", 8)  # of the start, too
     with build(tiny, tensor_parallel_size=2) as llm:
         processes = pids(llm)
         os.kill(processes[0], signal.SIGSTOP)

@@ -116,3 +116,17 @@ def test_what_does_not_fit_is_refused_with_what_does(size: int, changes: dict, r
     assert f"could be: {fitting}" in str(caught.value)
     for possible in fitting:
         check_shardable(config, possible)
+
+
+def test_blocks_of_a_checkpoint_in_fp8_are_not_cut():
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    content = SHAPE | {"head_dim": 48, "intermediate_size": 768, "quantization_config": blocks}
+    config = network(content).config
+    check_shardable(config, 1)
+    with pytest.raises(ValueError, match=r"o_proj has blocks of 128 .* 192 inputs; could be: .1."):
+        check_shardable(config, 2)
+    blocks["modules_to_not_convert"] = ["o_proj"]
+    config = network(content).config
+    check_shardable(config, 2)
+    with pytest.raises(ValueError, match=r"down_proj has blocks of 128 inputs, .* be: .1, 2."):
+        check_shardable(config, 4)

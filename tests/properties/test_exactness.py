@@ -33,7 +33,7 @@ model = model_fixture("cpu")
 gpu_model = model_fixture("cuda")
 
 
-@in_turns("model, options", MODELS, WAYS, share=3, indirect=["model"])
+@in_turns("model, options", MODELS, WAYS, share=4, indirect=["model"])
 def test_prompts_of_all_lengths_give_transformers_tokens(model: Model, options: dict):
     check_all_lengths(model, **options)
 

@@ -1,7 +1,6 @@
 """Weights in fp8: quantised as they are loaded, or in fp8 already."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +13,8 @@ from helpers.fp8 import GROUP, quantized_reference, rounded, save_in_blocks
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.layers.linear import Linear
-from nanovllm.parallel.layers import RowParallelLinear
 from nanovllm.quantization import fp8_weights
 from nanovllm.quantization.fp8 import FP8, dequantize, quantize
-from nanovllm.quantization.fp8_checkpoints import Fp8Blocks
-from nanovllm.quantization.fp8_weights import use_fp8
 
 PROMPTS = [random_tokens(length, seed=length) for length in (12, 13, 14, 15, 40)]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -163,7 +159,7 @@ def test_layers_are_in_fp8_and_the_ends_are_not(tiny: Path) -> None:
                 in_fp8 = module.weight.dtype == FP8
                 assert in_fp8 == name.startswith("model.layers")
                 if in_fp8:
-                    sizes = module.whole_weight().std().item()
+                    sizes = module.dequantized_weight().std().item()
                     assert sizes == pytest.approx(0.15, rel=0.1)  # the checkpoint's
         assert model.model.embed_tokens.weight.dtype == torch.bfloat16
         greedy(llm, PROMPTS)
@@ -191,21 +187,10 @@ def test_random_weights_in_the_shape_of_a_checkpoint_in_blocks(
     with build(blocks[0], load_format="dummy") as llm:
         linear = llm.model_runner.model.model.layers[0].self_attn.qkv_proj
         assert linear.weight.dtype == FP8 and linear.weight_scale.shape == (8 * 32 + 128, 2)
-        assert linear.whole_weight().std().item() == pytest.approx(0.15, rel=0.1)
+        assert linear.dequantized_weight().std().item() == pytest.approx(0.15, rel=0.1)
         greedy(llm, PROMPTS)
-
-
-def test_blocks_are_not_cut() -> None:
-    with torch.device("meta"):
-        whole = Linear(384, 8)
-        parts = [slice(0, 192), slice(192, 384)]
-        layers = [torch.nn.Module(), torch.nn.Module()]
-        for layer, part in zip(layers, parts):
-            layer.o_proj = RowParallelLinear(whole, part, SimpleNamespace(rank=0))
-    use_fp8(layers[0], Fp8Blocks(), "model.layers.0")
-    assert layers[0].o_proj.weight_scale.shape == (8, 2)
-    with pytest.raises(ValueError, match=r"layers.0.o_proj has blocks of 128 inputs, which .* 192"):
-        use_fp8(layers[1], Fp8Blocks(), "model.layers.0")
+        llm.load_weights(blocks[0])
+        assert greedy(llm, PROMPTS) == blocks[1]
 
 
 def config_with(source: Path, target: Path, quantization_config: Any) -> Path:
@@ -251,14 +236,15 @@ def test_part_of_a_merged_projection_is_refused(tiny: Path, tmp_path: Path) -> N
 
 def test_weights_in_another_dtype_than_config_json_says(tiny: Path, tmp_path: Path) -> None:
     directory = config_with(tiny, tmp_path / "model", FP8_CONFIG)
-    with pytest.raises(ValueError, match=r"has dtype F32; supported are .'F8_E4M3'."):
+    with pytest.raises(ValueError, match=r"has dtype F32; supported are .'F8_E4M3'., as config"):
         build(directory)
 
 
-def test_experts_are_refused(tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path, family="qwen3_moe")
-    with pytest.raises(ValueError, match="does not serve mixtures of experts"):
-        build(path, quantization="fp8")
+def test_weights_in_fp8_of_which_config_json_says_nothing(
+    blocks: tuple[Path, list[list[int]]],
+) -> None:
+    with pytest.raises(ValueError, match=r"dtype F8_E4M3; .* has no quantization_config that"):
+        build(blocks[0], hf_overrides={"quantization_config": None})
 
 
 def test_other_quantizations_are_refused(tiny: Path) -> None:

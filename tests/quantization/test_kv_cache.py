@@ -207,6 +207,15 @@ def test_every_name_and_shape_of_a_scale_is_read(tmp_path: Path, form: str, dtyp
         assert torch.equal(found[1], values[1].expand(2, 4)), "without model., and of both"
 
 
+def test_scales_are_in_float32_whatever_the_callers_default(tmp_path: Path):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        after = loaded(tmp_path, {f"{LAYER}.k_scale": KEYS.clone()})
+        assert after[1].dtype == torch.float32 and torch.equal(after[1][0], KEYS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_a_rank_has_the_scales_of_its_heads(tmp_path: Path, size: int):
     names = (f"{LAYER}.k_scale", f"{LAYER}.v_proj.v_scale")
@@ -281,9 +290,10 @@ def test_a_checkpoints_scales_give_transformers_tokens(tiny: Path, tmp_path: Pat
         assert (attentions(llm)[1].kv_scales[1] == 0.5).all()
         assert torch.equal(attentions(llm)[0].kv_scales, scales[0])
     # As tools write it that quantise the cache alone.
-    edit_json(path / "config.json", quantization_config={"quant_method": "compressed-tensors"})
-    options = {"max_num_batched_tokens": 16, "hf_overrides": {"quantization_config": None}}
-    with build(path, kv_cache_dtype="fp8", **options) as llm:
+    of_cache = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+    of_cache["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    edit_json(path / "config.json", quantization_config=of_cache)
+    with build(path, kv_cache_dtype="fp8", max_num_batched_tokens=16) as llm:
         assert greedy(llm, PROMPTS) == expected
 
 
