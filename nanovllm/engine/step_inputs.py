@@ -212,8 +212,8 @@ class InputBuffers:
         """[rows], the tokens in full blocks that a row may share with others of its request."""
         if not self.may_share(padded_rows):
             return None
-        common = np.array([seq.num_common_tokens for seq in batch.seqs])
-        return common // self.block_size * self.block_size
+        common = [seq.num_prompt_tokens if seq.has_siblings else 0 for seq in batch.seqs]
+        return np.array(common) // self.block_size * self.block_size
 
     @staticmethod
     def _fill_sampling(host: StepInputs, sampling: list[RowSampling], truncates: bool) -> None:
@@ -245,7 +245,11 @@ class InputBuffers:
         positions = np.arange(num_tokens) + (starts - host.cu_seqlens_q[:rows])[row_of_token]
         host.positions[:num_tokens] = positions
         blocks = self._tables[row_of_token, positions // self.block_size]
-        host.slot_mapping[:num_tokens] = blocks * self.block_size + positions % self.block_size
+        slots = blocks * self.block_size + positions % self.block_size
+        if batch.is_prefill:
+            found = np.array([seq.num_found_tokens for seq in batch.seqs])
+            slots[positions < found[row_of_token]] = -1
+        host.slot_mapping[:num_tokens] = slots
         host.block_tables[:rows] = self._tables[:rows, : shape.width]
 
     @staticmethod

@@ -182,10 +182,12 @@ def sharing_batch(llm: LLM, n: int, length: int, others: int = 2) -> Batch:
     return batch
 
 
-@pytest.mark.parametrize("fixed_shape", [False, True])
-def test_completions_of_a_prompt_read_its_blocks_together(tiny: Path, fixed_shape: bool):
-    """All its full blocks but the one of its last token, whatever chunks their length makes."""
-    length, n = 601, 8
+@pytest.mark.parametrize(("length", "fixed_shape"), [(601, False), (608, True)])
+def test_completions_of_a_prompt_read_its_blocks_together(
+    tiny: Path, length: int, fixed_shape: bool
+):
+    """All its full blocks, whatever chunks their length makes."""
+    n = 8
     with build(tiny, max_num_seqs=16, num_kvcache_blocks=150) as llm:
         buffers = InputBuffers(llm.config, triton_backend(6))
         batch = sharing_batch(llm, n, length)
@@ -199,7 +201,7 @@ def test_completions_of_a_prompt_read_its_blocks_together(tiny: Path, fixed_shap
         sent = DecodePlan(*(part.numpy() for part in sent))
         pieces = shared_pieces(sent)
         assert all(rows == list(range(n)) for rows, _, _ in pieces)
-        assert sum(len(slots) for _, _, slots in pieces) == (length - 1) // BLOCK
+        assert sum(len(slots) for _, _, slots in pieces) == length // BLOCK
         chunks = chunks_in(sent, BLOCK)
         for row, (seq, start) in enumerate(zip(batch.seqs, batch.starts)):
             slots = [b * BLOCK + i for b in seq.block_table for i in range(BLOCK)][: start + 1]
