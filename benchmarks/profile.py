@@ -1,6 +1,6 @@
 """Where the time of a decode step and of a prefill goes, kernel by kernel (torch.profiler).
 
-    python -m benchmarks.profile [--batch 1 32 256] [--json profile.json]
+    python -m benchmarks.profile [--batch 1 32 256] [--kv-cache-dtype fp8] [--json profile.json]
 
 Decode: 20 steady steps of requests with about 530 tokens of context. Prefill: 16 x 1024 tokens.
 Random bf16 weights in the shape of Qwen3-0.6B, temperature 0.6. Under programmatic dependent launch
@@ -262,6 +262,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prefill", type=int, nargs=2, default=[16, 1024], metavar=("N", "LEN"))
     parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--quantization", choices=["fp8"], help="of the weights")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--tiny", action="store_true", help="a miniature, to try the script out")
     args = parser.parse_args(argv)
@@ -270,9 +272,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.steps < 1 or args.context <= 2 * args.steps:
         parser.error("--steps must be at least 1, and --context more than twice as long")
     random.seed(0)
-    with dummy_llm(
-        args.shape, MINIATURE if args.tiny else {}, attention_backend=args.attention_backend
-    ) as llm:
+    options = {
+        "attention_backend": args.attention_backend, "kv_cache_dtype": args.kv_cache_dtype,
+        "quantization": args.quantization,
+    }  # fmt: skip
+    with dummy_llm(args.shape, MINIATURE if args.tiny else {}, **options) as llm:
         tables = [
             (f"decode, batch {batch}, context {args.context}",
              *decode(llm, batch, args.context, args.steps))
