@@ -9,10 +9,11 @@ The floor is the time in which the workload could be done if nothing but the nec
 bytes that must be read, over the read bandwidth measured here, plus the operations of prefill, over
 the matrix-multiply rate measured here. Bytes: for each decode step the weights, once (the embedding
 is not read whole, the head is), and for each generated token after a request's first the keys and
-values of its context. Operations: two per weight and prompt token, plus causal attention. Of a
-mixture of experts a step reads those that its tokens hit, if they choose at random, and a token
-has the operations of those that it chooses. Weights in fp8 have one byte and twice the rate. With
---tensor-parallel-size each GPU has its share of all that.
+values of its context; those of a prefix that requests share are read once a step. Operations: two
+per weight and prompt token, plus causal attention. Of a mixture of experts a step reads those that
+its tokens hit, if they choose at random, and a token has the operations of those that it chooses.
+Weights in fp8 have one byte and twice the rate. With --tensor-parallel-size each GPU has its share
+of all that.
 """
 
 import argparse
@@ -169,11 +170,12 @@ def floor_seconds(
     read_rate: float,
     matmul_rate: float,
     prefix_len: int = 0,
+    num_prefixes: int = 1,
 ) -> dict[str, float]:
     """Least seconds for decode (weights, keys and values) and prefill; see the top of the file.
 
-    The rates are those of one GPU. The first `prefix_len` tokens, the same in every prompt, are
-    computed once.
+    The rates are those of one GPU. The first `prefix_len` tokens of a prompt are one of
+    `num_prefixes`: they are computed once, and read once in each step.
     """
     config, itemsize = engine_config.model_config, engine_config.torch_dtype.itemsize
     q_size = config.num_attention_heads * config.head_dim
@@ -192,7 +194,8 @@ def floor_seconds(
         layers = steps * layer_weights(config, generated / max(steps, 1))
     # The token at position p attends to p + 1: sum over p from the prompt's end on.
     contexts = sum((o - 1) * (p + 1) + (o - 1) * (o - 2) // 2 for p, o in lens)
-    again = len(lens) - 1  # prompts that find the prefix computed
+    contexts -= prefix_len * max(0, generated - steps * num_prefixes)
+    again = len(lens) - num_prefixes  # prompts that find their prefix computed
     prompt_tokens = sum(p for p, _ in lens) - again * prefix_len
     pairs = sum(p * (p + 1) // 2 for p, _ in lens) - again * prefix_len * (prefix_len + 1) // 2
     active = layer_weights(config, 1)

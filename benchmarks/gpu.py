@@ -1,6 +1,6 @@
 """The GPU workloads in one call, each beside its floor.
 
-    python -m benchmarks.gpu                        # all but options and scaling: 90 s
+    python -m benchmarks.gpu                        # all but the last five: 90 s
     python -m benchmarks.gpu --all --json gpu.json  # benchmarks.plot draws from that file
     python -m benchmarks.gpu --engine vllm transformers
     python -m benchmarks.gpu --engine nano-vllm --engine-path path/to/nano-vllm
@@ -15,6 +15,9 @@ ready    the imports of torch and nanovllm, one after the other, `LLM(...)` on a
 host     what the host does for a decode step: schedule, launch and postprocess, without waiting
 options  256 requests, 128 in, 256 out, with sampling options: all of them, or one
 scaling  the mean decode step by batch, by context, and of larger models
+rollout  32 prompts of 512, 16 completions each, 1024 out, temperature 1: seconds of the call
+prefix   256 requests, 2048 in that all share and 100 of their own, 128 out: seconds of the call
+common   64 requests, 16384 in that all share and 100 of their own, 128 out: the mean decode step
 
 All with random bf16 weights in the shape of Qwen3-0.6B unless said otherwise, temperature 0.6, no
 end-of-sequence, other tokens in each run so that no prefix is in the cache; medians of `--runs`
@@ -55,8 +58,14 @@ from benchmarks.ready import STAGES, seconds_to_ready, write_checkpoint
 from nanovllm import LLM, __version__
 from nanovllm.config import Config
 
-PARTS = ("mix", "batch", "prefill", "ready", "host", "options", "scaling")
-EXTRA_PARTS = ("options", "scaling")  # nanovllm's alone, and only if asked for
+EXTRA_PARTS = (
+    "options",
+    "scaling",
+    "rollout",
+    "prefix",
+    "common",
+)  # nanovllm's alone, if asked for
+PARTS = ("mix", "batch", "prefill", "ready", "host", *EXTRA_PARTS)
 OPTIONS: dict[str, dict[str, Any]] = {
     "no": {},
     "repetition_penalty": {"repetition_penalty": 1.1},
@@ -87,18 +96,25 @@ class Sizes:
     context_output: int = 33
     shapes: tuple[str, ...] = ("qwen3-4b", "qwen3-8b")
     shape_batches: tuple[int, ...] = (1, 64)
+    rollout: tuple[int, int, int, int] = (32, 512, 16, 1024)  # prompts, length, n, output
+    prefix: tuple[int, int, int, int] = (256, 2048, 100, 128)  # requests, shared, own, output
+    common: tuple[int, int, int, int] = (64, 16384, 100, 128)
 
 
 TINY = Sizes(
     mix=(4, (5, 20), (3, 8)), batch_len=(8, 4), prefill=(4, 32), host_batches=(1, 4), host_steps=3,
     scaling_batches=(1, 2, 4), scaling_len=(8, 4), contexts=(16, 32, 64), context_batch=2,
     context_output=4, options=(4, 8, 4), shapes=("qwen3-4b",), shape_batches=(1, 2),
+    rollout=(2, 20, 3, 4), prefix=(4, 64, 5, 4), common=(3, 128, 4, 4),
 )  # fmt: skip
 
 
 @dataclass
 class Case:
-    """A workload, and what is measured of it: the whole call, or its mean decode step."""
+    """A workload, and what is measured of it: the whole call, or its mean decode step.
+
+    The first `prefix_len` tokens of each prompt are one of `num_prefixes`; it has `n` completions.
+    """
 
     part: str
     name: str
@@ -106,18 +122,29 @@ class Case:
     per_step: bool = True
     tokens: int = 0  # in what is measured: output tokens, or those of the prompts
     options: list[dict[str, Any]] = field(default_factory=list)  # of the first requests
+    temperature: float = TEMPERATURE
+    prefix_len: int = 0
+    num_prefixes: int = 1
+    n: int = 1
 
     @classmethod
     def decode(cls, part: str, batch: int, input_len: int, output_len: int, name: str) -> "Case":
         workload = Workload.draw(batch, (input_len,) * 2, (output_len,) * 2, 10**5, seed=1)
         return cls(part, name, workload, tokens=batch)
 
+    @property
+    def most_cached(self) -> int:
+        """Tokens that prompts may find in the cache."""
+        return self.prefix_len * (len(self.workload.prompts) - self.num_prefixes)
+
     def floor(self, config: Config, rates: tuple[float, float]) -> float:
         """Least seconds."""
-        seconds = floor_seconds(config, self.workload, *rates)
+        workload = Workload(self.workload.prompts * self.n, self.workload.output_lens * self.n)
+        prefixes = self.prefix_len, self.num_prefixes
+        seconds = floor_seconds(config, workload, *rates, *prefixes)
         if not self.per_step:
             return sum(seconds.values())
-        steps = max(self.workload.output_lens) - 1
+        steps = max(workload.output_lens) - 1
         return (seconds["weights"] + seconds["keys_and_values"]) / steps
 
 
@@ -200,6 +227,22 @@ class Bench:
             for batch in self.sizes.scaling_batches:
                 name = f"scaling: batch {batch}"
                 yield Case.decode("by batch", batch, *self.sizes.scaling_len, name)
+        if "rollout" in parts:
+            number, length, n, output_len = self.sizes.rollout
+            workload = Workload.draw(number, (length,) * 2, (output_len,) * 2, 10**5, seed=1)
+            yield Case(
+                "rollout", "rollout", workload, False, number * n * output_len,
+                [{"n": n}] * number, 1.0, length, number, n,
+            )  # fmt: skip
+        if "prefix" in parts:
+            yield self.prefix_case("prefix", per_step=False)
+
+    def prefix_case(self, part: str, per_step: bool) -> Case:
+        number, shared, own, output_len = getattr(self.sizes, part)
+        lens = (own, own), (output_len, output_len)
+        workload = Workload.draw(number, *lens, 10**5, seed=1, prefix_len=shared)
+        tokens = number * (1 if per_step else output_len)
+        return Case(part, part, workload, per_step, tokens, prefix_len=shared)
 
     def option_cases(self) -> Iterator[Case]:
         number, input_len, output_len = self.sizes.options
@@ -222,8 +265,8 @@ class Bench:
         seconds = []
         for _ in range(self.args.runs + 1):
             workload = self.renewed(case, llm.config.model_config.vocab_size)
-            result = run(llm, workload, TEMPERATURE, use_tqdm=False, options=case.options)
-            if result["cached_tokens"]:
+            result = run(llm, workload, case.temperature, use_tqdm=False, options=case.options)
+            if result["cached_tokens"] > case.most_cached:
                 raise RuntimeError(f"{case.name}: the prefix cache helped; the figure is worthless")
             if case.per_step:
                 steps = result["decode_tokens"] / len(workload.prompts)
@@ -243,7 +286,7 @@ class Bench:
     def nanovllm(self, parts: list[str]) -> None:
         if "ready" in parts:
             self.ready()
-        if set(parts) - {"ready"}:
+        if set(parts) - {"ready", "common"}:
             with self.llm() as llm:
                 for case in self.cases(parts):
                     self.measure(llm, case)
@@ -251,6 +294,9 @@ class Bench:
                     self.host(llm)
         if "scaling" in parts:
             self.scaling()
+        if "common" in parts:
+            with self.llm(max_model_len=sum(self.sizes.common[1:])) as llm:
+                self.measure(llm, self.prefix_case("common", per_step=True))
 
     def scaling(self) -> None:
         """By context and by model; by batch is among `cases`."""
@@ -328,7 +374,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=" ".join(PARTS))
     parser.add_argument(
-        "--scaling", "--all", action="store_true", help="all parts, options and scaling too"
+        "--scaling", "--all", action="store_true", help="all parts, also those of nanovllm alone"
     )
     engines = ["nanovllm", *ENGINES]
     parser.add_argument("--engine", nargs="+", choices=engines, default=["nanovllm"])

@@ -73,15 +73,16 @@ class BlockManager:
         """Give a sequence blocks for all its tokens, with `use_cache` sharing those of a cached
         prefix.
 
-        Leaves `headroom` blocks free for others. Sets the sequence's block table and
-        `num_computed_tokens` (the cached prefix). The last token is never taken from the cache,
-        since running it is what yields the next one. Returns False, and changes nothing, if there
-        are not enough free blocks.
+        Leaves `headroom` blocks free for others. Sets the sequence's block table, and
+        `num_found_tokens` and `num_computed_tokens` to the cached prefix. The last token is always
+        run, since that is what yields the next one. Its block is a new one, as keys and values go
+        there; but completions of one prompt that ends with a block share that too, and do not store
+        what is there. Returns False, and changes nothing, if there are not enough free blocks.
         """
         assert not seq.block_table and not seq.num_pending_tokens
         if headroom >= self.num_free_blocks:  # at least one block is a new one: spare the hashing
             return False
-        cached = self._cached_prefix(seq.token_ids) if use_cache and self.shares_prefixes else []
+        cached = self._cached_prefix(seq) if use_cache and self.shares_prefixes else []
         num_blocks = -(-len(seq.token_ids) // self.block_size)
         # A cached block that nobody holds leaves the free blocks, too.
         num_taken = num_blocks - sum(block.ref_count > 0 for block in cached)
@@ -94,7 +95,8 @@ class BlockManager:
             seq.block_table.append(block.block_id)
         for _ in range(num_blocks - len(cached)):
             self._append_new_block(seq)
-        seq.num_computed_tokens = len(cached) * self.block_size
+        seq.num_found_tokens = len(cached) * self.block_size
+        seq.num_computed_tokens = min(seq.num_found_tokens, len(seq.token_ids) - 1)
         return True
 
     def append(self, seq: Sequence) -> bool:
@@ -149,7 +151,7 @@ class BlockManager:
                 if not self._is_findable(block):
                     self.free_blocks.move_to_end(block_id, last=False)  # nothing worth keeping
         seq.block_table.clear()
-        seq.num_computed_tokens = 0
+        seq.num_computed_tokens = seq.num_found_tokens = 0
 
     def reset(self) -> None:
         """Free all blocks and forget what they hold: after a failed step nobody knows."""
@@ -161,12 +163,13 @@ class BlockManager:
         # Free blocks, the next one to be given out first.
         self.free_blocks: OrderedDict[int, Block] = OrderedDict(enumerate(self.blocks))
 
-    def _cached_prefix(self, token_ids: list[int]) -> list[Block]:
-        """The longest run of known full blocks that `token_ids` starts with, last token apart."""
-        found: list[Block] = []
+    def _cached_prefix(self, seq: Sequence) -> list[Block]:
+        """The longest run of known full blocks that a sequence starts with, its last token apart if
+        it is the only completion of its prompt."""
+        token_ids, found = seq.token_ids, list[Block]()
+        num_tokens = len(token_ids) - (0 if seq.has_siblings else 1)
         prefix_hash, parent_id = EMPTY_PREFIX, EMPTY_PREFIX
-        # Full blocks that end before the last token.
-        for start in range(0, len(token_ids) - self.block_size, self.block_size):
+        for start in range(0, num_tokens - self.block_size + 1, self.block_size):
             tokens = token_ids[start : start + self.block_size]
             prefix_hash = hash_block(prefix_hash, tokens)
             block = self.block_of_hash.get(prefix_hash)

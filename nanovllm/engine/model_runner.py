@@ -325,7 +325,7 @@ class ModelRunner:
     def _context(self, shape: StepShape, inputs: StepInputs) -> Context:
         metadata = None
         if not shape.is_prefill:
-            metadata = self.backend.decode_metadata(inputs.rest, shape.rows)
+            metadata = self.backend.decode_metadata(inputs.rest, shape.rows, shape.shares)
         return Context(
             backend=self.backend, kv_cache=self.kv_cache, cos_sin=self.cos_sin,
             is_prefill=shape.is_prefill, positions=inputs.positions,
@@ -365,13 +365,21 @@ class ModelRunner:
         decode = [self.inputs.decode_shape(rows) for rows in (sizes if use_graphs else sizes[:1])]
         # What samples is the same kernels for all numbers of rows: one is enough.
         with_truncation = [shape._replace(truncates=True) for shape in decode]
+        # So is what reads shared blocks.
+        all_decode = decode + with_truncation
+        with_sharing = [
+            shape._replace(shares=True) for shape in all_decode if self.inputs.may_share(shape.rows)
+        ]
         # Prompts of a token. Their number may be odd, which kernels tell from multiples of 16.
         prefill = [
             largest._replace(rows=rows, tokens=rows, max_seqlen_q=1)
             for rows in (3, 17, 33, 65, 129)
             if rows < sizes[0]
         ]
-        in_order = [decode[0], largest, decode[-1], *decode[1:-1], with_truncation[0], *prefill]
+        in_order = [
+            decode[0], largest, decode[-1], *decode[1:-1], with_truncation[0], *with_sharing[:1],
+            *prefill,
+        ]  # fmt: skip
         decoder = self.model.model
         layers = decoder.layers
         decoder.layers = torch.nn.ModuleList([layers[0], layers[-1]])  # they are much alike
@@ -381,7 +389,7 @@ class ModelRunner:
                     self._run_padding(shape)
         finally:
             decoder.layers = layers
-        return decode + with_truncation
+        return all_decode + with_sharing
 
     def _warm_up(self, use_graphs: bool) -> int:
         """Run the largest steps of each kind once, on a cache of one block; returns the bytes that

@@ -67,6 +67,9 @@ class Sequence:
         num_pending_tokens: that a planned step will sample, or has, and that are not collected.
         num_computed_tokens: leading tokens whose keys and values a planned step writes, or the
             prefix cache held.
+        has_siblings: whether its prompt has other completions.
+        num_found_tokens: leading tokens whose keys and values are not stored again, since the
+            prefix cache held them when it was admitted.
         num_cached_tokens: how many prompt tokens the prefix cache held at first admission; None
             before it.
         block_table: KV blocks in token order.
@@ -91,6 +94,7 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
+        self.has_siblings = params.n > 1
         self.sampling_params = params
         self.max_len = max_len
         self.constraint = constraint
@@ -106,6 +110,7 @@ class Sequence:
         )  # fmt: skip
         self.num_pending_tokens = 0
         self.num_computed_tokens = 0
+        self.num_found_tokens = 0
         self.num_cached_tokens: int | None = None
         self.block_table: list[int] = []
         self.finish_reason: str | None = None

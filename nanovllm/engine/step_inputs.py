@@ -29,6 +29,7 @@ class StepShape(NamedTuple):
     truncates: bool = False  # sampling by top_k, top_p or min_p
     edits: bool = False  # some rows have a slot of `EditTables`
     waits: bool = False  # for masks, before it can sample
+    shares: bool = False  # some rows read blocks that they share together
 
     @property
     def for_graph(self) -> "StepShape":
@@ -115,6 +116,7 @@ class InputBuffers:
     def __init__(self, config: Config, backend: AttentionBackend) -> None:
         self.backend = backend
         self.block_size = config.kvcache_block_size
+        self.shares_prefixes = config.enable_prefix_caching
         self.max_model_len = config.max_model_len
         self.max_width = -(-config.max_model_len // self.block_size)
         rows = config.max_num_seqs
@@ -186,9 +188,17 @@ class InputBuffers:
             self._fill_padding(host, len(batch.seqs), truncates)
         used = len(buffer) - len(host.rest)
         if not batch.is_prefill:
-            tables = self._tables[: len(batch.seqs)]
-            used += self.backend.prepare_decode(host.rest, ends, tables, padded_rows)
+            num_words, shares = self.backend.prepare_decode(
+                host.rest, ends, self._tables[: len(batch.seqs)], padded_rows,
+                self._borders(batch, padded_rows),
+            )  # fmt: skip
+            used += num_words
+            shape = shape._replace(shares=shares)
         return shape, used
+
+    def may_share(self, padded_rows: int) -> bool:
+        """Whether rows of a decode step may read blocks that they share together."""
+        return self.shares_prefixes and self.backend.may_share(padded_rows)
 
     def send(self, buffer_index: int, used: int) -> None:
         """Copy the words of a host buffer that are in use to the device."""
@@ -197,6 +207,13 @@ class InputBuffers:
     def view(self, shape: StepShape) -> StepInputs:
         """The inputs as they are on the device."""
         return StepInputs.views(self.device, shape)
+
+    def _borders(self, batch: Batch, padded_rows: int) -> np.ndarray | None:
+        """[rows], the tokens in full blocks that a row may share with others of its request."""
+        if not self.may_share(padded_rows):
+            return None
+        common = [seq.num_prompt_tokens if seq.has_siblings else 0 for seq in batch.seqs]
+        return np.array(common) // self.block_size * self.block_size
 
     @staticmethod
     def _fill_sampling(host: StepInputs, sampling: list[RowSampling], truncates: bool) -> None:
@@ -228,7 +245,11 @@ class InputBuffers:
         positions = np.arange(num_tokens) + (starts - host.cu_seqlens_q[:rows])[row_of_token]
         host.positions[:num_tokens] = positions
         blocks = self._tables[row_of_token, positions // self.block_size]
-        host.slot_mapping[:num_tokens] = blocks * self.block_size + positions % self.block_size
+        slots = blocks * self.block_size + positions % self.block_size
+        if batch.is_prefill:
+            found = np.array([seq.num_found_tokens for seq in batch.seqs])
+            slots[positions < found[row_of_token]] = -1
+        host.slot_mapping[:num_tokens] = slots
         host.block_tables[:rows] = self._tables[:rows, : shape.width]
 
     @staticmethod

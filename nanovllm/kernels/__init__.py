@@ -21,7 +21,7 @@ from nanovllm.kernels.all_reduce import (
 )
 from nanovllm.kernels.compiling import Compiler
 from nanovllm.kernels.decode_attention import num_decode_ranges, paged_decode
-from nanovllm.kernels.decode_plan import DecodePlan, max_plan_words, plan_decode
+from nanovllm.kernels.decode_plan import FUSED_ROWS, DecodePlan, max_plan_words, plan_decode
 from nanovllm.kernels.edit_logits import edit_logits
 from nanovllm.kernels.embedding import embed
 from nanovllm.kernels.experts import apply_experts
@@ -37,9 +37,9 @@ from nanovllm.kernels.route import route
 from nanovllm.kernels.truncate import truncation_thresholds
 
 __all__ = [
-    "MAX_HEAD_DIM", "MOST_TOP", "PUSH_BLOCK", "PUSH_SLOTS", "Compiler", "DecodePlan", "add_matmul",
-    "all_reduce", "all_reduce_add", "apply_experts", "best_of_ranks", "edit_logits", "embed",
-    "gated_matmul", "gumbel_sample", "gumbel_winners", "matmul", "max_plan_words",
+    "FUSED_ROWS", "MAX_HEAD_DIM", "MOST_TOP", "PUSH_BLOCK", "PUSH_SLOTS", "Compiler", "DecodePlan",
+    "add_matmul", "all_reduce", "all_reduce_add", "apply_experts", "best_of_ranks", "edit_logits",
+    "embed", "gated_matmul", "gumbel_sample", "gumbel_winners", "matmul", "max_plan_words",
     "num_decode_ranges", "paged_decode", "paged_prefill", "plan_decode", "qk_norm_rope_store",
     "quantize_rows", "rms_norm", "rms_norm_in_fp8", "route", "silu_and_mul", "summands",
     "tile_tokens", "token_logprobs", "truncation_thresholds", "wait_for",

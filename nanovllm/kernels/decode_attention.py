@@ -15,7 +15,8 @@ newest token then enters its row's last chunk from registers, and the plan leave
 Grid: (kv head, range). `plan_decode` deals the chunks out to ranges of about equal length, two
 programs for each multiprocessor, and lists the tiles of each: the load is even however ragged the
 batch, no program is launched for a context that might have been longer, and loads flow on from one
-sequence to the next.
+sequence to the next. Chunks that several rows share are not among them: `kernels.shared_attention`
+leaves their partial results where the combine kernel finds them.
 
 Bytes moved: each key and value once, 2 * context * kv heads * head_dim elements; partial results
 add 1.5% (chunks of 128, two query heads a kv head; in proportion to the latter). Bound by memory.
@@ -36,6 +37,7 @@ from nanovllm.kernels.launch import (
 )
 from nanovllm.kernels.paged_cache import LOG2_E, as_stored, dot_type, tile_tokens
 from nanovllm.kernels.rope_store import norm_rope, norm_rope_factors, qk_norm_rope_store
+from nanovllm.kernels.shared_attention import attend_shared
 
 
 def num_decode_ranges(device: torch.device, num_kv_heads: int) -> int:
@@ -70,7 +72,7 @@ def paged_decode(
     Returns:
         [rows, num_heads, head_dim], in the dtype of `qkv`.
     """
-    bounds, chunk_counts, tiles = plan
+    bounds, chunk_counts, tiles, list_begin = plan
     rows = qkv.shape[0]
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
@@ -87,6 +89,8 @@ def paged_decode(
     queries = qkv if fused else qk_norm_rope_store(
         qkv, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping, kv_scales
     )  # fmt: skip
+    if list_begin is not None:
+        attend_shared(queries, k_cache, v_cache, plan, partial, stats, scale, kv_scales)
     _decode_kernel[(num_kv_heads, bounds.shape[0] - 1)](
         queries, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping,
         bounds, tiles, out, partial, stats[0], stats[1], scale * LOG2_E, kv_scales,

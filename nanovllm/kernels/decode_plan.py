@@ -4,12 +4,16 @@ Contexts are cut into chunks at fixed places, and chunks are dealt out to ranges
 length, one for each program of a kv head. A range is a list of tiles of up to 64 tokens, which may
 go from one sequence to the next: the load is even however ragged the batch, and no program is
 launched for a context that might have been longer.
+
+Chunks that several rows share, block for block, go to another list, that of `kernels.shared_plan`.
 """
 
-from heapq import heapreplace
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from nanovllm.kernels.chunks import Chunks, balance, places, slots_of
+from nanovllm.kernels.shared_plan import begin_alike, max_shared_words, plan_shared
 
 MAX_CHUNKS = 32
 FUSED_ROWS = 4  # up to so many rows, the kernel stores the newest token itself
@@ -26,21 +30,35 @@ class DecodePlan(NamedTuple):
         chunk_counts: [rows]; 0 for a padding row.
         tiles: [tiles, 2], the first slot of a tile and what it is: row, chunk, flags, tokens, from
             the high bits down.
+        list_begin: [1], the word of `tiles` where the list of `kernels.shared_plan` begins; None:
+            nothing is shared.
     """
 
     bounds: Any
     chunk_counts: Any
     tiles: Any
+    list_begin: Any = None
 
     @classmethod
-    def views(cls, buffer: Any, rows: int, num_ranges: int) -> "DecodePlan":
+    def views(cls, buffer: Any, rows: int, num_ranges: int, shares: bool = False) -> "DecodePlan":
         """Its place in an int32 buffer of `max_plan_words`."""
         second = _aligned(num_ranges + 1)
         third = second + _aligned(rows)
+        fourth = third + _aligned(1)
         return cls(
             buffer[: num_ranges + 1],
             buffer[second : second + rows],
-            buffer[third : third + (len(buffer) - third) // 2 * 2].reshape(-1, 2),
+            buffer[fourth : fourth + (len(buffer) - fourth) // 2 * 2].reshape(-1, 2),
+            buffer[third : third + 1] if shares else None,
+        )
+
+    def with_list(self, words: np.ndarray) -> "DecodePlan":
+        """A plan of NumPy, with a list of `kernels.shared_plan`."""
+        begin = self.tiles.size
+        filler = words[: len(words) % 2]  # to an even number
+        tiles = np.concatenate((self.tiles.ravel(), words, filler))
+        return self._replace(
+            tiles=tiles.reshape(-1, 2), list_begin=np.array([begin], dtype=np.int32)
         )
 
 
@@ -52,7 +70,8 @@ def _aligned(size: int) -> int:
 def max_plan_words(rows: int, max_context_len: int, tile: int, num_ranges: int) -> int:
     """int32 words of the largest plan of a step of so many rows."""
     tiles = rows * -(-max_context_len // tile)
-    return _aligned(num_ranges + 1) + _aligned(rows) + 2 * tiles
+    words = _aligned(num_ranges + 1) + _aligned(rows) + _aligned(1) + 2 * tiles
+    return words + max_shared_words(rows, num_ranges)
 
 
 def plan_decode(
@@ -62,6 +81,7 @@ def plan_decode(
     tile: int,
     num_ranges: int,
     padded_rows: int,
+    borders: np.ndarray | None = None,
 ) -> DecodePlan:
     """Cut the contexts of a step into tiles and ranges.
 
@@ -71,55 +91,58 @@ def plan_decode(
         tile: tokens of a tile, from `tile_tokens`.
         num_ranges: from `num_decode_ranges`.
         padded_rows: the rows that the kernel will get.
+        borders: [rows], the token that is to begin a chunk, the first of a block; 0: none. Steps
+            of few rows do without.
     """
     fused = padded_rows <= FUSED_ROWS
     cached = context_lens - 1 if fused else context_lens
-    counts = np.maximum(1, -(-cached // tile))  # tiles of a row
-    # Tokens of a row's chunks: finer ones give more programs and ranges of more even lengths,
-    # coarser ones fewer partial results.
-    finest = 64 if fused else 128
-    chunk = np.where(cached <= 512, finest, 2 * finest)
-    if padded_rows > MANY_ROWS:
-        chunk[:] = 512 if padded_rows <= 2 * MANY_ROWS else 1024
-    long = cached > chunk * MAX_CHUNKS
-    chunk[long] = -(-cached[long] // (MAX_CHUNKS * tile)) * tile
-    per_chunk = chunk // tile
-    chunk_counts = -(-counts // per_chunk)
-
-    # Of each chunk: its row, its place in the row, its tiles.
-    ends = np.cumsum(chunk_counts)
-    row = np.repeat(np.arange(len(counts)), chunk_counts)
-    index = np.arange(ends[-1]) - (ends - chunk_counts)[row]
-    length = np.minimum(per_chunk[row], counts[row] - index * per_chunk[row])
-    range_of = _balance(length, num_ranges)
+    chunks, chunk_counts = _cut(cached, tile, padded_rows, None if fused else borders)
+    shared = None
+    if not fused and begin_alike(block_tables):
+        shared = plan_shared(chunks, block_tables, block_size, tile, num_ranges)
+    if shared is not None:
+        chunks = chunks.take(~shared[0])
+    range_of = balance(chunks.length, num_ranges)
     bounds = np.zeros(num_ranges + 1, dtype=np.int32)
-    bounds[1:] = np.bincount(range_of, length, num_ranges).cumsum()
+    bounds[1:] = np.bincount(range_of, chunks.length, num_ranges).cumsum()
 
     # Of each tile, range by range: its chunk, and its place there.
     order = np.argsort(range_of, kind="stable")
-    ends = np.cumsum(length[order])
-    chunk_of = np.repeat(order, length[order])
-    place = np.arange(ends[-1]) - np.repeat(ends - length[order], length[order])
-    row, index = row[chunk_of], index[chunk_of]
-    start = (index * per_chunk[row] + place) * tile
+    place = places(chunks.length[order])
+    row, number, first, length, is_last = chunks.take(np.repeat(order, chunks.length[order]))
+    start = (first + place) * tile
     tiles = np.empty((len(row), 2), dtype=np.int32)
-    tiles[:, 0] = block_tables[row, start // block_size] * block_size + start % block_size
-    tiles[:, 1] = row << 16 | index << 10 | np.minimum(cached[row] - start, tile)
-    tiles[:, 1] += (place == 0) * FIRST + (place == length[chunk_of] - 1) * LAST
-    tiles[:, 1] += (index == chunk_counts[row] - 1) * NEWEST
-    return DecodePlan(bounds, chunk_counts.astype(np.int32), tiles)
+    tiles[:, 0] = slots_of(row, start, block_tables, block_size)
+    tiles[:, 1] = row << 16 | number << 10 | np.minimum(cached[row] - start, tile)
+    tiles[:, 1] += (place == 0) * FIRST + (place == length - 1) * LAST + is_last * NEWEST
+    plan = DecodePlan(bounds, chunk_counts.astype(np.int32), tiles)
+    return plan if shared is None else plan.with_list(shared[1])
 
 
-def _balance(lengths: np.ndarray, num_ranges: int) -> np.ndarray:
-    """The range of each chunk: the longest chunk first, each to the range with the least so far.
+def _cut(
+    cached: np.ndarray, tile: int, padded_rows: int, borders: np.ndarray | None
+) -> tuple[Chunks, np.ndarray]:
+    """Chunks of contexts of some lengths, and how many each row has."""
+    counts = np.maximum(1, -(-cached // tile))  # tiles of a row
+    # Tokens of a row's chunks: finer ones give more programs and ranges of more even lengths,
+    # coarser ones fewer partial results.
+    finest = 64 if padded_rows <= FUSED_ROWS else 128
+    chunk = np.where(cached <= 512, finest, 2 * finest)
+    if padded_rows > MANY_ROWS:
+        chunk[:] = 512 if padded_rows <= 2 * MANY_ROWS else 1024
+    border = np.zeros_like(cached) if borders is None else np.where(borders < cached, borders, 0)
+    most = MAX_CHUNKS - (border > 0)  # on both sides of a border a chunk may be cut short
+    long = cached > chunk * most
+    chunk[long] = -(-cached // (most * tile))[long] * tile
+    per_chunk, border = chunk // tile, border // tile
+    before = -(-border // per_chunk)
+    chunk_counts = before - (border - counts) // per_chunk
 
-    Graham's rule (1969, doi:10.1137/0117039).
-    """
-    range_of = np.empty(len(lengths), dtype=np.int64)
-    loads = list(range(num_ranges))  # a heap of load * num_ranges + range
-    weights = (lengths + 1) * num_ranges  # the ends of a chunk cost as much as a tile
-    order = np.argsort(-lengths, kind="stable")
-    for chunk, weight in zip(order.tolist(), weights[order].tolist()):
-        range_of[chunk] = loads[0] % num_ranges
-        heapreplace(loads, loads[0] + weight)
-    return range_of
+    # Of each chunk: its row, its place in the row, its tiles.
+    row, number = np.repeat(np.arange(len(counts)), chunk_counts), places(chunk_counts)
+    is_before = number < before[row]
+    first = number * per_chunk[row] - (before * per_chunk - border)[row] * ~is_before
+    end = np.where(is_before, border[row], counts[row])
+    length = np.minimum(per_chunk[row], end - first)
+    is_last = number == chunk_counts[row] - 1
+    return Chunks(row, number, first, length, is_last), chunk_counts

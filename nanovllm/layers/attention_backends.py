@@ -78,20 +78,30 @@ class AttentionBackend(ABC):
         context_lens: np.ndarray,
         block_tables: np.ndarray,
         padded_rows: int,
-    ) -> int:
-        """Write the metadata of a decode step into a host buffer; returns the words used.
+        borders: np.ndarray | None = None,
+    ) -> tuple[int, bool]:
+        """Write the metadata of a decode step into a host buffer.
 
         Args:
             buffer: int32, of at least `max_metadata_words`.
             context_lens: [rows], the newest token included.
             block_tables: [rows, width].
             padded_rows: the rows that will run; those past `rows` attend to nothing.
-        """
-        return 0
+            borders: [rows], the tokens in full blocks that a row may share with others of its
+                request; 0: there are no others.
 
-    def decode_metadata(self, buffer: torch.Tensor, padded_rows: int) -> Any:
+        Returns:
+            The words used, and whether rows read blocks that they share together.
+        """
+        return 0, False
+
+    def decode_metadata(self, buffer: torch.Tensor, padded_rows: int, shares: bool = False) -> Any:
         """What `prepare_decode` wrote, as it lies in the device's copy of the buffer."""
         return None
+
+    def may_share(self, padded_rows: int) -> bool:
+        """Whether rows of a decode step may read blocks that they share together."""
+        return False
 
 
 class TorchBackend(AttentionBackend):
@@ -151,20 +161,28 @@ class TritonBackend(AttentionBackend):
         context_lens: np.ndarray,
         block_tables: np.ndarray,
         padded_rows: int,
-    ) -> int:
+        borders: np.ndarray | None = None,
+    ) -> tuple[int, bool]:
         plan = kernels.plan_decode(
-            context_lens, block_tables, self.block_size, self.tile, self.num_ranges, padded_rows
-        )
-        views = kernels.DecodePlan.views(buffer, padded_rows, self.num_ranges)
+            context_lens, block_tables, self.block_size, self.tile, self.num_ranges, padded_rows,
+            borders,
+        )  # fmt: skip
+        shares = plan.list_begin is not None
+        views = kernels.DecodePlan.views(buffer, padded_rows, self.num_ranges, shares)
         rows = len(context_lens)
         views.bounds[:] = plan.bounds
         views.chunk_counts[:rows], views.chunk_counts[rows:] = plan.chunk_counts, 0
         views.tiles[: len(plan.tiles)] = plan.tiles
+        if shares:
+            views.list_begin[:] = plan.list_begin
         start_of_tiles = len(buffer) - views.tiles.size
-        return start_of_tiles + plan.tiles.size
+        return start_of_tiles + plan.tiles.size, shares
 
-    def decode_metadata(self, buffer: torch.Tensor, padded_rows: int) -> Any:
-        return kernels.DecodePlan.views(buffer, padded_rows, self.num_ranges)
+    def decode_metadata(self, buffer: torch.Tensor, padded_rows: int, shares: bool = False) -> Any:
+        return kernels.DecodePlan.views(buffer, padded_rows, self.num_ranges, shares)
+
+    def may_share(self, padded_rows: int) -> bool:
+        return padded_rows > kernels.FUSED_ROWS
 
 
 class FlashBackend(AttentionBackend):

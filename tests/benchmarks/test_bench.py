@@ -39,6 +39,14 @@ def test_the_floor_has_what_is_necessary_alone(tiny: Path) -> None:
     apart = floor_seconds(config, Workload([shared + tail for tail in own], [5] * 3), 1, 1)
     one = floor_seconds(config, Workload([shared], [5]), 1, 1)
     assert one["prefill"] < many["prefill"] < apart["prefill"] - 1.9 * one["prefill"]
+    # Two of three requests need not read the shared tokens again, in each of four steps.
+    kv_bytes = 2 * 2 * 2 * 32 * 4
+    saved = apart["keys_and_values"] - many["keys_and_values"]
+    assert saved == 2 * 4 * 60 * kv_bytes
+    six = Workload([shared + tail for tail in own] * 2, [5] * 6)
+    two = floor_seconds(config, six, 1, 1, 60, num_prefixes=2)
+    assert two["keys_and_values"] == 2 * many["keys_and_values"]
+    assert two["prefill"] == 2 * many["prefill"]
     cut = floor_seconds(config, Workload([own[0]], [500]), 1, 1)
     assert cut == floor_seconds(config, Workload([own[0]], [90]), 1, 1)
 

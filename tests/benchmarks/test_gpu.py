@@ -12,13 +12,15 @@ from nanovllm.config import Config
 
 # Seconds by an H200's rates, worked out apart from this repository.
 KNOWN_FLOORS = {"mix": 3.76, "batch 1": 0.294e-3, "batch 32": 0.619e-3, "prefill": 0.0813}
+KNOWN_FLOORS |= {"rollout": 8.09, "prefix": 0.235, "common": 1.018e-3}
 
 
 def test_gpu_measures_every_part(report: Path) -> None:
     rows = json.loads(report.read_text())["rows"]
     parts = {row["part"] for row in rows}
     by = {"by batch", "by context", "by model"}
-    assert parts == {"mix", "batch", "prefill", "host", "options", *by}
+    shared = {"rollout", "prefix", "common"}
+    assert parts == {"mix", "batch", "prefill", "host", "options", *shared, *by}
     assert len({row["name"] for row in rows}) == len(rows)
     for row in rows:
         assert len(row["runs"]) == 1 and row["runs"][0] == row["seconds"] > 0
@@ -73,7 +75,9 @@ def test_gpu_workloads_are_those_of_the_peers(tmp_path: Path) -> None:
     args = gpu.parse_args(["--tiny"])
     bench = gpu.Bench(args, tmp_path)
     bench.sizes = gpu.Sizes()
-    cases = {case.name: case for case in bench.cases(["mix", "batch", "prefill"])}
+    parts = ["mix", "batch", "prefill", "rollout", "prefix"]
+    cases = {case.name: case for case in bench.cases(parts)}
+    cases["common"] = bench.prefix_case("common", per_step=True)
     assert cases["mix"].tokens == 133_966
     assert sum(map(len, cases["mix"].workload.prompts)) == 142_827
     for name, floor in KNOWN_FLOORS.items():

@@ -14,8 +14,8 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
 
-def new_sequence(token_ids: list[int], max_tokens: int = 1000) -> Sequence:
-    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+def new_sequence(token_ids: list[int], max_tokens: int = 1000, n: int = 1) -> Sequence:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, n=n)
     return Sequence(0, token_ids, params, len(token_ids) + max_tokens, seed=0)
 
 
@@ -65,9 +65,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
         token_ids=st.lists(st.integers(0, 1), min_size=1, max_size=12),
         headroom=st.sampled_from([0, 0, 0, 1, 3]),
         prefill=st.booleans(),
+        n=st.integers(1, 2),
     )
-    def allocate(self, token_ids: list[int], headroom: int, prefill: bool) -> None:
-        seq, before = new_sequence(token_ids), self.snapshot()
+    def allocate(self, token_ids: list[int], headroom: int, prefill: bool, n: int) -> None:
+        seq, before = new_sequence(token_ids, n=n), self.snapshot()
         size, free = self.manager.block_size, self.manager.num_free_blocks
         if not self.manager.allocate(seq, headroom):
             assert (seq.block_table, seq.num_computed_tokens) == ([], 0)
@@ -76,9 +77,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
             return
         assert self.manager.num_free_blocks >= headroom
         assert len(seq.block_table) == -(-len(token_ids) // size)
-        assert seq.num_computed_tokens < len(token_ids), "the last token came from the cache"
-        assert seq.num_computed_tokens % size == 0
-        num_cached = seq.num_computed_tokens // size
+        assert seq.num_found_tokens < len(token_ids) + n - 1, "the last token came from the cache"
+        assert seq.num_found_tokens % size == 0
+        assert seq.num_computed_tokens == min(seq.num_found_tokens, len(token_ids) - 1)
+        num_cached = seq.num_found_tokens // size
         for index, block_id in enumerate(seq.block_table[:num_cached]):
             wanted = tuple(token_ids[: (index + 1) * size])
             assert self.contents.get(block_id) == wanted, "a block of another prefix was shared"

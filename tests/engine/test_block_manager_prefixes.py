@@ -1,12 +1,15 @@
 """The prefix cache in a whole engine: what is found again, and what must not be."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from helpers.blocks import assert_blocks_consistent
 from helpers.checkpoints import Reference, random_tokens
 from helpers.engines import BOTH_ORDERS, build, greedy
 from nanovllm import SamplingParams
+from nanovllm.engine.step_inputs import StepInputs
 
 BLOCK = 16
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
@@ -86,3 +89,32 @@ def test_equal_prompts_of_exactly_full_blocks_do_not_share_the_last(
         assert [output["num_cached_tokens"] for output in outputs] == [0, BLOCK, BLOCK]
         for output in outputs:
             assert output["token_ids"] == tiny_reference.tokens(prompt, 20)
+
+
+@BOTH_ORDERS
+@pytest.mark.parametrize("budget", [16384, 20])
+def test_completions_share_a_full_last_block_and_store_nothing_there(
+    tiny: Path, tiny_reference: Reference, async_scheduling: bool, budget: int
+):
+    prompt = random_tokens(2 * BLOCK, seed=4)
+    options = {"async_scheduling": async_scheduling, "max_num_batched_tokens": budget}
+    with build(tiny, **options) as llm:
+        manager, inputs, stored = llm.scheduler.block_manager, llm.model_runner.inputs, []
+        fill = inputs.fill
+
+        def recorded(batch, *args):
+            shape, num_words = fill(batch, *args)
+            host = inputs.hosts[inputs.buffer_index].numpy()
+            stored.append(StepInputs.views(host, shape).slot_mapping[: batch.num_tokens].tolist())
+            return shape, num_words
+
+        inputs.fill = recorded
+        (output,) = llm.generate(prompt, replace(GREEDY, n=4), use_tqdm=False)
+        assert output["num_cached_tokens"] == 0
+        for completion in output["outputs"]:
+            assert completion["token_ids"] == tiny_reference.tokens(prompt, 20)
+        # Each slot of the prompt is written once; three last tokens are run and not stored.
+        slots = [slot for step in stored for slot in step]
+        assert slots.count(-1) == 3
+        assert len(set(slots) - {-1}) == len(slots) - 3
+        assert_blocks_consistent(manager, [])

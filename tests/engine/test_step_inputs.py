@@ -1,5 +1,6 @@
 """The inputs of a step as the device would find them, with a decode plan and without."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,11 @@ import torch
 
 from helpers.checkpoints import VOCAB_SIZE, random_tokens
 from helpers.engines import GREEDY, build
+from helpers.shared_blocks import chunks_in, shared_pieces
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
-from nanovllm.kernels.decode_plan import plan_decode
+from nanovllm.kernels.decode_plan import DecodePlan, plan_decode
 from nanovllm.layers.attention_backends import TritonBackend
 
 BLOCK = 16
@@ -168,3 +170,59 @@ def test_buffers_hold_the_largest_steps(tiny: Path):
         tiles = buffers.backend.decode_metadata(metadata, 5).tiles
         assert len(tiles) >= 5 * 639 // BLOCK
         assert (tiles[: 5 * 639 // BLOCK, 1] >> 16).unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def sharing_batch(llm: LLM, n: int, length: int, others: int = 2) -> Batch:
+    """A decode batch of the completions of one prompt, and of other requests."""
+    llm.add_request(random_tokens(length, seed=1), replace(LONG, n=n))
+    for seed in range(others):
+        llm.add_request(random_tokens(50, seed=10 + seed), LONG)
+    while (batch := llm.scheduler.schedule()).is_prefill:
+        llm.scheduler.postprocess(batch, [7] * len(batch.seqs))
+    return batch
+
+
+@pytest.mark.parametrize(("length", "fixed_shape"), [(601, False), (608, True)])
+def test_completions_of_a_prompt_read_its_blocks_together(
+    tiny: Path, length: int, fixed_shape: bool
+):
+    """All its full blocks, whatever chunks their length makes."""
+    n = 8
+    with build(tiny, max_num_seqs=16, num_kvcache_blocks=150) as llm:
+        buffers = InputBuffers(llm.config, triton_backend(6))
+        batch = sharing_batch(llm, n, length)
+        for host in buffers.hosts:  # what a larger batch may have left
+            host.fill_(3)
+        shape = fill_and_send(buffers, batch, 16, fixed_shape)
+        assert shape.shares
+        assert shape._replace(waits=True).for_graph.shares
+        metadata = buffers.view(shape).rest
+        sent = buffers.backend.decode_metadata(metadata, 16, shape.shares)
+        sent = DecodePlan(*(part.numpy() for part in sent))
+        pieces = shared_pieces(sent)
+        assert all(rows == list(range(n)) for rows, _, _ in pieces)
+        assert sum(len(slots) for _, _, slots in pieces) == length // BLOCK
+        chunks = chunks_in(sent, BLOCK)
+        for row, (seq, start) in enumerate(zip(batch.seqs, batch.starts)):
+            slots = [b * BLOCK + i for b in seq.block_table for i in range(BLOCK)][: start + 1]
+            own = range(sent.chunk_counts[row])
+            assert slots == [slot for chunk in own for slot in chunks[row, chunk]]
+        assert buffers.backend.decode_metadata(metadata, 16).list_begin is None
+
+
+@pytest.mark.parametrize(("n", "length", "rows"), [(1, 601, 16), (8, 40, 16), (4, 601, 4)])
+def test_steps_that_share_too_little_have_the_shape_of_all_others(
+    tiny: Path, n: int, length: int, rows: int
+):
+    with build(tiny, max_num_seqs=16, num_kvcache_blocks=150) as llm:
+        buffers = InputBuffers(llm.config, triton_backend(6))
+        batch = sharing_batch(llm, n, length, others=0)
+        assert fill_and_send(buffers, batch, rows, True) == buffers.decode_shape(rows)
+
+
+def test_without_a_prefix_cache_completions_have_the_chunks_of_other_requests(tiny: Path):
+    with build(tiny, num_kvcache_blocks=400, enable_prefix_caching=False) as llm:
+        buffers = InputBuffers(llm.config, triton_backend(6))
+        batch = sharing_batch(llm, 8, 601)
+        assert buffers._borders(batch, 16) is None
+        assert not fill_and_send(buffers, batch, 16, True).shares

@@ -31,6 +31,7 @@ def assert_blocks_consistent(manager: BlockManager, live: list[Sequence]) -> Non
         assert block.hash == key, "a stale hash points at a reused block"
         assert len(block.token_ids) == manager.block_size
     for seq in live:
-        first_open = seq.num_computed_tokens // manager.block_size
+        num_stored = max(seq.num_computed_tokens, seq.num_found_tokens)
+        first_open = num_stored // manager.block_size
         for block_id in seq.block_table[first_open:]:
             assert holders[block_id] == 1, "a block that can still be written to is shared"

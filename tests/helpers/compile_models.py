@@ -130,6 +130,7 @@ def launches_of(step: Step) -> list[CompiledLaunch]:
         shape = StepShape(
             is_prefill, rows, rows * length, 16 if is_prefill else 0, length, MAX_MODEL_LEN,
             truncates=True, edits=True, waits=True,
+            shares=not is_prefill and backend.may_share(rows),
         )  # fmt: skip
         device = torch.device("cuda")
         inputs = StepInputs.views(torch.empty(10**6, dtype=torch.int32, device=device), shape)
@@ -146,7 +147,9 @@ def launches_of(step: Step) -> list[CompiledLaunch]:
             is_prefill=is_prefill, positions=inputs.positions, slot_mapping=inputs.slot_mapping,
             context_lens=inputs.context_lens, block_tables=inputs.block_tables,
             cu_seqlens_q=inputs.cu_seqlens_q, max_seqlen_q=length, max_context_len=MAX_MODEL_LEN,
-            decode_metadata=None if is_prefill else backend.decode_metadata(inputs.rest, rows),
+            decode_metadata=(
+                None if is_prefill else backend.decode_metadata(inputs.rest, rows, shape.shares)
+            ),
             logits_indices=inputs.cu_seqlens_q[1:] - 1 if is_prefill else None,
         )  # fmt: skip
         stream = model(inputs.input_ids, sampler.tokens, context)

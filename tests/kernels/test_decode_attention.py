@@ -44,7 +44,9 @@ def decode(function, batch: DecodeBatch, num_ranges: int = 7) -> torch.Tensor:
     block_size, _, head_dim = before.k_cache.shape[1:]
     tile = tile_tokens(block_size, head_dim)
     plan = plan_decode(context_lens, block_tables, block_size, tile, num_ranges, len(batch.qkv))
-    bounds, chunk_counts, tiles = (torch.from_numpy(piece).to(batch.qkv.device) for piece in plan)
+    bounds, chunk_counts, tiles = (
+        torch.from_numpy(piece).to(batch.qkv.device) for piece in plan[:3]
+    )
     padding = torch.zeros_like(before.context_lens[~real])
     plan = DecodePlan(bounds, torch.cat((chunk_counts, padding)), tiles)
     return paged_decode(*batch.new_token, plan, before.scale)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from nanovllm.kernels.chunks import balance
 from nanovllm.kernels.decode_plan import (
     FUSED_ROWS,
     MANY_ROWS,
     MAX_CHUNKS,
-    _balance,
     max_plan_words,
     plan_decode,
 )
@@ -87,6 +87,6 @@ def test_chunks_depend_on_the_context_and_the_class_of_the_batch(rows: int, coun
 
 
 def test_chunks_are_dealt_out_longest_first_and_their_ends_count():
-    assert _balance(np.array([1, 1, 2]), 2).tolist() == [1, 1, 0]  # not 1 and 2 against 1
+    assert balance(np.array([1, 1, 2]), 2).tolist() == [1, 1, 0]  # not 1 and 2 against 1
     # Four chunks of 2 cost 12, one of 10 costs 11: the fifth goes there, though it has more tiles.
-    assert _balance(np.array([10, 2, 2, 2, 2, 2]), 2).tolist() == [0, 1, 1, 1, 1, 0]
+    assert balance(np.array([10, 2, 2, 2, 2, 2]), 2).tolist() == [0, 1, 1, 1, 1, 0]

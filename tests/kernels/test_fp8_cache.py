@@ -153,7 +153,7 @@ def plan_of(batch: DecodeBatch) -> DecodePlan:
     block_size, _, head_dim = before.k_cache.shape[1:]
     tile = tile_tokens(block_size, head_dim)
     plan = plan_decode(context_lens, block_tables, block_size, tile, 7, len(batch.qkv))
-    bounds, chunk_counts, tiles = (torch.from_numpy(np.ascontiguousarray(p)) for p in plan)
+    bounds, chunk_counts, tiles = (torch.from_numpy(np.ascontiguousarray(p)) for p in plan[:3])
     chunk_counts = torch.cat((chunk_counts, torch.zeros(int((~real).sum()), dtype=torch.int32)))
     return DecodePlan(*(piece.to(batch.qkv.device) for piece in (bounds, chunk_counts, tiles)))
 
