@@ -26,7 +26,15 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.decode_plan import FIRST, FUSED_ROWS, LAST, MAX_CHUNKS, NEWEST, DecodePlan
+from nanovllm.kernels.decode_plan import (
+    CHUNK_SHIFT,
+    FIRST,
+    FUSED_ROWS,
+    LAST,
+    MAX_CHUNKS,
+    NEWEST,
+    DecodePlan,
+)
 from nanovllm.kernels.launch import (
     gpu_of,
     gpu_with,
@@ -38,6 +46,14 @@ from nanovllm.kernels.launch import (
 from nanovllm.kernels.paged_cache import LOG2_E, as_stored, dot_type, tile_tokens
 from nanovllm.kernels.rope_store import norm_rope, norm_rope_factors, qk_norm_rope_store
 from nanovllm.kernels.shared_attention import attend_shared
+from nanovllm.kernels.value_tiles import (
+    add_values,
+    dims_of_part,
+    no_values,
+    scaled_values,
+    value_words,
+    values_unless,
+)
 
 
 def num_decode_ranges(device: torch.device, num_kv_heads: int) -> int:
@@ -84,6 +100,7 @@ def paged_decode(
     wide = qkv.element_size() == 2
     block_d = triton.next_power_of_2(head_dim)
     fused = rows <= FUSED_ROWS
+    values, parts = value_words(v_cache)
     gpu = gpu_with(qkv)
     stages = 4 if fused and gpu is not None and gpu.is_hopper_class else 3
     queries = qkv if fused else qk_norm_rope_store(
@@ -92,13 +109,13 @@ def paged_decode(
     if list_begin is not None:
         attend_shared(queries, k_cache, v_cache, plan, partial, stats, scale, kv_scales)
     _decode_kernel[(num_kv_heads, bounds.shape[0] - 1)](
-        queries, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slot_mapping,
+        queries, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, values, slot_mapping,
         bounds, tiles, out, partial, stats[0], stats[1], scale * LOG2_E, kv_scales,
         num_kv_heads, head_dim, DTYPE=dot_type(qkv.dtype, k_cache),
         GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
-        BLOCK_N=tile_tokens(block_size, head_dim), MAX_CHUNKS=MAX_CHUNKS,
+        BLOCK_N=tile_tokens(block_size, head_dim, in_fp8=kv_scales is not None), PARTS=parts, MAX_CHUNKS=MAX_CHUNKS,
         FUSED=fused, HAS_NORM=q_weight is not None, FIRST=FIRST, LAST=LAST, NEWEST=NEWEST,
-        PRECISION="tf32" if wide else "ieee", num_warps=4 if wide else 8,
+        CHUNK_SHIFT=CHUNK_SHIFT, PRECISION="tf32" if wide else "ieee", num_warps=4 if wide else 8,
         num_stages=stages if wide else 1, **pdl(qkv),
     )  # fmt: skip
     kernel = _combine_kernel[(rows, num_heads)](
@@ -111,12 +128,13 @@ def paged_decode(
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, q_weight_ptr, k_weight_ptr, eps, cos_sin_ptr, positions_ptr, k_ptr, v_ptr, slots_ptr,
-    bounds_ptr, tiles_ptr, out_ptr, partial_ptr, m_ptr, l_ptr, scale_log2, kv_scales_ptr,
+    q_ptr, q_weight_ptr, k_weight_ptr, eps, cos_sin_ptr, positions_ptr, k_ptr, v_ptr, values_ptr,
+    slots_ptr, bounds_ptr, tiles_ptr, out_ptr, partial_ptr, m_ptr, l_ptr, scale_log2, kv_scales_ptr,
     num_kv_heads: tl.constexpr, head_dim: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    MAX_CHUNKS: tl.constexpr, FUSED: tl.constexpr, HAS_NORM: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, NEWEST: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, MAX_CHUNKS: tl.constexpr, FUSED: tl.constexpr, HAS_NORM: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, NEWEST: tl.constexpr,
+    CHUNK_SHIFT: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
@@ -134,6 +152,9 @@ def _decode_kernel(
         token_stride: tl.constexpr = num_kv_heads * head_dim
 
         cells = lanes[:, None] * token_stride + kv_head * head_dim + dims[None, :]
+        words = tl.arange(0, BLOCK_D // PARTS)[None, :]
+        word_mask = words < head_dim // PARTS
+        words = lanes[:, None] * (token_stride // PARTS) + kv_head * (head_dim // PARTS) + words
         q = tl.zeros([BLOCK_G, BLOCK_D], DTYPE)
         if kv_scales_ptr is not None:
             k_scale = tl.load(kv_scales_ptr + kv_head)
@@ -141,7 +162,7 @@ def _decode_kernel(
             scale_log2 *= k_scale
         m = tl.full([BLOCK_G], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)  # summed over the tile at a chunk's end
-        acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+        acc = no_values(BLOCK_G, BLOCK_D, PARTS)
         slot = tl.load(tiles_ptr + 2 * first_tile)
         info = tl.load(tiles_ptr + 2 * first_tile + 1)
         if not FUSED:
@@ -153,9 +174,10 @@ def _decode_kernel(
             next_info = tl.load(tiles_ptr + 2 * following + 1)
             valid = lanes < (info & (FIRST - 1))
             start = slot.to(tl.int64) * token_stride
-            kv_mask = valid[:, None] & dim_mask
-            k_tile = tl.load(k_ptr + start + cells, mask=kv_mask, other=0.0)
-            v_tile = tl.load(v_ptr + start + cells, mask=kv_mask, other=0.0)
+            k_tile = tl.load(k_ptr + start + cells, mask=valid[:, None] & dim_mask, other=0.0)
+            v_tile = tl.load(
+                values_ptr + start // PARTS + words, mask=valid[:, None] & word_mask, other=0.0
+            )
             row = info >> 16
             heads = kv_head * GROUP + group
             if not FUSED:
@@ -166,7 +188,7 @@ def _decode_kernel(
                 is_first = (info & FIRST) != 0
                 m = tl.where(is_first, float("-inf"), m)
                 l = tl.where(is_first, 0.0, l)
-                acc = tl.where(is_first, 0.0, acc)
+                acc = values_unless(is_first, acc)
             elif info & FIRST:
                 position = tl.load(positions_ptr + row)
                 cell = tl.load(slots_ptr + row).to(tl.int64) * token_stride + kv_head * head_dim
@@ -178,10 +200,8 @@ def _decode_kernel(
                 )
                 qkv_row = q_ptr + row.to(tl.int64) * (num_heads + 2 * num_kv_heads) * head_dim
                 wait(PDL)  # all loads so far are of step inputs and earlier steps
-                v_new = tl.load(
-                    qkv_row + (num_heads + num_kv_heads + kv_head) * head_dim + dims[None, :],
-                    mask=dim_mask, other=0.0,
-                )  # fmt: skip
+                new_values = qkv_row + (num_heads + num_kv_heads + kv_head) * head_dim
+                v_new = tl.load(new_values + dims[None, :], mask=dim_mask, other=0.0)
                 k_new = norm_rope(
                     qkv_row, num_heads + kv_head + one, one == 0, k_own, k_partner, eps, dims,
                     head_dim, HAS_NORM,
@@ -195,46 +215,63 @@ def _decode_kernel(
                 ).to(q.dtype)  # fmt: skip
                 m = tl.full([BLOCK_G], float("-inf"), tl.float32)
                 l = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
-                acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+                acc = no_values(BLOCK_G, BLOCK_D, PARTS)
                 if info & NEWEST:
                     tl.store(k_ptr + cell + dims[None, :], k_new, mask=dim_mask)
                     tl.store(v_ptr + cell + dims[None, :], v_new, mask=dim_mask)
                     products = q.to(tl.float32) * k_new.to(tl.float32)
                     m = tl.sum(products, axis=1) * scale_log2
                     l += tl.where(lanes == 0, 1.0, 0.0)[None, :]
-                    acc += v_new.to(tl.float32)
+                    if PARTS == 1:
+                        acc = (acc[0] + v_new.to(tl.float32),)
+                    else:
+                        acc = _new_values(acc, new_values, v_scale, head_dim, BLOCK_D)
 
-            k_tile, v_tile = k_tile.to(DTYPE), v_tile.to(DTYPE)
+            k_tile = k_tile.to(DTYPE)
             scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
             scores = tl.where(valid[None, :], scores, float("-inf"))
             m_new = tl.maximum(m, tl.max(scores, axis=1))
             weights = tl.exp2(scores - m_new[:, None])
             alpha = tl.exp2(m - m_new)
             l = l * alpha[:, None] + weights
-            acc = acc * alpha[:, None]
-            acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+            acc = scaled_values(acc, alpha[:, None])
+            acc = add_values(acc, weights.to(DTYPE), v_tile, DTYPE, PRECISION)
             m = m_new
 
             if info & LAST:
                 # A row with few others mostly has several chunks: no branch for it.
-                chunk = (info >> 10) & 63
+                chunk = (info >> CHUNK_SHIFT) & (MAX_CHUNKS - 1)
                 is_whole_row = (chunk == 0) & ((info & NEWEST) != 0)
                 head_of_row = row.to(tl.int64) * num_heads + heads
-                mask = real[:, None] & dim_mask
+                place = head_of_row * MAX_CHUNKS + chunk
                 l_chunk = tl.sum(l, axis=1)
                 if kv_scales_ptr is not None:
-                    acc *= v_scale
-                if not FUSED and is_whole_row:
-                    result = (acc / l_chunk[:, None]).to(out_ptr.dtype.element_ty)
-                    cells_out = head_of_row[:, None] * head_dim + dims[None, :]
-                    tl.store(out_ptr + cells_out, result, mask=mask)
-                else:
-                    place = head_of_row * MAX_CHUNKS + chunk
+                    acc = scaled_values(acc, v_scale)
+                if FUSED or not is_whole_row:
                     tl.store(m_ptr + place, m, mask=real)
                     tl.store(l_ptr + place, l_chunk, mask=real)
-                    partials = partial_ptr + place[:, None] * head_dim + dims[None, :]
-                    tl.store(partials, acc, mask=mask)
+                for part in tl.static_range(PARTS):
+                    part_dims = dims_of_part(part, BLOCK_D, PARTS)[None, :]
+                    mask = real[:, None] & (part_dims < head_dim)
+                    if not FUSED and is_whole_row:
+                        result = (acc[part] / l_chunk[:, None]).to(out_ptr.dtype.element_ty)
+                        cells_out = head_of_row[:, None] * head_dim + part_dims
+                        tl.store(out_ptr + cells_out, result, mask=mask)
+                    else:
+                        partials = partial_ptr + place[:, None] * head_dim + part_dims
+                        tl.store(partials, acc[part], mask=mask)
             slot, info = next_slot, next_info
+
+
+@triton.jit
+def _new_values(sums, values_ptr, v_scale, head_dim: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Add a token's values as the cache holds them in fp8, to each part its own."""
+    added = ()
+    for part in tl.static_range(len(sums)):
+        dims = dims_of_part(part, BLOCK_D, len(sums))[None, :]
+        values = tl.load(values_ptr + dims, mask=dims < head_dim, other=0.0).to(tl.float32)
+        added += (sums[part] + as_stored(values, v_scale, tl.float8e4nv).to(tl.float32),)
+    return added
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The work list of a decode step of `kernels.decode_attention`, made on the host with NumPy.
 
 Contexts are cut into chunks at fixed places, and chunks are dealt out to ranges of about equal
-length, one for each program of a kv head. A range is a list of tiles of up to 64 tokens, which may
+length, one for each program of a kv head. A range is a list of tiles of up to 64 tokens, of 128 in fp8, which may
 go from one sequence to the next: the load is even however ragged the batch, and no program is
 launched for a context that might have been longer.
 
@@ -18,8 +18,9 @@ from nanovllm.kernels.shared_plan import begin_alike, max_shared_words, plan_sha
 MAX_CHUNKS = 32
 FUSED_ROWS = 4  # up to so many rows, the kernel stores the newest token itself
 MANY_ROWS = 64
-# A tile's second word: 15 bits for the row, 1 spare, 6 for the chunk, 3 flags, 7 for the tokens.
-FIRST, LAST, NEWEST = 128, 256, 512
+# A tile's second word: 15 bits for the row, 1 spare, 5 for the chunk, 3 flags, 8 for the tokens.
+FIRST, LAST, NEWEST = 256, 512, 1024
+CHUNK_SHIFT = 11
 
 
 class DecodePlan(NamedTuple):
@@ -113,7 +114,7 @@ def plan_decode(
     start = (first + place) * tile
     tiles = np.empty((len(row), 2), dtype=np.int32)
     tiles[:, 0] = slots_of(row, start, block_tables, block_size)
-    tiles[:, 1] = row << 16 | number << 10 | np.minimum(cached[row] - start, tile)
+    tiles[:, 1] = row << 16 | number << CHUNK_SHIFT | np.minimum(cached[row] - start, tile)
     tiles[:, 1] += (place == 0) * FIRST + (place == length - 1) * LAST + is_last * NEWEST
     plan = DecodePlan(bounds, chunk_counts.astype(np.int32), tiles)
     return plan if shared is None else plan.with_list(shared[1])
@@ -126,7 +127,7 @@ def _cut(
     counts = np.maximum(1, -(-cached // tile))  # tiles of a row
     # Tokens of a row's chunks: finer ones give more programs and ranges of more even lengths,
     # coarser ones fewer partial results.
-    finest = 64 if padded_rows <= FUSED_ROWS else 128
+    finest = max(tile, 64 if padded_rows <= FUSED_ROWS else 128)
     chunk = np.where(cached <= 512, finest, 2 * finest)
     if padded_rows > MANY_ROWS:
         chunk[:] = 512 if padded_rows <= 2 * MANY_ROWS else 1024

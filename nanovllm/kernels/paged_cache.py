@@ -16,14 +16,15 @@ _TRITON_TYPES = {
 }  # fmt: skip
 
 
-def tile_tokens(block_size: int, head_dim: int, limit: int = 64) -> int:
-    """Tokens of a tile: the largest power of two that divides the block size, within limits.
+def tile_tokens(block_size: int, head_dim: int, limit: int = 64, in_fp8: bool = False) -> int:
+    """Tokens of a tile: the largest power of two that divides the block size, within limits. In fp8
+    decode attention takes twice as many, with as many bytes.
 
     Tiles of 64 tokens and heads of 256 would take 138 to 224 KiB of shared memory; with 32 (and in
     prefill one stage less), all kernels fit into the 99 KiB that consumer GPUs give a program.
     """
     limit = min(limit, 64 if head_dim <= 128 else 32)
-    return max(16, min(limit, block_size & -block_size))
+    return max(16, min(limit * (1 + in_fp8), block_size & -block_size))
 
 
 def dot_type(dtype: torch.dtype, cache: torch.Tensor) -> tl.dtype:

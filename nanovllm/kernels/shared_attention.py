@@ -24,6 +24,13 @@ from nanovllm.kernels.decode_plan import MAX_CHUNKS, DecodePlan
 from nanovllm.kernels.launch import launch_dependents, pdl, wait
 from nanovllm.kernels.paged_cache import LOG2_E, dot_type, tile_tokens
 from nanovllm.kernels.shared_plan import PIECE_ROWS, PIECE_WORDS
+from nanovllm.kernels.value_tiles import (
+    add_values,
+    dims_of_part,
+    no_values,
+    scaled_values,
+    value_words,
+)
 
 # Queries of a program. With 64 Hopper's own matrix instructions would serve twice as many queries
 # for each tile read, and sum in another order than decode attention.
@@ -55,12 +62,14 @@ def attend_shared(
     group = q.shape[1] // num_kv_heads
     wide = q.element_size() == 2
     parts = triton.cdiv(PIECE_ROWS * group, LANES)
+    values, value_parts = value_words(v_cache)
     grid = (parts, num_kv_heads, plan.bounds.shape[0] - 1)
     _shared_kernel[grid](
-        q, k_cache, v_cache, plan.list_begin, plan.tiles, partial, stats[0], stats[1],
+        q, k_cache, values, plan.list_begin, plan.tiles, partial, stats[0], stats[1],
         scale * LOG2_E, kv_scales, num_kv_heads, head_dim, DTYPE=dot_type(q.dtype, k_cache),
         GROUP=group, LANES=LANES, BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_N=tile_tokens(block_size, head_dim), MAX_CHUNKS=MAX_CHUNKS, PIECE_WORDS=PIECE_WORDS,
+        BLOCK_N=tile_tokens(block_size, head_dim, in_fp8=kv_scales is not None),
+        PARTS=value_parts, MAX_CHUNKS=MAX_CHUNKS, PIECE_WORDS=PIECE_WORDS,
         PRECISION="tf32" if wide else "ieee", num_warps=4 if wide else 8,
         num_stages=3 if wide else 1, **pdl(q),
     )  # fmt: skip
@@ -68,11 +77,11 @@ def attend_shared(
 
 @triton.jit
 def _shared_kernel(
-    q_ptr, k_ptr, v_ptr, list_begin_ptr, words_ptr, partial_ptr, m_ptr, l_ptr, scale_log2,
+    q_ptr, k_ptr, values_ptr, list_begin_ptr, words_ptr, partial_ptr, m_ptr, l_ptr, scale_log2,
     kv_scales_ptr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, LANES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    MAX_CHUNKS: tl.constexpr, PIECE_WORDS: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    PARTS: tl.constexpr, MAX_CHUNKS: tl.constexpr, PIECE_WORDS: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
     kv_head = tl.program_id(1)
@@ -85,7 +94,11 @@ def _shared_kernel(
     dim_mask = (dims < head_dim)[None, :]
     num_heads: tl.constexpr = num_kv_heads * GROUP
     token_stride: tl.constexpr = num_kv_heads * head_dim
-    cells = tl.arange(0, BLOCK_N)[:, None] * token_stride + kv_head * head_dim + dims[None, :]
+    tokens = tl.arange(0, BLOCK_N)[:, None]
+    cells = tokens * token_stride + kv_head * head_dim + dims[None, :]
+    words = tl.arange(0, BLOCK_D // PARTS)[None, :]
+    word_mask = words < head_dim // PARTS
+    words = tokens * (token_stride // PARTS) + kv_head * (head_dim // PARTS) + words
     if kv_scales_ptr is not None:
         v_scale = tl.load(kv_scales_ptr + num_kv_heads + kv_head)
         scale_log2 *= tl.load(kv_scales_ptr + kv_head)
@@ -106,14 +119,14 @@ def _shared_kernel(
             q = q.to(DTYPE)
             m = tl.full([LANES], float("-inf"), tl.float32)
             l = tl.zeros([LANES, BLOCK_N], tl.float32)  # summed over the tile at the chunk's end
-            acc = tl.zeros([LANES, BLOCK_D], tl.float32)
+            acc = no_values(LANES, BLOCK_D, PARTS)
             slot = tl.load(words_ptr + first_tile)
             for tile in range(first_tile, end_tile):
                 # Loaded a tile ahead, as in decode attention.
                 next_slot = tl.load(words_ptr + tl.minimum(tile + 1, end_tile - 1))
                 start = slot.to(tl.int64) * token_stride
                 k_tile = tl.load(k_ptr + start + cells, mask=dim_mask, other=0.0).to(DTYPE)
-                v_tile = tl.load(v_ptr + start + cells, mask=dim_mask, other=0.0).to(DTYPE)
+                v_tile = tl.load(values_ptr + start // PARTS + words, mask=word_mask, other=0.0)
                 scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
                 # As there, a choice keeps the compiler from fusing this product with the difference
                 # below, which would round otherwise.
@@ -122,13 +135,16 @@ def _shared_kernel(
                 weights = tl.exp2(scores - m_new[:, None])
                 alpha = tl.exp2(m - m_new)
                 l = l * alpha[:, None] + weights
-                acc = acc * alpha[:, None]
-                acc = tl.dot(weights.to(DTYPE), v_tile, acc, input_precision=PRECISION)
+                acc = scaled_values(acc, alpha[:, None])
+                acc = add_values(acc, weights.to(DTYPE), v_tile, DTYPE, PRECISION)
                 m = m_new
                 slot = next_slot
             if kv_scales_ptr is not None:
-                acc *= v_scale
+                acc = scaled_values(acc, v_scale)
             place = head * MAX_CHUNKS + chunk
             tl.store(m_ptr + place, m, mask=real)
             tl.store(l_ptr + place, tl.sum(l, axis=1), mask=real)
-            tl.store(partial_ptr + place[:, None] * head_dim + dims[None, :], acc, mask=mask)
+            for part in tl.static_range(PARTS):
+                part_dims = dims_of_part(part, BLOCK_D, PARTS)[None, :]
+                partials = partial_ptr + place[:, None] * head_dim + part_dims
+                tl.store(partials, acc[part], mask=real[:, None] & (part_dims < head_dim))

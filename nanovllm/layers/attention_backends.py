@@ -132,10 +132,15 @@ class TritonBackend(AttentionBackend):
     reads_tables_in_decode = False
 
     def __init__(
-        self, block_size: int, num_kv_heads: int, head_dim: int, device: torch.device
+        self,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        fp8_cache: bool = False,
     ) -> None:
         super().__init__(block_size)
-        self.tile: int = kernels.tile_tokens(block_size, head_dim)
+        self.tile: int = kernels.tile_tokens(block_size, head_dim, in_fp8=fp8_cache)
         self.num_ranges: int = kernels.num_decode_ranges(device, num_kv_heads)
 
     def attend(
@@ -235,7 +240,7 @@ def make_backend(
     if block_size is None:
         block_size = FLASH_BLOCK_SIZE if name == "flash-attn" else BLOCK_SIZE
     if name == "triton":
-        return TritonBackend(block_size, num_kv_heads, head_dim, device)
+        return TritonBackend(block_size, num_kv_heads, head_dim, device, fp8_cache)
     return FlashBackend(block_size) if name == "flash-attn" else TorchBackend(block_size)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from helpers.kernel_inputs import DecodeBatch, PagedBatch
-from nanovllm.kernels.decode_plan import FIRST, DecodePlan
+from nanovllm.kernels.decode_plan import CHUNK_SHIFT, FIRST, DecodePlan
 
 Shared = tuple[Sequence[int], int]  # rows, and how many of their first tokens they have in common
 
@@ -60,9 +60,9 @@ def chunks_in(plan: DecodePlan, tile: int) -> dict[tuple[int, int], list[int]]:
     begin = len(words) if plan.list_begin is None else int(plan.list_begin[0])
     assert plan.bounds[-1] * 2 == begin
     for slot, info in words[:begin].reshape(-1, 2).tolist():
-        key = info >> 16, (info >> 10) & 63
+        key = info >> 16, (info >> CHUNK_SHIFT) & 31
         assert bool(info & FIRST) == (key not in found), "a chunk lies in one piece"
-        found[key] += range(slot, slot + (info & 127))
+        found[key] += range(slot, slot + (info & 255))
     for rows, chunk, slots in shared_pieces(plan):
         for row in rows:
             assert (row, chunk) not in found

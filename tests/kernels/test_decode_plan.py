@@ -5,9 +5,13 @@ import pytest
 
 from nanovllm.kernels.chunks import balance
 from nanovllm.kernels.decode_plan import (
+    CHUNK_SHIFT,
+    FIRST,
     FUSED_ROWS,
+    LAST,
     MANY_ROWS,
     MAX_CHUNKS,
+    NEWEST,
     max_plan_words,
     plan_decode,
 )
@@ -34,12 +38,12 @@ def test_plan_holds_every_token_once(
     plan = plan_decode(context_lens, tables, block_size, tile, num_ranges, padded_rows)
 
     # Chunks lie in any order, each in one piece.
-    chunk_of_tile = plan.tiles[:, 1] >> 10
+    chunk_of_tile = plan.tiles[:, 1] >> CHUNK_SHIFT
     borders = np.flatnonzero(np.diff(chunk_of_tile, prepend=-1, append=-1))
     assert len(borders) - 1 == len(set(chunk_of_tile))
     in_order = plan.tiles[np.argsort(chunk_of_tile, kind="stable")]
     slots, info = in_order.T
-    rows, chunks, tokens = info >> 16, (info >> 10) & 63, info & 127
+    rows, chunks, tokens = info >> 16, (info >> CHUNK_SHIFT) & 31, info & 255
     found = [slot + i for slot, count in zip(slots, tokens) for i in range(count)]
     assert found == [
         tables[row, i // block_size] * block_size + i % block_size
@@ -54,10 +58,10 @@ def test_plan_holds_every_token_once(
     assert plan.chunk_counts.tolist() == counts.tolist()
     assert counts.min() >= 1 and counts.max() <= MAX_CHUNKS
 
-    first, last, newest = (plan.tiles[:, 1] & flag > 0 for flag in (128, 256, 512))
+    first, last, newest = (plan.tiles[:, 1] & flag > 0 for flag in (FIRST, LAST, NEWEST))
     assert np.flatnonzero(first).tolist() == borders[:-1].tolist()
     assert np.flatnonzero(last).tolist() == (borders[1:] - 1).tolist()
-    assert (newest == ((chunk_of_tile & 63) == counts[chunk_of_tile >> 6] - 1)).all()
+    assert (newest == ((chunk_of_tile & 31) == counts[chunk_of_tile >> 5] - 1)).all()
 
     assert plan.bounds.shape == (num_ranges + 1,)
     assert set(plan.bounds) <= set(borders)
@@ -68,7 +72,7 @@ def test_plan_holds_every_token_once(
     alone = plan_decode(
         context_lens[5:6], tables[5:6], block_size, tile, num_ranges, padded_rows
     ).tiles
-    alone = alone[np.argsort(alone[:, 1] >> 10, kind="stable")]
+    alone = alone[np.argsort(alone[:, 1] >> CHUNK_SHIFT, kind="stable")]
     assert (alone + np.array([0, 5 << 16])).tolist() == in_order[rows == 5].tolist()
 
 

@@ -56,7 +56,8 @@ def plan_of(batch: DecodeBatch, borders: Sequence[int] = (), num_ranges: int = 7
     real = np.count_nonzero(lens)
     tables = batch.before.block_tables[:real].cpu().numpy()
     block_size, _, head_dim = batch.before.k_cache.shape[1:]
-    tile = tile_tokens(block_size, head_dim)
+    in_fp8 = batch.before.k_cache.dtype == torch.float8_e4m3fn
+    tile = tile_tokens(block_size, head_dim, in_fp8=in_fp8)
     borders = np.array([*borders] or [0] * real)
     plan = plan_decode(lens[:real], tables, block_size, tile, num_ranges, len(lens), borders)
     counts = np.zeros(len(lens), dtype=np.int32)
