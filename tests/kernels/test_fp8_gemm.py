@@ -37,7 +37,7 @@ def test_gemm(
     monkeypatch: pytest.MonkeyPatch, rows: int, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     """Also more tiles of rows than run before the next tile of outputs."""
-    monkeypatch.setattr(fp8_gemm_module, "_MOST_ROWS", 16)
+    monkeypatch.setattr(fp8_gemm_module, "_MOST_ROWS", 32)
     check_gemm(rows, shape, dtype)
 
 
