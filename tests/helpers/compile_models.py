@@ -104,6 +104,7 @@ SECOND_SAMPLE = [
     Step(H100, "Qwen3-0.6B", 8, weights="fp8"),
     Step(H100, "Qwen3-0.6B", 128, weights="blocks"),
     Step(RTX_4090, "Qwen3-0.6B", 0, weights="blocks"),
+    Step(RTX_4090, "Qwen3-0.6B", 0, torch.float32, weights="fp8"),
     *(Step(H100, "Qwen3-30B-A3B", rows, weights="blocks") for rows in (0, 1)),
 ]
 
@@ -173,7 +174,8 @@ def all_steps() -> Iterator[Step]:
                     yield Step(card, model, rows, dtype)
                 if card.capability >= (8, 9):
                     for weights in ("fp8", "blocks"):
-                        yield Step(card, model, rows, weights=weights)
+                        for dtype in (torch.bfloat16, torch.float32):
+                            yield Step(card, model, rows, dtype, weights)
 
 
 def main() -> None:

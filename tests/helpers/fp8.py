@@ -57,12 +57,12 @@ def check_tokens(llm: LLM, reference: Reference, prompts: list[list[int]]) -> No
     """Greedy tokens of an engine in float32, each held against what the reference says after the
     same tokens: first of each prompt alone, by other kernels, then of all at once.
 
-    Two right engines need not agree in every token. Their sums have another order, they differ by
-    10^-6 of a row; of 10^5 numbers that are rounded to fp8 some lie so near to the border between
-    two that this decides, which changes a number by up to 1/8, and the rest of the text by some
-    percent. But where no such number came before, log probabilities agree to 10^-4. Simulated with
-    differences of 10^-6, that is 38% of the tokens at least, and the others are off by 0.34 at
-    most; with 10^-4, as sums of 14 bits have it, it is 8% at most.
+    Two right engines need not agree in every token. Adding up in another order they differ by 10^-6
+    at most. That may move a number which is near the border between two of e4m3 to the other one,
+    by up to 1/8 of it, and all that follows by some percent. Where there was no such number yet,
+    log probabilities agree to 10^-4. With random differences of 10^-6 before each rounding, they do
+    so for 38% of the tokens or more, and the others are off by 0.34 at most; with differences of
+    10^-4, and sums of 14 bits have larger ones, for 8% at most.
     """
     params = SamplingParams(temperature=0, max_tokens=12, logprobs=0)
     alone = [llm.generate([prompt], params, use_tqdm=False)[0] for prompt in prompts]
