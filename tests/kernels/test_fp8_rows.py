@@ -80,7 +80,7 @@ def check_rounded_norm(
     low, high = torch.stack([dequantize(*bound) for bound in bounds]).aminmax(dim=0)
     found = dequantize(*fp8)
     assert ((low <= found) & (found <= high)).all()
-    assert (low < high).double().mean() < 1e-4
+    assert (low < high).sum() < 4 + 1e-4 * found.numel()
     assert ((fp8[1] == bounds[0][1]) | (fp8[1] == bounds[1][1])).all()
 
 
