@@ -2,8 +2,9 @@
 
 That is for weights with scales of groups, on GPUs for which `kernels.split_k` is not made, and in
 dtypes or sizes that the library's product lacks. The tensor cores multiply 128 of K at a time; the
-sums go to float32 accumulators, with the scales of their groups if there are any. Neighbouring
-programs share rows of the weight, which stay in the second-level cache.
+sums go to float32 accumulators, with the scales of their groups if there are any. For a result in
+float32 the factors are widened to float16 before, so that the sums are exact. Neighbouring programs
+share rows of the weight, which stay in the second-level cache.
 
 Grid: (tile of rows and tile of outputs). Bytes moved: both once from memory, and from the L2 cache
 once more for each further tile of the other. Bound by the tensor cores with many rows, else by
@@ -14,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.fp8_rows import as_factor
 from nanovllm.kernels.launch import gpu_with, launch_dependents, pdl, wait
 from nanovllm.quantization.fp8 import GROUP
 
@@ -40,14 +42,16 @@ def fp8_gemm(
     (rows, k), n = x.shape, weight.shape[0]
     if out is None:
         out = torch.empty(rows, n, dtype=dtype, device=x.device)
-    padded_rows = min(_MOST_ROWS, max(16, triton.next_power_of_2(rows)))
-    gpu = gpu_with(x)
-    stages = 4 if gpu is not None and gpu.is_hopper_class else 3
+    gpu, is_exact = gpu_with(x), dtype == torch.float32
+    most_rows, stages = _MOST_ROWS, 4 if gpu is not None and gpu.is_hopper_class else 3
+    if is_exact:  # what is widened takes registers and shared memory
+        most_rows, stages = _MOST_ROWS // 2, 2
+    padded_rows = min(most_rows, max(16, triton.next_power_of_2(rows)))
     grid = (triton.cdiv(rows, padded_rows) * triton.cdiv(n, _OUTPUTS),)
     _fp8_gemm_kernel[grid](
         x, weight, bias, out, *scales, rows, n, k,
         ROWS=padded_rows, OUTPUTS=_OUTPUTS, BLOCK_K=GROUP, BAND=_BAND,
-        HAS_GROUPS=scales[0].shape[1] > 1, HAS_BIAS=bias is not None,
+        HAS_GROUPS=scales[0].shape[1] > 1, HAS_BIAS=bias is not None, EXACT=is_exact,
         num_warps=8 if padded_rows == _MOST_ROWS else 4, num_stages=stages, **pdl(x),
     )  # fmt: skip
     return out
@@ -57,7 +61,8 @@ def fp8_gemm(
 def _fp8_gemm_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, x_scale_ptr, weight_scale_ptr, rows, n: tl.constexpr,
     k: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK_K: tl.constexpr,
-    BAND: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    BAND: tl.constexpr, HAS_GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
     tiles_of_rows = tl.cdiv(rows, ROWS)
@@ -75,8 +80,8 @@ def _fp8_gemm_kernel(
     wait(PDL)
     for start in range(0, k, BLOCK_K):
         inside = (start + cols < k)[None, :]
-        x = tl.load(xs + start, mask=row_mask[:, None] & inside, other=0.0)
-        w = tl.load(weights + start, mask=out_mask[:, None] & inside, other=0.0)
+        x = as_factor(tl.load(xs + start, mask=row_mask[:, None] & inside, other=0.0), EXACT)
+        w = as_factor(tl.load(weights + start, mask=out_mask[:, None] & inside, other=0.0), EXACT)
         if HAS_GROUPS:
             group = start // BLOCK_K
             x_scale = tl.load(x_scale_ptr + group * rows + row, mask=row_mask, other=0)

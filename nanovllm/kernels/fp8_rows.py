@@ -83,6 +83,13 @@ def scales_of(largest):
 
 
 @triton.jit
+def as_factor(x, EXACT: tl.constexpr):
+    """Numbers of e4m3 as `tl.dot` is to multiply them. Tensor cores add up products of fp8 in fewer
+    digits than float32 has; float16 holds the same numbers, and sums of its products are exact."""
+    return x.to(tl.float16) if EXACT else x
+
+
+@triton.jit
 def to_fp8(x):
     """float32 of at most 448 as e4m3, rounded to the nearest, ties to even."""
     if _INTERPRETED:

@@ -10,7 +10,8 @@ and one past the last tile ends. As many are launched as there could be tiles. A
 added up in float32 in the order of its experts: no atomics, results are deterministic.
 
 In fp8 (see `quantization.fp8`) the tensor cores multiply both as they are, 128 of K at a time, and
-scales are applied to such sums, or once at the end. Between the two products, a kernel rounds h.
+scales are applied to such sums, or once at the end. For a result in float32 both are widened to
+float16 before, so that the sums are exact. Between the two products, a kernel rounds h.
 
 Grid: (tile of outputs, tile of pairs), and for the sum (token, slice of the output). Bytes moved:
 the weights of the experts that are hit once, each pair's input and output. Bound by memory up to
@@ -24,6 +25,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.activation import silu_times
+from nanovllm.kernels.fp8_rows import as_factor
 from nanovllm.kernels.launch import launch_dependents, pdl, wait
 from nanovllm.kernels.moe_plan import MoePlan, max_tiles
 from nanovllm.quantization.fp8 import GROUP
@@ -42,9 +44,16 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-def tiling(num_pairs: int, num_experts: int, element_size: int) -> Tiling:
-    """Tiles about as high as an expert has pairs; all fit into 99 KiB of shared memory."""
+def tiling(num_pairs: int, num_experts: int, element_size: int, is_exact: bool = False) -> Tiling:
+    """Tiles about as high as an expert has pairs; all fit into 99 KiB of shared memory.
+
+    Args:
+        element_size: of x and of the weights, in bytes.
+        is_exact: they are in fp8, and are to be widened.
+    """
     rows = max(16, min(128, triton.next_power_of_2(triton.cdiv(num_pairs, num_experts))))
+    if is_exact:
+        return Tiling(min(rows, 64), 64, GROUP, 4, 2)
     if element_size == 1:
         return Tiling(rows, 64, GROUP, 4, 5) if rows <= 32 else Tiling(rows, 128, GROUP, 8, 3)
     if element_size > 2:  # no tensor cores: float32 is to be exact
@@ -131,7 +140,8 @@ def _launch(
 ) -> None:
     gated = top_k is not None
     (num_experts, _, k), n = weight.shape, out.shape[1]
-    tile = tiling(len(out), num_experts, x.element_size())
+    is_exact = scales is not None and out.dtype == torch.float32
+    tile = tiling(len(out), num_experts, x.element_size(), is_exact)
     outputs = tile.outputs // 2 if gated else tile.outputs
     grid = (triton.cdiv(n, outputs), max_tiles(len(out), num_experts, tile.rows))
     x_scale, weight_scale = scales or (None, None)
@@ -139,7 +149,8 @@ def _launch(
     _grouped_gemm_kernel[grid](
         x, weight, plan.pairs, plan.offsets, out, num_experts, n, k, top_k or 1,
         x_scale, weight_scale, None if scales is None else len(x), IN_FP8=scales is not None,
-        HAS_GROUPS=has_groups, GATED=gated, EXPERTS=triton.next_power_of_2(num_experts),
+        HAS_GROUPS=has_groups, EXACT=is_exact, GATED=gated,
+        EXPERTS=triton.next_power_of_2(num_experts),
         ROWS=tile.rows, OUTPUTS=outputs, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(x),
     )  # fmt: skip
@@ -149,8 +160,8 @@ def _launch(
 def _grouped_gemm_kernel(
     x_ptr, weight_ptr, pairs_ptr, offsets_ptr, out_ptr, num_experts, n: tl.constexpr,
     k: tl.constexpr, top_k, x_scale_ptr, weight_scale_ptr, num_rows, IN_FP8: tl.constexpr,
-    HAS_GROUPS: tl.constexpr, GATED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    HAS_GROUPS: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
     wait(PDL)
@@ -187,9 +198,9 @@ def _grouped_gemm_kernel(
         scales = weight_scale_ptr + expert.to(tl.int64) * (height * groups) + outs
     for start in range(0, k, BLOCK_K):
         inside = (start + cols < k)[None, :]
-        x = tl.load(xs + start, mask=is_own[:, None] & inside, other=0.0)
+        x = as_factor(tl.load(xs + start, mask=is_own[:, None] & inside, other=0.0), EXACT)
         mask = (outs < n)[:, None] & inside
-        w = tl.load(weights + start, mask=mask, other=0.0)
+        w = as_factor(tl.load(weights + start, mask=mask, other=0.0), EXACT)
         if HAS_GROUPS:
             group = start // BLOCK_K
             x_scale = tl.load(x_scales + group * num_rows, mask=is_own, other=0)
@@ -200,7 +211,7 @@ def _grouped_gemm_kernel(
         else:
             acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
         if GATED:
-            w = tl.load(weights + n * k + start, mask=mask, other=0.0)
+            w = as_factor(tl.load(weights + n * k + start, mask=mask, other=0.0), EXACT)
             if HAS_GROUPS:
                 scale = tl.load(scales + n + group * height, mask=outs < n, other=0)
                 acc_up += tl.dot(x, tl.trans(w)) * x_scale[:, None] * scale[None, :]

@@ -11,7 +11,7 @@ for the sum. A bias is added by the first slice.
 
 In fp8 (see `quantization.fp8`) the tensor cores multiply both as they are; they add up 128 products
 in their own precision, and the rest is float32. Scales are applied to such sums, or once at the
-end.
+end. For a product in float32 both are widened to float16 before, so that the sums are exact.
 
 Grid: (tile of outputs, slice of K). Bytes moved: the weights once. Bound by memory.
 """
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.activation import silu_times
+from nanovllm.kernels.fp8_rows import as_factor
 from nanovllm.kernels.launch import launch_dependents, pdl, prefetch, wait
 
 MAX_ROWS = 128
@@ -62,6 +63,7 @@ def split_k(
     (rows, k), n = x.shape, weight.shape[0]
     n, outputs = (n // 2, _TILE // 2) if gated else (n, _TILE)
     dtype = dtype or x.dtype
+    is_exact = scales is not None and dtype == torch.float32
     shape, dtype = ((rows, n), dtype) if splits is None else ((splits, rows, n), torch.float32)
     splits = splits or 1
     x_scale, weight_scale = scales or (None, None)
@@ -75,7 +77,7 @@ def split_k(
     _split_k_kernel[(triton.cdiv(n, outputs), splits)](
         x, weight, bias, out, x_scale, weight_scale, rows, n, k, slice_k,
         ROWS=padded_rows, TILE=_TILE, BLOCK_K=block_k, GATED=gated, HAS_BIAS=bias is not None,
-        IN_FP8=scales is not None, HAS_GROUPS=has_groups,
+        IN_FP8=scales is not None, HAS_GROUPS=has_groups, EXACT=is_exact,
         num_warps=4, num_stages=stages, **pdl(x),
     )  # fmt: skip
     return out
@@ -109,7 +111,7 @@ def _split_k_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, x_scale_ptr, weight_scale_ptr, rows, n: tl.constexpr,
     k: tl.constexpr, slice_k: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     BLOCK_K: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, IN_FP8: tl.constexpr,
-    HAS_GROUPS: tl.constexpr, PDL: tl.constexpr,
+    HAS_GROUPS: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
     lane = tl.arange(0, TILE)
@@ -143,6 +145,7 @@ def _split_k_kernel(
             inside = (start + cols < k)[None, :]
             w = tl.load(weights + start, mask=(outs < n)[:, None] & inside, other=0.0)
             x = tl.load(xs + start, mask=(row < rows)[:, None] & inside, other=0.0)
+        w, x = as_factor(w, EXACT), as_factor(x, EXACT)
         if HAS_GROUPS:
             group = start // BLOCK_K
             scale = tl.load(weight_scales + group * n * (2 if GATED else 1), mask=outs < n, other=0)

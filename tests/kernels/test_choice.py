@@ -200,7 +200,7 @@ def test_products_in_fp8_on_other_gpus(model: str, gpu: str) -> None:
 def test_what_the_library_lacks_in_fp8(use: Use) -> None:
     product = ProductShape(200, 1024, 4096, BF16, use, in_fp8=True)
     assert choose_kernel(product, GPUS["H100"]) is LIBRARY
-    for change in ({"dtype": FP16}, {"in_features": 1000}, {"out_features": 4088}):
+    for change in ({"dtype": FP16}, {"dtype": FP32}, {"in_features": 1000}, {"out_features": 4088}):
         assert choose_kernel(product._replace(**change), GPUS["H100"]) is FP8_GEMM
 
 

@@ -1,6 +1,7 @@
 """Weights in fp8 times some dozen vectors in fp8, in slices."""
 
 import pytest
+import torch
 
 from helpers.fp8 import GROUP, fp8_weight, rounded
 from helpers.kernel_inputs import BF16, FP16, FP32, TOLERANCE, interpreted, normal, relative_error
@@ -57,13 +58,13 @@ def test_split_k(rows: int, shape: tuple[int, int], splits: int | None) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("rows", "shape"),
+    ("rows", "shape", "dtype"),
     [
-        (3, (1024, 3072)), (16, (4096, 1024)), (32, (9728, 2560)), (64, (1000, 9000)),
-        (128, (4096, 1024)), (128, (1024, 12288)),
+        (3, (1024, 3072), BF16), (16, (4096, 1024), FP32), (32, (9728, 2560), BF16),
+        (64, (1000, 9000), BF16), (128, (4096, 1024), FP32), (128, (1024, 12288), BF16),
     ],
 )  # fmt: skip
-def test_split_k_gpu(rows: int, shape: tuple[int, int]) -> None:
+def test_split_k_gpu(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     for splits in (None, 8):
-        check_split_k(rows, shape, splits, BF16, "cuda")
-    check_gate(rows, shape, BF16, "cuda")
+        check_split_k(rows, shape, splits, dtype, "cuda")
+    check_gate(rows, shape, dtype, "cuda")

@@ -7,14 +7,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.checkpoints import edit_json, link_checkpoint, make_checkpoint, random_tokens
+from helpers.checkpoints import (
+    Reference,
+    edit_json,
+    link_checkpoint,
+    make_checkpoint,
+    random_tokens,
+)
 from helpers.engines import GREEDY, assert_empty, build, greedy
-from helpers.fp8 import GROUP, quantized_reference, rounded, save_in_blocks
+from helpers.fp8 import GROUP, check_tokens, quantized_reference, rounded, save_in_blocks
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.layers.linear import Linear
 from nanovllm.quantization import fp8_weights
-from nanovllm.quantization.fp8 import FP8, dequantize, quantize
+from nanovllm.quantization.fp8 import FP8, dequantize, fp8_linear, quantize
 
 PROMPTS = [random_tokens(length, seed=length) for length in (12, 13, 14, 15, 40)]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -28,7 +34,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def tokens_of(reference) -> list[list[int]]:
+UNCONVERTED = "model.layers.1.mlp.down_proj"
+
+
+def tokens_of(reference: Reference) -> list[list[int]]:
     return [reference.tokens(prompt, GREEDY.max_tokens) for prompt in PROMPTS]
 
 
@@ -39,8 +48,13 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def expected(path: Path) -> list[list[int]]:
-    return tokens_of(quantized_reference(path))
+def reference(path: Path) -> Reference:
+    return quantized_reference(path)
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Reference) -> list[list[int]]:
+    return tokens_of(reference)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +65,14 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[in
     plain = make_checkpoint(
         directory / "plain", hidden_size=192, intermediate_size=256, num_attention_heads=8
     )
-    unconverted = ("model.layers.1.mlp.down_proj",)
-    save_in_blocks(plain, directory / "fp8", unconverted)
-    reference = quantized_reference(directory / "fp8" / "widened", GROUP)
-    plain_module = reference.model.get_submodule(*unconverted)
-    plain_module._forward_pre_hooks.clear()
-    return directory / "fp8", tokens_of(reference)
+    save_in_blocks(plain, directory / "fp8", (UNCONVERTED,))
+    return directory / "fp8", tokens_of(reference_of_blocks(directory / "fp8"))
+
+
+def reference_of_blocks(path: Path) -> Reference:
+    reference = quantized_reference(path / "widened", GROUP)
+    reference.model.get_submodule(UNCONVERTED)._forward_pre_hooks.clear()
+    return reference
 
 
 def test_numbers_are_the_nearest_ones() -> None:
@@ -101,14 +117,38 @@ def test_greedy_gives_the_tokens_of_rounded_weights_and_activations(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graph"])
-def test_a_gpu_gives_the_tokens_of_a_cpu(
-    path: Path, expected: list[list[int]], enforce_eager: bool
+def test_a_gpu_says_what_the_reference_says(
+    path: Path, reference: Reference, enforce_eager: bool
 ) -> None:
     options = {"device": "cuda", "dtype": "float32", "enforce_eager": enforce_eager}
     with build(path, quantization="fp8", **options) as llm:
-        for prompt, tokens in zip(PROMPTS, expected):  # by other kernels than all at once
-            assert greedy(llm, [prompt]) == [tokens]
-        assert greedy(llm, PROMPTS) == expected
+        check_tokens(llm, reference, PROMPTS)
+
+
+@pytest.mark.gpu
+def test_a_gpu_says_what_the_reference_of_blocks_says(
+    blocks: tuple[Path, list[list[int]]],
+) -> None:
+    with build(blocks[0], device="cuda", dtype="float32") as llm:
+        check_tokens(llm, reference_of_blocks(blocks[0]), PROMPTS)
+
+
+def test_sums_of_few_digits_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, path: Path, reference: Reference
+) -> None:
+    """Those of tensor cores in fp8 are off by 2^-11."""
+
+    def imprecise(*factors: Any) -> torch.Tensor:
+        y = fp8_linear(*factors)
+        return y * (1 + 2.0**-11 * torch.randn(y.shape, generator=generator))
+
+    generator = torch.Generator().manual_seed(0)
+    with build(path, quantization="fp8") as llm:
+        check_tokens(llm, reference, PROMPTS)
+        monkeypatch.setattr("nanovllm.layers.linear.fp8_linear", imprecise)
+        llm.reset_prefix_cache()
+        with pytest.raises(AssertionError):
+            check_tokens(llm, reference, PROMPTS)
 
 
 def test_several_completions_begin_alike(path: Path) -> None:
