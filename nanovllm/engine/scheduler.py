@@ -61,6 +61,17 @@ class Batch:
         pairs = ((row, self.seqs[row].constraint) for row in self.wishful_rows)
         return {row: constraint for row, constraint in pairs if constraint is not None}
 
+    def late_rows(self) -> list[int]:
+        """Of these, the rows whose token cannot be what was sampled without asking the host, now
+        that it knows the tokens before."""
+        seqs = self.seqs
+        return [
+            row
+            for row, constraint in self.constraints.items()
+            if not seqs[row].is_finished
+            and (seqs[row].sampling.edits is not None or not constraint.allows_all)
+        ]
+
 
 class Scheduler:
     """The waiting and running queues, and the rules by which sequences move between them.

@@ -8,7 +8,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch
-from nanovllm.engine.sequence import RowSampling
+from nanovllm.engine.sequence import RowSampling, Sequence
 from nanovllm.layers.attention_backends import AttentionBackend
 from nanovllm.layers.edit_tables import RowEdits
 from nanovllm.layers.sampler import SamplingInputs
@@ -28,12 +28,6 @@ class StepShape(NamedTuple):
     max_context_len: int
     truncates: bool = False  # sampling by top_k, top_p or min_p
     edits: bool = False  # some rows have a slot of `EditTables`
-    waits: bool = False  # for masks, before it can sample
-
-    @property
-    def for_graph(self) -> "StepShape":
-        """The shape of the graph that runs it: one that waits ends with the logits."""
-        return self._replace(truncates=False, edits=False) if self.waits else self
 
 
 class StepInputs(NamedTuple):
@@ -45,7 +39,7 @@ class StepInputs(NamedTuple):
     top_p: Any  # [rows] float32
     min_p: Any  # [rows] float32
     edit_slots: Any  # [rows] of `EditTables`, -1: none
-    mask_places: Any  # [rows] among the step's masks, -1: none
+    late_slots: Any  # [rows] of those that may be sampled late
     context_lens: Any  # [rows]
     cu_seqlens_q: Any  # [rows + 1]
     buffer_index: Any  # [1], 0 or 1: which of the host's buffers the tokens go to
@@ -84,16 +78,26 @@ class StepInputs(NamedTuple):
         return cls._make([*pieces, buffer[start:]])
 
     def sampling(self, shape: StepShape) -> SamplingInputs:
-        edits = RowEdits(
-            self.edit_slots, None if shape.is_prefill else self.input_ids,
-            self.mask_places if shape.waits else None,
-        )  # fmt: skip
+        newest = None if shape.is_prefill else self.input_ids
+        edits = RowEdits(self.edit_slots, newest, None)
         return SamplingInputs(
             temperatures=self.temperatures, seeds=self.seeds,
             positions=self.context_lens,  # the token that is sampled stands where the context ends
             top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, truncates=shape.truncates,
             edits=edits if shape.edits else None, buffer_index=self.buffer_index,
         )  # fmt: skip
+
+    def late_sampling(
+        self,
+        shape: StepShape,
+        rows: torch.Tensor | slice,
+        newest: torch.Tensor | None,
+        mask_places: torch.Tensor,
+    ) -> SamplingInputs:
+        """Of some rows, once their masks are known. See `RowEdits` for `newest` and `mask_places`,
+        an entry for each of `rows`."""
+        edits = RowEdits(self.late_slots[rows], newest, mask_places)
+        return self.sampling(shape)._replace(edits=edits).of_rows(rows)
 
 
 def _aligned(size: int) -> int:
@@ -117,7 +121,7 @@ class InputBuffers:
         self.block_size = config.kvcache_block_size
         self.max_model_len = config.max_model_len
         self.max_width = -(-config.max_model_len // self.block_size)
-        rows = config.max_num_seqs
+        rows = self.neutral_slot = config.max_num_seqs
         tokens = max(config.max_num_batched_tokens, rows)
         prefill = StepShape(True, rows, tokens, self.max_width, tokens, self.max_model_len)
         prefill_size, decode_size = (
@@ -131,6 +135,7 @@ class InputBuffers:
         self.buffer_index = 0
         # Of the newest batch; past the end of a row's table lie entries of older ones.
         self._tables = np.zeros((rows, self.max_width), dtype=np.int32)
+        self._filled: list[Sequence] = []  # whose tables they are, if it was a decode batch
 
     def decode_shape(self, rows: int, truncates: bool = False) -> StepShape:
         """A decode step of any contexts: the shape of a CUDA Graph."""
@@ -170,16 +175,16 @@ class InputBuffers:
             shape = StepShape(
                 batch.is_prefill, padded_rows, tokens, width, max(batch.lengths), int(ends.max())
             )
-        shape = shape._replace(
-            truncates=truncates, edits=max(edit_slots) >= 0, waits=bool(batch.constraints)
-        )
+        late_rows = [*batch.constraints]
+        slots = np.array(edit_slots)
+        late_slots, slots[late_rows] = slots[late_rows], -1
+        shape = shape._replace(truncates=truncates, edits=slots.max() >= 0)
         buffer = self.hosts[self.buffer_index].numpy()
         host = StepInputs.views(buffer, shape)
         host.buffer_index[0] = self.buffer_index
         self._fill_sampling(host, batch.sampling, truncates)
-        host.edit_slots[: len(edit_slots)] = edit_slots
-        host.mask_places[: len(edit_slots)] = -1
-        host.mask_places[[*batch.constraints]] = np.arange(len(batch.constraints))
+        host.edit_slots[: len(slots)] = slots
+        host.late_slots[late_rows] = np.where(late_slots < 0, self.neutral_slot, late_slots)
         self._fill_rows(host, batch, starts, lengths, shape)
         self._fill_tokens(host, batch, launched_rows)
         if padded_rows > len(batch.seqs):
@@ -221,8 +226,14 @@ class InputBuffers:
         host.context_lens[:rows] = starts + lengths
         host.cu_seqlens_q[0] = 0
         np.cumsum(lengths, out=host.cu_seqlens_q[1 : rows + 1])
-        for row, seq in enumerate(batch.seqs):
-            self._tables[row, : len(seq.block_table)] = seq.block_table
+        before, self._filled = self._filled, [] if batch.is_prefill else batch.seqs
+        is_known = [old is seq for old, seq in zip(before, batch.seqs)]
+        has_new_block = starts % self.block_size == 0
+        has_new_block[: len(is_known)] |= ~np.array(is_known, bool)
+        has_new_block[len(is_known) :] = True
+        for row in np.flatnonzero(has_new_block).tolist():
+            table = batch.seqs[row].block_table
+            self._tables[row, : len(table)] = table
         row_of_token = np.repeat(np.arange(rows), lengths)
         num_tokens = len(row_of_token)
         positions = np.arange(num_tokens) + (starts - host.cu_seqlens_q[:rows])[row_of_token]
@@ -252,7 +263,7 @@ class InputBuffers:
     def _fill_padding(host: StepInputs, rows: int, truncates: bool) -> None:
         """Decode rows past the batch: they write nowhere, attend to nothing and are greedy, and so
         read no seed."""
-        for field in (host.slot_mapping, host.edit_slots, host.mask_places):
+        for field in (host.slot_mapping, host.edit_slots):
             field[rows:] = -1
         for field in (host.context_lens, host.positions, host.input_ids, host.temperatures):
             field[rows:] = 0
