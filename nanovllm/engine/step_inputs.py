@@ -8,7 +8,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch
-from nanovllm.engine.sequence import RowSampling, Sequence
+from nanovllm.engine.sequence import RowSampling
 from nanovllm.layers.attention_backends import AttentionBackend
 from nanovllm.layers.edit_tables import RowEdits
 from nanovllm.layers.sampler import SamplingInputs
@@ -135,7 +135,7 @@ class InputBuffers:
         self.buffer_index = 0
         # Of the newest batch; past the end of a row's table lie entries of older ones.
         self._tables = np.zeros((rows, self.max_width), dtype=np.int32)
-        self._filled: list[Sequence] = []  # whose tables they are, if it was a decode batch
+        self._has_decoded = False  # that batch
 
     def decode_shape(self, rows: int, truncates: bool = False) -> StepShape:
         """A decode step of any contexts: the shape of a CUDA Graph."""
@@ -185,7 +185,7 @@ class InputBuffers:
         self._fill_sampling(host, batch.sampling, truncates)
         host.edit_slots[: len(slots)] = slots
         host.late_slots[late_rows] = np.where(late_slots < 0, self.neutral_slot, late_slots)
-        self._fill_rows(host, batch, starts, lengths, shape)
+        self._fill_rows(host, batch, starts, lengths, shape, launched_rows)
         self._fill_tokens(host, batch, launched_rows)
         if padded_rows > len(batch.seqs):
             self._fill_padding(host, len(batch.seqs), truncates)
@@ -220,18 +220,22 @@ class InputBuffers:
         starts: np.ndarray,
         lengths: np.ndarray,
         shape: StepShape,
+        launched_rows: dict[int, int],
     ) -> None:
         """Contexts, block tables, and where each token stands and is stored."""
         rows = len(batch.seqs)
         host.context_lens[:rows] = starts + lengths
         host.cu_seqlens_q[0] = 0
         np.cumsum(lengths, out=host.cu_seqlens_q[1 : rows + 1])
-        before, self._filled = self._filled, [] if batch.is_prefill else batch.seqs
-        is_known = [old is seq for old, seq in zip(before, batch.seqs)]
-        has_new_block = starts % self.block_size == 0
-        has_new_block[: len(is_known)] |= ~np.array(is_known, bool)
-        has_new_block[len(is_known) :] = True
-        for row in np.flatnonzero(has_new_block).tolist():
+        # From one decode step to the next, a row's table is the same until it gets a block.
+        is_there = np.zeros(rows, dtype=bool)
+        if self._has_decoded and not batch.is_prefill:
+            is_there[:] = [
+                launched_rows.get(seq.seq_id) == row for row, seq in enumerate(batch.seqs)
+            ]
+            is_there &= starts % self.block_size != 0
+        self._has_decoded = not batch.is_prefill
+        for row in np.flatnonzero(~is_there).tolist():
             table = batch.seqs[row].block_table
             self._tables[row, : len(table)] = table
         row_of_token = np.repeat(np.arange(rows), lengths)
