@@ -10,7 +10,7 @@ import pytest
 from helpers.allowed import Allowed, allowed_after
 from helpers.engines import BOTH_ORDERS, PROMPTS, assert_empty, build
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import input_processor
+from nanovllm.engine import input_processor, model_runner
 from nanovllm.engine.sequence import Sequence
 
 LENGTH = 20
@@ -101,6 +101,41 @@ def test_every_token_is_one_that_may_come(
         if "num_kvcache_blocks" in options:
             assert llm.scheduler.num_preemptions
         assert_empty(llm)
+
+
+def test_late_rows_are_sampled_some_at_a_time(
+    tiny: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    """In the first steps not all rows are late."""
+    monkeypatch.setattr(model_runner, "LATE_ROWS", 2)
+    with build(tiny) as llm:
+        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        assert [output["token_ids"] for output in outputs] == expected
+
+
+@pytest.mark.gpu
+@BOTH_ORDERS
+@pytest.mark.parametrize("all_are_late", [False, True])
+def test_a_gpu_samples_tokens_that_may_come(
+    tiny: Path,
+    constraints: dict[int, Allowed],
+    monkeypatch: pytest.MonkeyPatch,
+    all_are_late: bool,
+    async_scheduling: bool,
+):
+    """Each after its own, over graphs and prefill steps, next to a row that is free."""
+    if all_are_late:
+        monkeypatch.setattr(sys.modules[__name__], "STEPS", [7, 7, 9, 30])
+    with build(
+        tiny, device="cuda", num_kvcache_blocks=100, async_scheduling=async_scheduling
+    ) as llm:
+        for _ in range(2):
+            outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+            for index, one in constraints.items():
+                tokens = outputs[index]["token_ids"]
+                assert one.accepted == tokens and len(tokens) == LENGTH
+                for last, token in zip([0, *tokens], tokens):
+                    assert token in allowed_after(last, STEPS[index], 128)
 
 
 def test_ranks_sample_what_one_does(tiny: Path, expected: list[list[int]]):

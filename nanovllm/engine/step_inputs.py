@@ -178,7 +178,7 @@ class InputBuffers:
         late_rows = [*batch.constraints]
         slots = np.array(edit_slots)
         late_slots, slots[late_rows] = slots[late_rows], -1
-        shape = shape._replace(truncates=truncates, edits=slots.max() >= 0)
+        shape = shape._replace(truncates=truncates, edits=bool(slots.max() >= 0))
         buffer = self.hosts[self.buffer_index].numpy()
         host = StepInputs.views(buffer, shape)
         host.buffer_index[0] = self.buffer_index

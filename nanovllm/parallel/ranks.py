@@ -84,7 +84,14 @@ class Ranks:
         Args:
             data: of the step's host buffer what is in use; or the masks.
         """
-        self._send(what, data)
+        self.check()
+        for rank, connection in self._connections.items():
+            try:
+                connection.send(what)
+                connection.send_bytes(data)
+            except (OSError, TypeError):  # the watcher may just have closed it
+                self._has_ended(rank)
+        self.check()
 
     def check(self) -> None:
         """Raises:
@@ -149,16 +156,6 @@ class Ranks:
         self._end(patience=10 if self.failure is None else 0)
         if threading.current_thread() is not self._watcher:
             self._watcher.join(_PATIENCE)  # it may still be busy with a failure
-
-    def _send(self, what: object, content: memoryview) -> None:
-        self.check()
-        for rank, connection in self._connections.items():
-            try:
-                connection.send(what)
-                connection.send_bytes(content)
-            except (OSError, TypeError):  # the watcher may just have closed it
-                self._has_ended(rank)
-        self.check()
 
     def _start(self, rank: int, config: Config) -> None:
         ours, theirs = socket.socketpair()

@@ -60,6 +60,7 @@ def test_masks_are_those_of_brute_force(seed: int):
         assert allowed(bad, VOCAB_SIZE) & set(range(VOCAB_SIZE)) == (
             set(range(VOCAB_SIZE)) - banned
         )
+        assert bad.allows_all is not bool(banned)
         num_banned += len(banned)
         so_far.append(rng.choice(few))
         bad.accept(so_far[-1])
