@@ -106,11 +106,33 @@ def test_every_token_is_one_that_may_come(
 def test_late_rows_are_sampled_some_at_a_time(
     tiny: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ):
-    """In the first steps not all rows are late."""
+    """Three rows of four."""
     monkeypatch.setattr(model_runner, "LATE_ROWS", 2)
     with build(tiny) as llm:
         outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
         assert [output["token_ids"] for output in outputs] == expected
+
+
+@BOTH_ORDERS
+@pytest.mark.parametrize("allows_all", [False, True])
+def test_a_constraint_that_leaves_all_tokens_changes_nothing(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, allows_all: bool, async_scheduling: bool
+):
+    """Penalties and biases stay, and each token is counted once."""
+    monkeypatch.setattr(Allowed, "allows_all", allows_all)
+    prompt = PROMPTS[0]
+    biases = {prompt[-1]: 6.0, prompt[0]: 5.5, 9: 5.0}
+    params = SamplingParams(
+        temperature=0, max_tokens=LENGTH, logit_bias=biases, frequency_penalty=1.1
+    )
+    with build(tiny, async_scheduling=async_scheduling) as llm:
+        (plain,) = unconstrained(llm, prompt, params)
+        monkeypatch.setattr(
+            input_processor, "Sequence", lambda *args: Sequence(*args[:6], constraint=Allowed())
+        )
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+    assert output["token_ids"] == plain["token_ids"]
+    assert max(map(plain["token_ids"].count, biases)) > 2
 
 
 @pytest.mark.gpu

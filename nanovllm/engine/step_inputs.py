@@ -135,7 +135,6 @@ class InputBuffers:
         self.buffer_index = 0
         # Of the newest batch; past the end of a row's table lie entries of older ones.
         self._tables = np.zeros((rows, self.max_width), dtype=np.int32)
-        self._has_decoded = False  # that batch
 
     def decode_shape(self, rows: int, truncates: bool = False) -> StepShape:
         """A decode step of any contexts: the shape of a CUDA Graph."""
@@ -227,17 +226,10 @@ class InputBuffers:
         host.context_lens[:rows] = starts + lengths
         host.cu_seqlens_q[0] = 0
         np.cumsum(lengths, out=host.cu_seqlens_q[1 : rows + 1])
-        # From one decode step to the next, a row's table is the same until it gets a block.
-        is_there = np.zeros(rows, dtype=bool)
-        if self._has_decoded and not batch.is_prefill:
-            is_there[:] = [
-                launched_rows.get(seq.seq_id) == row for row, seq in enumerate(batch.seqs)
-            ]
-            is_there &= starts % self.block_size != 0
-        self._has_decoded = not batch.is_prefill
-        for row in np.flatnonzero(~is_there).tolist():
-            table = batch.seqs[row].block_table
-            self._tables[row, : len(table)] = table
+        for row, (seq, start) in enumerate(zip(batch.seqs, batch.starts)):
+            # Else it is as in the step before: tables change only where a block begins.
+            if launched_rows.get(seq.seq_id) != row or start % self.block_size == 0:
+                self._tables[row, : len(seq.block_table)] = seq.block_table
         row_of_token = np.repeat(np.arange(rows), lengths)
         num_tokens = len(row_of_token)
         positions = np.arange(num_tokens) + (starts - host.cu_seqlens_q[:rows])[row_of_token]
