@@ -160,10 +160,19 @@ def test_a_gpu_samples_tokens_that_may_come(
                     assert token in allowed_after(last, STEPS[index], 128)
 
 
-def test_ranks_sample_what_one_does(tiny: Path, expected: list[list[int]]):
+def test_ranks_sample_what_one_does(
+    tiny: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
     with build(tiny, tensor_parallel_size=2) as llm:
         outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
         assert [output["token_ids"] for output in outputs] == expected
+        monkeypatch.setattr(Allowed, "allows_all", True)  # no row is late
+        (output,) = llm.generate(PROMPTS[2:3], PARAMS[2], use_tqdm=False)
+        monkeypatch.setattr(
+            input_processor, "Sequence", lambda *args: Sequence(*args[:6], constraint=Allowed())
+        )
+        (same,) = llm.generate(PROMPTS[2:3], PARAMS[2], use_tqdm=False)
+        assert same["token_ids"] == output["token_ids"] == expected[2]
 
 
 @BOTH_ORDERS
