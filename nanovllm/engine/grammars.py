@@ -156,7 +156,8 @@ class GrammarConstraint:
 
     def accept(self, token_id: int) -> None:
         """Matchers take tokens in later, many together."""
-        _take_in([self])
+        if self._newest is not None:
+            _take_in([self])
         is_eos = token_id in self.grammars.eos_token_ids
         self._newest = self.grammars.eos_token_id if is_eos else token_id
 

@@ -144,7 +144,7 @@ class EditTables:
             return
         with torch.cuda.stream(self._stream):
             here.copy_(self._host_masks[:number], non_blocking=True)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def edited(self, logits: torch.Tensor, edits: RowEdits, sampled: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocab] as they are to be sampled from, in float32.
@@ -233,5 +233,5 @@ class EditTables:
         self._host_masks = torch.zeros(masks, dtype=torch.int32, pin_memory=on_gpu)
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
         self._is_allocated = True
