@@ -174,7 +174,7 @@ class InputBuffers:
             shape = StepShape(
                 batch.is_prefill, padded_rows, tokens, width, max(batch.lengths), int(ends.max())
             )
-        late_rows = [*batch.constraints]
+        late_rows = np.array([*batch.constraints], np.int64)
         slots = np.array(edit_slots)
         late_slots, slots[late_rows] = slots[late_rows], -1
         shape = shape._replace(truncates=truncates, edits=bool(slots.max() >= 0))
