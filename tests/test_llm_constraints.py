@@ -10,7 +10,7 @@ import pytest
 from helpers.allowed import Allowed, allowed_after
 from helpers.engines import BOTH_ORDERS, PROMPTS, assert_empty, build
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import input_processor
+from nanovllm.engine import input_processor, model_runner
 from nanovllm.engine.sequence import Sequence
 
 LENGTH = 20
@@ -103,10 +103,76 @@ def test_every_token_is_one_that_may_come(
         assert_empty(llm)
 
 
-def test_ranks_sample_what_one_does(tiny: Path, expected: list[list[int]]):
+def test_late_rows_are_sampled_some_at_a_time(
+    tiny: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    """Three rows of four."""
+    monkeypatch.setattr(model_runner, "LATE_ROWS", 2)
+    with build(tiny) as llm:
+        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        assert [output["token_ids"] for output in outputs] == expected
+
+
+@BOTH_ORDERS
+@pytest.mark.parametrize("allows_all", [False, True])
+def test_a_constraint_that_leaves_all_tokens_changes_nothing(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, allows_all: bool, async_scheduling: bool
+):
+    """Penalties and biases stay, and each token is counted once."""
+    monkeypatch.setattr(Allowed, "allows_all", allows_all)
+    prompt = PROMPTS[0]
+    biases = {prompt[-1]: 6.0, prompt[0]: 5.5, 9: 5.0}
+    params = SamplingParams(
+        temperature=0, max_tokens=LENGTH, logit_bias=biases, frequency_penalty=1.1
+    )
+    with build(tiny, async_scheduling=async_scheduling) as llm:
+        (plain,) = unconstrained(llm, prompt, params)
+        monkeypatch.setattr(
+            input_processor, "Sequence", lambda *args: Sequence(*args[:6], constraint=Allowed())
+        )
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+    assert output["token_ids"] == plain["token_ids"]
+    assert max(map(plain["token_ids"].count, biases)) > 2
+
+
+@pytest.mark.gpu
+@BOTH_ORDERS
+@pytest.mark.parametrize("all_are_late", [False, True])
+def test_a_gpu_samples_tokens_that_may_come(
+    tiny: Path,
+    constraints: dict[int, Allowed],
+    monkeypatch: pytest.MonkeyPatch,
+    all_are_late: bool,
+    async_scheduling: bool,
+):
+    """Each after its own, over graphs and prefill steps, next to a row that is free."""
+    if all_are_late:
+        monkeypatch.setattr(sys.modules[__name__], "STEPS", [7, 7, 9, 30])
+    with build(
+        tiny, device="cuda", num_kvcache_blocks=100, async_scheduling=async_scheduling
+    ) as llm:
+        for _ in range(2):
+            outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+            for index, one in constraints.items():
+                tokens = outputs[index]["token_ids"]
+                assert one.accepted == tokens and len(tokens) == LENGTH
+                for last, token in zip([0, *tokens], tokens):
+                    assert token in allowed_after(last, STEPS[index], 128)
+
+
+def test_ranks_sample_what_one_does(
+    tiny: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
     with build(tiny, tensor_parallel_size=2) as llm:
         outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
         assert [output["token_ids"] for output in outputs] == expected
+        monkeypatch.setattr(Allowed, "allows_all", True)  # no row is late
+        (output,) = llm.generate(PROMPTS[2:3], PARAMS[2], use_tqdm=False)
+        monkeypatch.setattr(
+            input_processor, "Sequence", lambda *args: Sequence(*args[:6], constraint=Allowed())
+        )
+        (same,) = llm.generate(PROMPTS[2:3], PARAMS[2], use_tqdm=False)
+        assert same["token_ids"] == output["token_ids"] == expected[2]
 
 
 @BOTH_ORDERS

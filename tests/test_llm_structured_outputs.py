@@ -10,6 +10,8 @@ import pytest
 from helpers.engines import BOTH_ORDERS, assert_empty, build
 from helpers.paths import DEMO
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
+from nanovllm.engine.bad_words import spellings
+from nanovllm.engine.step import LateRows, PendingStep
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("llguidance")
@@ -95,6 +97,36 @@ def test_a_stream_gives_the_same_text(llm: LLM, alone: list[list[str]]):
     for piece in llm.stream(prompts, params):
         found[piece["index"]] += piece["text"]
     assert [*found.values()] == [alone[i][0] for i in indices]
+
+
+@BOTH_ORDERS
+def test_only_a_bad_word_that_is_under_way_has_its_row_sampled_late(async_scheduling: bool):
+    greedy = SamplingParams(temperature=0, max_tokens=12)
+    with build(DEMO, async_scheduling=async_scheduling) as llm:
+        (free,) = llm.generate(PROMPTS[1], greedy, use_tqdm=False)
+        tokens, tokenizer = free["token_ids"], llm.tokenizer
+        for place in range(3, 12):
+            word = tokenizer.decode(tokens[place - 1 : place + 1])
+            found = spellings([word], tokenizer)
+            if tuple(tokens[place - 1 : place + 1]) in found and max(map(len, found)) == 2:
+                break
+        else:
+            raise AssertionError("no two of its tokens are a word")
+        late: list[int] = []
+        sample_late = llm.model_runner.sample_late
+
+        def spy(step: PendingStep, rows: LateRows) -> None:
+            late.append(len(rows.rows))
+            sample_late(step, rows)
+
+        llm.model_runner.sample_late = spy
+        params = SamplingParams(temperature=0, max_tokens=12, bad_words=[word])
+        (output,) = llm.generate(PROMPTS[1], params, use_tqdm=False)
+    own = output["token_ids"]
+    assert own[:place] == tokens[:place] and own[place] != tokens[place]
+    starts = [False, *(any(token == first for first, _ in found) for token in own)]
+    assert late[: len(own)] == [int(is_under_way) for is_under_way in starts[: len(own)]]
+    assert 0 < sum(late) < len(own)
 
 
 def test_a_text_that_is_cut_says_so(llm: LLM, alone: list[list[str]]):

@@ -1,7 +1,6 @@
 """Words that a completion must not have."""
 
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -36,33 +35,64 @@ def spellings(words: Iterable[str], tokenizer: Tokenizer) -> tuple[TokenIds, ...
     return tuple(found)
 
 
-class BadWords:
-    """A `TokenConstraint`: no token may complete one of some sequences of tokens.
+class WordTable:
+    """Words that are looked for together, for the `BadWords` of many completions.
 
     Args:
-        spellings: the sequences, as `spellings` makes them; only generated tokens count.
+        spellings: the sequences of tokens, as `spellings` makes them.
+
+    Attributes:
+        beginnings: all that a word may begin with, the empty one among them.
+        last: the tokens that complete a word, by all its tokens before.
+    """
+
+    def __init__(self, spellings: tuple[TokenIds, ...]) -> None:
+        self.beginnings = {word[:n] for word in spellings for n in range(len(word))}
+        self.last: dict[TokenIds, list[int]] = {}
+        for *before, token_id in spellings:
+            self.last.setdefault(tuple(before), []).append(token_id)
+
+
+class BadWords:
+    """A `TokenConstraint`: no token may complete one of some words.
+
+    Args:
+        table: of the words; only generated tokens count.
     """
 
     is_complete = False
 
-    def __init__(self, spellings: tuple[TokenIds, ...]) -> None:
-        self._spellings = spellings
-        self._last: deque[int] = deque(maxlen=max(map(len, spellings)) - 1)
+    def __init__(self, table: WordTable) -> None:
+        self._table = table
+        self._under_way: TokenIds = ()  # the longest beginning that the text ends with
 
     def accept(self, token_id: int) -> None:
-        self._last.append(token_id)
+        under_way = (*self._under_way, token_id)
+        while under_way not in self._table.beginnings:
+            under_way = under_way[1:]
+        self._under_way = under_way
+
+    @property
+    def allows_all(self) -> bool:
+        return not any(self._banned())
 
     def restrict(self, mask: np.ndarray) -> None:
         """Clears the bits of the tokens that would complete a word; none if no other may come, as
         after the beginning of the only choice."""
-        last = tuple(self._last)
         words = mask.view(np.uint32)
         before = []
-        for *beginning, token_id in self._spellings:
-            if last[len(last) - len(beginning) :] == tuple(beginning):
+        for token_ids in self._banned():
+            for token_id in token_ids:
                 index, bit = divmod(token_id, 32)
                 before.append((index, words[index]))
                 words[index] &= ~np.uint32(1 << bit)
         if before and not words.any():
             for index, word in reversed(before):
                 words[index] = word
+
+    def _banned(self) -> Iterator[list[int]]:
+        """What would complete a word, of each beginning that the text ends with."""
+        last, under_way = self._table.last, self._under_way
+        for start in range(len(under_way) + 1):
+            if (token_ids := last.get(under_way[start:])) is not None:
+                yield token_ids

@@ -9,8 +9,8 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from nanovllm.engine.bad_words import BadWords, TokenIds, spellings
-from nanovllm.engine.grammars import Grammar, GrammarConstraint, Grammars, fill_grammar_masks
+from nanovllm.engine.bad_words import BadWords, WordTable, spellings
+from nanovllm.engine.grammars import NUM_CACHED, Grammar, GrammarConstraint, GrammarMasks, Grammars
 from nanovllm.engine.tokenizer import Tokenizer
 from nanovllm.sampling_params import SamplingParams
 
@@ -27,6 +27,10 @@ class TokenConstraint(Protocol):
         Args:
             mask: [ceil(vocab / 32)] int32: bit i % 32 of word i // 32 is token i.
         """
+
+    @property
+    def allows_all(self) -> bool:
+        """Whether any token may come next: then there is nothing to restrict."""
 
     @property
     def is_complete(self) -> bool:
@@ -52,6 +56,10 @@ class AllOf:
             part.restrict(mask)
 
     @property
+    def allows_all(self) -> bool:
+        return all(part.allows_all for part in self.parts)
+
+    @property
     def is_complete(self) -> bool:
         return any(part.is_complete for part in self.parts)
 
@@ -74,6 +82,7 @@ class ConstraintMaker:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
+        self._words = functools.lru_cache(NUM_CACHED)(self._find_words)
 
     def prepare(self, params: Sequence[SamplingParams]) -> list[MakeConstraint]:
         """For each prompt's parameters, what makes the constraint of one of its completions.
@@ -83,18 +92,18 @@ class ConstraintMaker:
             ValueError: for what cannot work, by its place in the list.
         """
         structures = [p.structured_outputs for p in params]
-        spelled = []
+        tables = []
         for index, param in enumerate(params):
             try:
                 self._check(param)
-                spelled.append(self._spellings(param))
+                tables.append(self._words(tuple(param.bad_words or ())))
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from error
         # All at once, since compiling runs in parallel.
         wanted = [structure for structure in structures if structure is not None]
         compiled = self._grammars.compile_all(wanted) if wanted else {}
         makers: list[MakeConstraint] = []
-        for index, (structure, words) in enumerate(zip(structures, spelled)):
+        for index, (structure, words) in enumerate(zip(structures, tables)):
             grammar = None if structure is None else compiled[structure]
             if isinstance(grammar, ValueError):
                 raise ValueError(f"prompt {index}: {grammar}") from grammar
@@ -114,52 +123,88 @@ class ConstraintMaker:
         if params.structured_outputs is not None:
             _ = self._grammars  # whether there can be any
 
-    def _spellings(self, params: SamplingParams) -> tuple[TokenIds, ...]:
-        if not params.bad_words:
-            return ()
+    def _find_words(self, words: tuple[str, ...]) -> WordTable | None:
+        if not words:
+            return None
         assert self._tokenizer is not None
-        found = spellings(params.bad_words, self._tokenizer)
+        found = spellings(words, self._tokenizer)
         # A model may lack tokens of its tokenizer.
-        return tuple(tokens for tokens in found if max(tokens) < self._vocab_size)
+        known = tuple(tokens for tokens in found if max(tokens) < self._vocab_size)
+        return WordTable(known) if known else None
 
 
-def _make(grammar: Grammar | None, words: tuple[TokenIds, ...]) -> TokenConstraint | None:
+def _make(grammar: Grammar | None, words: WordTable | None) -> TokenConstraint | None:
     parts: list[TokenConstraint] = []
     if grammar is not None:
         parts.append(GrammarConstraint(grammar))
-    if words:
+    if words is not None:
         parts.append(BadWords(words))
     if len(parts) == 2:
         return AllOf(parts)
     return parts[0] if parts else None
 
 
+class Masks:
+    """Which tokens may come next, of many rows at once: to be made, computed and completed.
+
+    No constraint may change meanwhile.
+
+    Args:
+        constraints: of one engine, one a row; None allows all tokens.
+        out: [rows, ceil(vocab / 32)] int32, contiguous, as in `restrict`; overwritten.
+    """
+
+    def __init__(self, constraints: Sequence[TokenConstraint | None], out: np.ndarray) -> None:
+        grammars: list[tuple[int, GrammarConstraint]] = []
+        self._out = out
+        self._others: list[tuple[int, TokenConstraint]] = []
+        for row, constraint in enumerate(constraints):
+            parts = constraint.parts if isinstance(constraint, AllOf) else (constraint,)
+            if isinstance(parts[0], GrammarConstraint):
+                grammars.append((row, parts[0]))
+                parts = parts[1:]
+            else:
+                out[row] = -1
+            self._others += [(row, part) for part in parts if part is not None]
+        self.of_grammars = GrammarMasks(grammars, out) if grammars else None
+
+    def complete(self) -> None:
+        """To be called when those of grammars are computed."""
+        if self.of_grammars is not None:
+            self.of_grammars.complete()
+        for row, part in self._others:
+            part.restrict(self._out[row])
+
+
+def fill_masks(constraints: Sequence[TokenConstraint | None], out: np.ndarray) -> None:
+    """Overwrite `out` with masks; see `Masks`."""
+    masks = Masks(constraints, out)
+    if masks.of_grammars is not None:
+        masks.of_grammars.compute()
+    masks.complete()
+
+
 class MaskFiller:
-    """Fills masks in a thread, while its caller goes on."""
+    """Fills masks, those of grammars in a thread, while its caller goes on."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._pid = 0
-        self._filling: Future[None] | None = None
+        self._filling: tuple[Masks, Future[None] | None] | None = None
 
     def start(self, constraints: Sequence[TokenConstraint | None], out: np.ndarray) -> None:
-        """Begin to fill `out`, see `fill_masks`. No constraint may change until `finish`."""
-        if self._pool is None or self._pid != os.getpid():  # a fork has no threads
-            self._pool, self._pid = ThreadPoolExecutor(1, "masks"), os.getpid()
-        is_free = threading.Event()
-        try:
-            self._filling = self._pool.submit(self._fill, constraints, out, is_free)
-        except RuntimeError:  # the main thread has ended: no thread does anything for others
-            fill_masks(constraints, out)
-            return
-        # Else the thread would not get the GIL as long as this one has something to do.
-        is_free.wait()
+        """Begin to fill `out`, see `Masks`."""
+        masks = Masks(constraints, out)
+        computing = None if masks.of_grammars is None else self._started(masks.of_grammars.compute)
+        self._filling = masks, computing
 
     def finish(self) -> None:
         """Wait until they are filled. Without a start, and a second time, it does nothing."""
         if self._filling is not None:
-            filling, self._filling = self._filling, None
-            filling.result()
+            (masks, computing), self._filling = self._filling, None
+            if computing is not None:
+                computing.result()
+            masks.complete()
 
     def close(self) -> None:
         """End the thread."""
@@ -167,39 +212,21 @@ class MaskFiller:
             self._pool.shutdown(wait=False)
         self._pool = None
 
-    @staticmethod
-    def _fill(
-        constraints: Sequence[TokenConstraint | None], out: np.ndarray, is_free: threading.Event
-    ) -> None:
+    def _started(self, compute: Callable[[], None]) -> "Future[None] | None":
+        """Of what frees the GIL soon; None if it is done."""
+        if self._pool is None or self._pid != os.getpid():  # a fork has no threads
+            self._pool, self._pid = ThreadPoolExecutor(1, "masks"), os.getpid()
+        has_begun = threading.Event()
+
+        def run() -> None:
+            has_begun.set()
+            compute()
+
         try:
-            fill_masks(constraints, out, is_free.set)
-        finally:
-            is_free.set()
-
-
-def fill_masks(
-    constraints: Sequence[TokenConstraint | None],
-    out: np.ndarray,
-    before_library: Callable[[], None] = lambda: None,
-) -> None:
-    """Which tokens may come next, of many rows at once: all of them where there is no constraint.
-
-    Args:
-        constraints: of one engine, one a row.
-        out: [rows, ceil(vocab / 32)] int32, contiguous, as in `restrict`; overwritten.
-        before_library: called when there is little left to do but for a library, which frees the
-            GIL.
-    """
-    grammars: list[tuple[int, GrammarConstraint]] = []
-    others: list[tuple[int, TokenConstraint]] = []
-    for row, constraint in enumerate(constraints):
-        parts = constraint.parts if isinstance(constraint, AllOf) else (constraint,)
-        if isinstance(parts[0], GrammarConstraint):
-            grammars.append((row, parts[0]))
-            parts = parts[1:]
-        else:
-            out[row] = -1
-        others += [(row, part) for part in parts if part is not None]
-    fill_grammar_masks(grammars, out, before_library)
-    for row, part in others:
-        part.restrict(out[row])
+            computing = self._pool.submit(run)
+        except RuntimeError:  # the main thread has ended: no thread does anything for others
+            compute()
+            return None
+        # Else the thread would not get the GIL as long as this one has something to do.
+        has_begun.wait()
+        return computing

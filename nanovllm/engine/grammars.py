@@ -146,24 +146,33 @@ class GrammarConstraint:
         grammar: compiled.
     """
 
+    allows_all = False
+
     def __init__(self, grammar: Grammar) -> None:
         self.grammars = grammar.grammars
-        self.matcher = grammar.matcher()
+        self._matcher = grammar.matcher()
+        self._newest: int | None = None  # accepted, but the matcher does not know it yet
         self._has_warned = False
 
     def accept(self, token_id: int) -> None:
+        """Matchers take tokens in later, many together."""
+        if self._newest is not None:
+            _take_in([self])
         is_eos = token_id in self.grammars.eos_token_ids
-        if self.matcher.consume_token(self.grammars.eos_token_id if is_eos else token_id):
-            return  # as almost always
-        if self.matcher.is_error() and not self._has_warned:
-            self._has_warned = True
-            reason = self.matcher.get_error().partition("\n")[0]
-            warnings.warn(f"structured_outputs: a text cannot be completed: {reason}", stacklevel=2)
+        self._newest = self.grammars.eos_token_id if is_eos else token_id
 
     def restrict(self, mask: np.ndarray) -> None:
         allowed = np.empty((1, len(mask)), dtype=np.int32)
-        fill_grammar_masks([(0, self)], allowed)
+        masks = GrammarMasks([(0, self)], allowed)
+        masks.compute()
+        masks.complete()
         mask &= allowed[0]
+
+    @property
+    def matcher(self) -> "LLMatcher":
+        """Which knows all tokens."""
+        _take_in([self])
+        return self._matcher
 
     @property
     def is_complete(self) -> bool:
@@ -174,42 +183,72 @@ class GrammarConstraint:
         """Whether the text is complete, if it may go on or not."""
         return not self.matcher.is_error() and (self.matcher.is_accepting() or self.is_complete)
 
+    def warn(self) -> None:
+        """Say, once, that no text can be completed any more, if that is so."""
+        if self._matcher.is_error() and not self._has_warned:
+            self._has_warned = True
+            reason = self._matcher.get_error().partition("\n")[0]
+            warnings.warn(f"structured_outputs: a text cannot be completed: {reason}", stacklevel=2)
 
-def fill_grammar_masks(
-    rows: Sequence[tuple[int, GrammarConstraint]],
-    out: np.ndarray,
-    before_library: Callable[[], None] = lambda: None,
-) -> None:
-    """Overwrite rows of `out` with the masks of one engine's constraints.
 
-    Many are computed in parallel, in threads of the library. The GIL is free meanwhile.
+def _take_in(constraints: Sequence[GrammarConstraint]) -> None:
+    """Tell matchers the tokens that were accepted, many in parallel."""
+    behind, news = [], []
+    for one in constraints:
+        if one._newest is not None:
+            behind.append(one)
+            news.append((one._matcher, one._newest))
+            one._newest = None
+    if len(news) < MANY_ROWS:
+        are_fine = [matcher.consume_token(token_id) for matcher, token_id in news]
+    else:
+        are_fine = _executor(os.getpid()).consume_token_par(news)
+    if not all(are_fine):
+        for one in behind:
+            one.warn()
+
+
+class GrammarMasks:
+    """The masks of one engine's constraints: to be made, computed and completed.
+
+    Rows of `out` are overwritten. No constraint may change meanwhile.
 
     Args:
-        rows: an index of `out` and what may come there, no index twice.
+        rows: an index of `out` and what may come there, no index twice; at least one.
         out: [any number, ceil(vocab / 32)] int32, contiguous.
-        before_library: called before the library begins.
     """
-    if not rows:
-        return
-    grammars = rows[0][1].grammars
-    masks = out
-    if out.shape[1] != grammars.num_words:  # the model lacks tokens of the tokenizer
-        masks = np.empty((len(out), grammars.num_words), dtype=np.int32)
-    start, size = masks.ctypes.data, masks.strides[0]
-    if len(rows) < MANY_ROWS:
-        before_library()
-        for row, constraint in rows:
-            constraint.matcher.unsafe_compute_mask_ptr(start + row * size, size)
-    else:
-        matchers = [(constraint.matcher, row) for row, constraint in rows]
-        before_library()
-        _executor(os.getpid()).unsafe_compute_mask_ptr(matchers, start, size, len(masks))
-    if masks is not out:
-        chosen = [row for row, _ in rows]
-        out[chosen] = masks[chosen, : out.shape[1]]
-    indices = [row for row, _ in rows]
-    grammars.special.clear(out, indices)
-    grammars.ends.set(out, [row for row, constraint in rows if constraint.may_end])
+
+    def __init__(self, rows: Sequence[tuple[int, GrammarConstraint]], out: np.ndarray) -> None:
+        self._constraints = dict(rows)
+        self._grammars = rows[0][1].grammars
+        self._out = self._masks = out
+        if out.shape[1] != self._grammars.num_words:  # the model lacks tokens of the tokenizer
+            self._masks = np.empty((len(out), self._grammars.num_words), dtype=np.int32)
+        _take_in([constraint for _, constraint in rows])
+        self._matchers = [(constraint._matcher, row) for row, constraint in rows]
+
+    def compute(self) -> None:
+        """The library's part, in threads of its own if they are many. The GIL is free meanwhile."""
+        start, size = self._masks.ctypes.data, self._masks.strides[0]
+        if len(self._matchers) < MANY_ROWS:
+            for matcher, row in self._matchers:
+                matcher.unsafe_compute_mask_ptr(start + row * size, size)
+        else:
+            executor, number = _executor(os.getpid()), len(self._masks)
+            executor.unsafe_compute_mask_ptr(self._matchers, start, size, number)
+
+    def complete(self) -> None:
+        """What the library does not know."""
+        grammars, out, rows = self._grammars, self._out, np.array([*self._constraints])
+        if self._masks is not out:
+            out[rows] = self._masks[rows, : out.shape[1]]
+        # Its bit of an end stands for a complete text, or for a literal that spells the token.
+        word, bit = divmod(grammars.eos_token_id, 32)
+        ends = rows[self._masks[rows, word] >> bit & 1 != 0].tolist()
+        grammars.special.clear(out, rows)
+        grammars.ends.set(
+            out, np.array([row for row in ends if self._constraints[row].may_end], np.int64)
+        )
 
 
 @functools.cache
@@ -236,13 +275,13 @@ class TokenBits:
         self._words = np.fromiter(bits, np.int64, len(bits))
         self._bits = np.fromiter(bits.values(), np.uint32, len(bits)).view(np.int32)
 
-    def set(self, masks: np.ndarray, rows: list[int]) -> None:
+    def set(self, masks: np.ndarray, rows: np.ndarray) -> None:
         """In rows of `masks` [any number, words] int32."""
-        masks[np.array(rows, np.int64)[:, None], self._words] |= self._bits
+        masks[rows[:, None], self._words] |= self._bits
 
-    def clear(self, masks: np.ndarray, rows: list[int]) -> None:
+    def clear(self, masks: np.ndarray, rows: np.ndarray) -> None:
         """In rows of `masks` [any number, words] int32."""
-        masks[np.array(rows, np.int64)[:, None], self._words] &= ~self._bits
+        masks[rows[:, None], self._words] &= ~self._bits
 
 
 def _source(params: StructuredOutputsParams) -> str:

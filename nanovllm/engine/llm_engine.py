@@ -22,7 +22,7 @@ from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
-from nanovllm.engine.step import PendingStep
+from nanovllm.engine.step import LateRows, PendingStep
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.engine.weights import load_weights, update_weights
 from nanovllm.models import CausalLM
@@ -96,7 +96,7 @@ class LLMEngine:
         self._request_of_seq: dict[int, Request] = {}  # by seq_id, of unfinished sequences
         self._in_flight: deque[tuple[Batch, PendingStep]] = deque()
         self._mask_filler = MaskFiller()
-        self._waiting: PendingStep | None = None  # for masks, before it can be sampled
+        self._waiting: tuple[PendingStep, LateRows] | None = None  # for masks
         self._last_collect = 0.0
         self._num_finished = self._num_aborted = self._num_generated = 0
 
@@ -328,27 +328,30 @@ class LLMEngine:
 
     def _launch(self, batch: Batch, outputs: list[RequestOutput]) -> None:
         """Start a step. Masks depend on the tokens before: these are taken in while the device
-        computes the logits, and a thread fills the masks while the next step is planned. Requests
-        that end with these tokens are added to `outputs`."""
+        runs it, and a thread fills the masks while the next step is planned. Requests that end with
+        these tokens are added to `outputs`."""
         step = self.model_runner.launch(batch, self._sample_waiting)
         self._in_flight.append((batch, step))
         if batch.constraints:
             while len(self._in_flight) > 1:
                 outputs += self._collect()
-            self._mask_filler.start([*batch.constraints.values()], self.model_runner.masks(step))
-            self._waiting = step
+            rows = batch.late_rows()
+            if rows:
+                masks = self.model_runner.masks(len(rows))
+                self._mask_filler.start([batch.constraints[row] for row in rows], masks)
+            self._waiting = step, LateRows(rows, [batch.seqs[row].token_ids[-1] for row in rows])
 
     def _sample_waiting(self) -> None:
-        """Sample the step that waits for its masks, if there is one."""
+        """Sample the late rows of the step that waits for their masks, if there is one."""
         if self._waiting is not None:
-            step, self._waiting = self._waiting, None
+            (step, late), self._waiting = self._waiting, None
             self._mask_filler.finish()
-            self.model_runner.sample(step)
+            self.model_runner.sample_late(step, late)
 
     def _collect(self) -> list[RequestOutput]:
         """Wait for the oldest step in flight, and take its tokens in."""
         batch, step = self._in_flight.popleft()
-        if step is self._waiting:
+        if self._waiting is not None and step is self._waiting[0]:
             self._sample_waiting()
         token_ids = self.model_runner.collect(step)
         now = time.perf_counter()
@@ -358,8 +361,10 @@ class LLMEngine:
         # Text needs the tokens, and may end a sequence: only then it is known which have ended.
         for seq, stop_string in self.output_processor.process(batch, rows, step):
             self.scheduler.stop(seq, stop_string)
-        for row in batch.constraints.keys() & rows:
-            batch.constraints[row].accept(token_ids[row])
+        if constraints := batch.constraints:
+            for row in rows:
+                if row in constraints:
+                    constraints[row].accept(token_ids[row])
         outputs = []
         for seq in batch.seqs:
             if seq.is_finished and seq.seq_id in self._request_of_seq:

@@ -30,12 +30,9 @@ class LogitEdits:
     withheld: frozenset[int]
 
     @classmethod
-    def of(
-        cls, params: SamplingParams, withheld: frozenset[int], is_constrained: bool = False
-    ) -> "LogitEdits | None":
+    def of(cls, params: SamplingParams, withheld: frozenset[int]) -> "LogitEdits | None":
         """Those of a request; None if it wants nothing changed."""
         changes_all = params.penalizes or bool(params.logit_bias or params.allowed_token_ids)
-        changes_all |= is_constrained
         return cls(params, changes_all, withheld) if changes_all or params.min_tokens else None
 
     def apply_to(self, num_generated: int) -> bool:

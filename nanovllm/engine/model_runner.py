@@ -14,7 +14,7 @@ from nanovllm.engine.kv_cache import allocate_kv_cache, max_blocks, num_fitting_
 from nanovllm.engine.logit_edits import EditSlots
 from nanovllm.engine.model_checks import checked_model_config
 from nanovllm.engine.scheduler import Batch
-from nanovllm.engine.step import PendingStep, PromptLogprobs, Step, prompt_logprobs
+from nanovllm.engine.step import LateRows, PendingStep, PromptLogprobs, Step, prompt_logprobs
 from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
 from nanovllm.engine.weights import allocate_weights, fill_weights, pack_weights, unpack_weights
 from nanovllm.layers.attention_backends import make_backend
@@ -26,6 +26,8 @@ from nanovllm.utils.checkpoint_files import read_headers
 from nanovllm.utils.context import Context
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.memory import gpu_memory_in_use, to_device
+
+LATE_ROWS = 128  # whose logits are gathered at a time
 
 
 @torch.inference_mode()
@@ -182,16 +184,19 @@ class ModelRunner:
         )
         self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
         index = self.inputs.buffer_index
-        logprobs = {row: batch.sampling[row].logprobs for row in batch.wishful_rows}
-        num_top = {row: number for row, number in logprobs.items() if number is not None}
+        num_top = {
+            row: number
+            for row in batch.wishful_rows
+            if (number := batch.sampling[row].logprobs) is not None
+        }
         return Step(
-            shape, rows, index, num_words, slot_contents, len(batch.constraints), num_top,
+            shape, rows, index, num_words, slot_contents, bool(batch.constraints), num_top,
             prompt_logprobs(batch),
         )  # fmt: skip
 
     @torch.inference_mode()
     def run(self, step: Step) -> PendingStep:
-        """Run a step whose inputs are in the host buffer, as far as it gets without masks."""
+        """Run a step whose inputs are in the host buffer."""
         shape = step.shape
         with self.in_own_settings():
             self.inputs.send(step.buffer_index, step.num_words)
@@ -203,27 +208,28 @@ class ModelRunner:
             if step.prompt_logprobs is not None:
                 logits = self._run_with_prompt_logprobs(shape, step.prompt_logprobs, pending)
             elif self.graphs is not None and not shape.is_prefill:
-                logits = self.graphs.run(shape.for_graph)
+                logits = self.graphs.run(shape)
             else:
                 logits = self._run(shape)
-            if shape.waits:
+            if step.has_late_rows:
                 pending.logits = logits
             else:
                 self._finish(pending, logits)
             return pending
 
-    def masks(self, pending: PendingStep) -> np.ndarray:
-        """[masks, words] int32: to be filled before `sample`, in the order of their rows. The
-        tokens of the steps before must be known. See `EditTables.masks`."""
-        return self.sampler.edits.host_masks(pending.step.num_masks)
+    def masks(self, number: int) -> np.ndarray:
+        """[number, words] int32: to be filled before `sample_late`. The tokens of the steps before
+        must be known. See `EditTables.masks`."""
+        return self.sampler.edits.host_masks(number)
 
     @torch.inference_mode()
-    def sample(self, pending: PendingStep) -> None:
-        """Sample the tokens of a step that waits for masks."""
+    def sample_late(self, pending: PendingStep, late: LateRows) -> None:
+        """Sample rows of a step once more, none or as many as have masks: the step launched last,
+        and it has late rows."""
         assert pending.logits is not None
         with self.in_own_settings():
-            self.sampler.edits.send_masks(pending.step.num_masks)
-            self._sample(pending.logits, pending.step.shape)
+            if late.rows:
+                self._sample_late(pending, pending.logits, late)
             self._finish(pending, pending.logits)
             pending.logits = None
 
@@ -278,15 +284,14 @@ class ModelRunner:
         return nullcontext() if self.compiler is None else self.compiler.on_demand()
 
     def _run(self, shape: StepShape) -> torch.Tensor:
-        """The step itself, on the device from its inputs to the sampled tokens, or if it waits for
-        masks to the logits: what a graph captures. Returns the logits, [rows, vocab]."""
+        """The step itself, on the device from its inputs to the sampled tokens: what a graph
+        captures. Returns the logits, [rows, vocab]."""
         inputs = self.inputs.view(shape)
         context = self._context(shape, inputs)
         stream = self.model(inputs.input_ids, self.sampler.tokens, context)
         out = None if self.logits is None else self.logits[: shape.rows]
         logits = self.model.compute_logits(stream, out)
-        if not shape.waits:
-            self._sample(logits, shape)
+        self._sample(logits, shape)
         return logits
 
     def _run_with_prompt_logprobs(
@@ -305,12 +310,32 @@ class ModelRunner:
                 found = self.sampler.logprobs_of(logits, to_device(own, self.device), span.num_top)
                 pending.prompt_logprobs.append((span.row, span.position + start, found))
         logits = self.model.compute_logits(stream[to_device(wanted.last, self.device)])
-        if not shape.waits:
-            self._sample(logits, shape)
+        self._sample(logits, shape)
         return logits
 
     def _sample(self, logits: torch.Tensor, shape: StepShape) -> None:
         self.sampler.sample(logits, self.inputs.view(shape).sampling(shape))
+
+    def _sample_late(self, pending: PendingStep, logits: torch.Tensor, late: LateRows) -> None:
+        step, edits, number = pending.step, self.sampler.edits, len(late.rows)
+        edits.send_masks(number)
+        inputs = self.inputs.view(step.shape)
+        # In prefill all tokens are counted already.
+        is_prefill = step.shape.is_prefill
+        newest = None if is_prefill else to_device(late.newest, self.device, np.int32)
+        if number == step.rows:
+            own = slice(0, number)
+            places = edits.mask_places[own]
+            self.sampler.sample(logits[own], inputs.late_sampling(step.shape, own, newest, places))
+            return
+        all_rows = to_device(late.rows, self.device)
+        for start in range(0, number, LATE_ROWS):
+            piece = slice(start, min(start + LATE_ROWS, number))
+            rows = all_rows[piece]
+            own_newest = None if newest is None else newest[piece]
+            sampling = inputs.late_sampling(step.shape, rows, own_newest, edits.mask_places[piece])
+            self.sampler.sample_again(logits[rows], sampling, rows)
+        pending.token_ids.copy_(self.sampler.tokens[: step.rows], non_blocking=True)
 
     def _finish(self, pending: PendingStep, logits: torch.Tensor) -> None:
         """What comes after the sampling, and is in no graph."""

@@ -61,6 +61,17 @@ class Batch:
         pairs = ((row, self.seqs[row].constraint) for row in self.wishful_rows)
         return {row: constraint for row, constraint in pairs if constraint is not None}
 
+    def late_rows(self) -> list[int]:
+        """Of these, the rows whose token cannot be what was sampled without asking the host, now
+        that it knows the tokens before."""
+        seqs = self.seqs
+        return [
+            row
+            for row, constraint in self.constraints.items()
+            if not seqs[row].is_finished
+            and (seqs[row].sampling.edits is not None or not constraint.allows_all)
+        ]
+
 
 class Scheduler:
     """The waiting and running queues, and the rules by which sequences move between them.
@@ -175,16 +186,22 @@ class Scheduler:
         return batch
 
     def _schedule_decode(self) -> Batch:
-        batch = Batch(is_prefill=False)
+        seqs, starts, block_size = [], [], self.block_manager.block_size
         for seq in list(self.running):
-            if seq.num_tokens >= seq.max_len:
+            start = seq.num_computed_tokens  # of all its tokens but one
+            if start + 1 >= seq.max_len:
                 continue  # its last token is on the way: ends by length cost no row
-            # The newest sequence is preempted until there is a block; it may be this one.
-            while seq.status is SequenceStatus.RUNNING and not self.block_manager.append(seq):
-                self._preempt(self.running[-1])
-            if seq.status is SequenceStatus.RUNNING:
-                self._add_row(batch, seq, 1)
-        return batch
+            if start == len(seq.block_table) * block_size:
+                # The newest sequence is preempted until there is a block; it may be this one.
+                while seq.status is SequenceStatus.RUNNING and not self.block_manager.append(seq):
+                    self._preempt(self.running[-1])
+                if seq.status is not SequenceStatus.RUNNING:
+                    continue
+            seqs.append(seq)
+            starts.append(start)
+            seq.num_computed_tokens += 1
+            seq.num_pending_tokens += 1
+        return Batch(False, seqs, starts, [1] * len(seqs), [True] * len(seqs))
 
     @staticmethod
     def _num_to_run(seq: Sequence) -> int:
@@ -197,8 +214,8 @@ class Scheduler:
         return seq.num_computed_tokens < seq.num_prompt_tokens or cls._num_to_run(seq) > 1
 
     def _add_row(self, batch: Batch, seq: Sequence, budget: int) -> int:
-        """Plan the next tokens of `seq`, at most `budget`, and count them as computed; returns how
-        many."""
+        """Plan the next tokens of a prompt, at most `budget`, and count them as computed; returns
+        how many."""
         start, length = seq.num_computed_tokens, min(self._num_to_run(seq), budget)
         yields_token = start + length == seq.num_tokens
         batch.seqs.append(seq)
@@ -208,8 +225,8 @@ class Scheduler:
         seq.num_computed_tokens += length
         if yields_token:
             seq.num_pending_tokens += 1
-        if batch.is_prefill:  # all these tokens are known, and so are the blocks they fill
-            self.block_manager.register(seq, seq.num_computed_tokens)
+        # All these tokens are known, and so are the blocks they fill.
+        self.block_manager.register(seq, seq.num_computed_tokens)
         return length
 
     def _preempt(self, seq: Sequence) -> None:

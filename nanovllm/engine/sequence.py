@@ -30,7 +30,7 @@ class RowSampling:
         truncates: whether one of these three is on.
         edits: what is changed in the logits first; None: nothing.
         logprobs: report the token's log probability and so many of the most likely ones; None: no.
-        has_wishes: whether it has edits, or wants log probabilities.
+        has_wishes: whether it has edits or a constraint, or wants log probabilities.
     """
 
     seed: int
@@ -102,11 +102,11 @@ class Sequence:
         self.ending_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
         # Not sampled before min_tokens: EOS neither, even if it is ignored, as in vLLM.
         withheld = self.ending_token_ids.union(eos_token_ids)
-        edits = LogitEdits.of(params, withheld, is_constrained=constraint is not None)
+        edits = LogitEdits.of(params, withheld)
         self.sampling = RowSampling(
             seed, params.effective_temperature, min(params.top_k, 2**31 - 1), params.top_p,
             params.min_p, params.truncates, edits, params.logprobs,
-            has_wishes=edits is not None or params.logprobs is not None,
+            has_wishes=any(wish is not None for wish in (edits, params.logprobs, constraint)),
         )  # fmt: skip
         self.num_pending_tokens = 0
         self.num_computed_tokens = 0

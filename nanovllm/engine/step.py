@@ -47,7 +47,7 @@ class Step(NamedTuple):
         buffer_index: the host buffer that holds the inputs, and the one that gets the tokens.
         num_words: of the inputs.
         slot_contents: what is written to `EditTables` first.
-        num_masks: that it waits for before it can sample.
+        has_late_rows: whether some rows may be sampled once more: see `LateRows`.
         num_top: by row, of those that want the log probabilities of their token and of the most
             likely ones: how many of these.
         prompt_logprobs: None if no row wants any.
@@ -58,9 +58,21 @@ class Step(NamedTuple):
     buffer_index: int
     num_words: int
     slot_contents: list[SlotContents]
-    num_masks: int
+    has_late_rows: bool
     num_top: dict[int, int]
     prompt_logprobs: PromptLogprobs | None
+
+
+class LateRows(NamedTuple):
+    """Rows of a step that are sampled once more, when the tokens before are known on the host.
+
+    Attributes:
+        rows: of the batch; each has a mask, in this order.
+        newest: the token that came last in each.
+    """
+
+    rows: list[int]
+    newest: list[int]
 
 
 @dataclass
@@ -70,8 +82,7 @@ class PendingStep:
     Attributes:
         step: it.
         token_ids: [rows] int64, on the host.
-        logits: [rows, vocab], padding included, of a step that waits for masks before it can
-            sample.
+        logits: [rows, vocab], padding included, as long as rows may be sampled once more.
         done: None on a CPU, where the step has been computed.
         logprobs: (rows, log probabilities of the tokens just sampled there).
         prompt_logprobs: (row, position of the first token, log probabilities of tokens of the

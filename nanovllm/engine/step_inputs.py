@@ -28,13 +28,7 @@ class StepShape(NamedTuple):
     max_context_len: int
     truncates: bool = False  # sampling by top_k, top_p or min_p
     edits: bool = False  # some rows have a slot of `EditTables`
-    waits: bool = False  # for masks, before it can sample
     shares: bool = False  # some rows read blocks that they share together
-
-    @property
-    def for_graph(self) -> "StepShape":
-        """The shape of the graph that runs it: one that waits ends with the logits."""
-        return self._replace(truncates=False, edits=False) if self.waits else self
 
 
 class StepInputs(NamedTuple):
@@ -46,7 +40,7 @@ class StepInputs(NamedTuple):
     top_p: Any  # [rows] float32
     min_p: Any  # [rows] float32
     edit_slots: Any  # [rows] of `EditTables`, -1: none
-    mask_places: Any  # [rows] among the step's masks, -1: none
+    late_slots: Any  # [rows] of those that may be sampled late
     context_lens: Any  # [rows]
     cu_seqlens_q: Any  # [rows + 1]
     buffer_index: Any  # [1], 0 or 1: which of the host's buffers the tokens go to
@@ -85,16 +79,26 @@ class StepInputs(NamedTuple):
         return cls._make([*pieces, buffer[start:]])
 
     def sampling(self, shape: StepShape) -> SamplingInputs:
-        edits = RowEdits(
-            self.edit_slots, None if shape.is_prefill else self.input_ids,
-            self.mask_places if shape.waits else None,
-        )  # fmt: skip
+        newest = None if shape.is_prefill else self.input_ids
+        edits = RowEdits(self.edit_slots, newest, None)
         return SamplingInputs(
             temperatures=self.temperatures, seeds=self.seeds,
             positions=self.context_lens,  # the token that is sampled stands where the context ends
             top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, truncates=shape.truncates,
             edits=edits if shape.edits else None, buffer_index=self.buffer_index,
         )  # fmt: skip
+
+    def late_sampling(
+        self,
+        shape: StepShape,
+        rows: torch.Tensor | slice,
+        newest: torch.Tensor | None,
+        mask_places: torch.Tensor,
+    ) -> SamplingInputs:
+        """Of some rows, once their masks are known. See `RowEdits` for `newest` and `mask_places`,
+        an entry for each of `rows`."""
+        edits = RowEdits(self.late_slots[rows], newest, mask_places)
+        return self.sampling(shape)._replace(edits=edits).of_rows(rows)
 
 
 def _aligned(size: int) -> int:
@@ -119,7 +123,7 @@ class InputBuffers:
         self.shares_prefixes = config.enable_prefix_caching
         self.max_model_len = config.max_model_len
         self.max_width = -(-config.max_model_len // self.block_size)
-        rows = config.max_num_seqs
+        rows = self.neutral_slot = config.max_num_seqs
         tokens = max(config.max_num_batched_tokens, rows)
         prefill = StepShape(True, rows, tokens, self.max_width, tokens, self.max_model_len)
         prefill_size, decode_size = (
@@ -172,17 +176,17 @@ class InputBuffers:
             shape = StepShape(
                 batch.is_prefill, padded_rows, tokens, width, max(batch.lengths), int(ends.max())
             )
-        shape = shape._replace(
-            truncates=truncates, edits=max(edit_slots) >= 0, waits=bool(batch.constraints)
-        )
+        late_rows = np.array([*batch.constraints], np.int64)
+        slots = np.array(edit_slots)
+        late_slots, slots[late_rows] = slots[late_rows], -1
+        shape = shape._replace(truncates=truncates, edits=bool(slots.max() >= 0))
         buffer = self.hosts[self.buffer_index].numpy()
         host = StepInputs.views(buffer, shape)
         host.buffer_index[0] = self.buffer_index
         self._fill_sampling(host, batch.sampling, truncates)
-        host.edit_slots[: len(edit_slots)] = edit_slots
-        host.mask_places[: len(edit_slots)] = -1
-        host.mask_places[[*batch.constraints]] = np.arange(len(batch.constraints))
-        self._fill_rows(host, batch, starts, lengths, shape)
+        host.edit_slots[: len(slots)] = slots
+        host.late_slots[late_rows] = np.where(late_slots < 0, self.neutral_slot, late_slots)
+        self._fill_rows(host, batch, starts, lengths, shape, launched_rows)
         self._fill_tokens(host, batch, launched_rows)
         if padded_rows > len(batch.seqs):
             self._fill_padding(host, len(batch.seqs), truncates)
@@ -232,14 +236,17 @@ class InputBuffers:
         starts: np.ndarray,
         lengths: np.ndarray,
         shape: StepShape,
+        launched_rows: dict[int, int],
     ) -> None:
         """Contexts, block tables, and where each token stands and is stored."""
         rows = len(batch.seqs)
         host.context_lens[:rows] = starts + lengths
         host.cu_seqlens_q[0] = 0
         np.cumsum(lengths, out=host.cu_seqlens_q[1 : rows + 1])
-        for row, seq in enumerate(batch.seqs):
-            self._tables[row, : len(seq.block_table)] = seq.block_table
+        for row, (seq, start) in enumerate(zip(batch.seqs, batch.starts)):
+            # Else it is as in the step before: tables change only where a block begins.
+            if launched_rows.get(seq.seq_id) != row or start % self.block_size == 0:
+                self._tables[row, : len(seq.block_table)] = seq.block_table
         row_of_token = np.repeat(np.arange(rows), lengths)
         num_tokens = len(row_of_token)
         positions = np.arange(num_tokens) + (starts - host.cu_seqlens_q[:rows])[row_of_token]
@@ -273,7 +280,7 @@ class InputBuffers:
     def _fill_padding(host: StepInputs, rows: int, truncates: bool) -> None:
         """Decode rows past the batch: they write nowhere, attend to nothing and are greedy, and so
         read no seed."""
-        for field in (host.slot_mapping, host.edit_slots, host.mask_places):
+        for field in (host.slot_mapping, host.edit_slots):
             field[rows:] = -1
         for field in (host.context_lens, host.positions, host.input_ids, host.temperatures):
             field[rows:] = 0

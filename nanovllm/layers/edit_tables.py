@@ -58,7 +58,7 @@ class RowEdits(NamedTuple):
         newest: [rows] int32, tokens not counted yet; -1 - i stands for token i of the step before.
             None in prefill steps: all tokens are counted.
         mask_places: [rows] int32, each row's place among the masks, -1 for none. None if no row has
-            one.
+            one. A row with a mask has a slot, be it the neutral one.
     """
 
     slots: torch.Tensor
@@ -77,19 +77,21 @@ class EditTables:
         mask_size: tokens of a mask: the whole vocabulary.
 
     Attributes:
-        options: [slots, 4] float32: repetition, presence and frequency penalty; 1 if there is a
-            bias.
+        options: [slots + 1, 4] float32: repetition, presence and frequency penalty; 1 if there is a
+            bias. The last slot is neutral: it changes nothing.
         seen: [slots, vocab] int16: how often the token was generated, at most `MOST_TIMES`; the
             sign bit is set if it is in the prompt.
         bias: [slots, vocab] float32.
         masks: [max_rows, words] int32, of rows in no order; bit i % 32 of word i // 32 is set if
             token i may come.
+        mask_places: [max_rows] int32: of rows that are in the order of their masks.
     """
 
     options: torch.Tensor
     seen: torch.Tensor
     bias: torch.Tensor
     masks: torch.Tensor
+    mask_places: torch.Tensor
 
     def __init__(
         self,
@@ -135,8 +137,14 @@ class EditTables:
         return self._host_masks[:number].numpy()
 
     def send_masks(self, number: int) -> None:
-        """Send so many masks to the device."""
-        self.masks[:number].copy_(self._host_masks[:number], non_blocking=True)
+        """Send so many masks to the device, beside what it is doing."""
+        here = self.masks[:number]
+        if self._stream is None:
+            here.copy_(self._host_masks[:number])
+            return
+        with torch.cuda.stream(self._stream):
+            here.copy_(self._host_masks[:number], non_blocking=True)
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def edited(self, logits: torch.Tensor, edits: RowEdits, sampled: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocab] as they are to be sampled from, in float32.
@@ -214,11 +222,16 @@ class EditTables:
             return
         slots, on_gpu = self.max_rows, self.device.type == "cuda"
         shape = (slots, self.vocab_size)
-        self.options = torch.zeros(slots, 4, device=self.device)
+        self.options = torch.zeros(slots + 1, 4, device=self.device)
+        self.options[slots, 0] = 1
         self.seen = torch.zeros(shape, dtype=torch.int16, device=self.device)
         self.bias = torch.zeros(shape, device=self.device)
         self._logits = torch.empty(shape, device=self.device)
         masks = (slots, self.num_words)
         self.masks = torch.zeros(masks, dtype=torch.int32, device=self.device)
+        self.mask_places = torch.arange(slots, dtype=torch.int32, device=self.device)
         self._host_masks = torch.zeros(masks, dtype=torch.int32, pin_memory=on_gpu)
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
         self._is_allocated = True

@@ -51,8 +51,8 @@ class SamplingInputs(NamedTuple):
     edits: RowEdits | None
     buffer_index: torch.Tensor
 
-    def of_rows(self, rows: torch.Tensor) -> "SamplingInputs":
-        """Of some of the rows, [any number] int64."""
+    def of_rows(self, rows: torch.Tensor | slice) -> "SamplingInputs":
+        """Of some of the rows, [any number] int64; `edits` stay as they are."""
         names = ["temperatures", "seeds", "positions"]
         names += ["top_k", "top_p", "min_p"] if self.truncates else []
         return self._replace(**{name: getattr(self, name)[rows] for name in names})
@@ -101,6 +101,21 @@ class Sampler:
                 logits, inputs.temperatures, inputs.seeds, inputs.positions, out, thresholds
             )
             self.host_tokens[int(inputs.buffer_index), : len(out)] = out
+
+    def sample_again(
+        self, logits: torch.Tensor, inputs: SamplingInputs, rows: torch.Tensor
+    ) -> None:
+        """Sample some rows of a step once more. The host's copies of all its tokens are then
+        out of date.
+
+        Args:
+            logits: [these rows, vocab].
+            inputs: of these rows.
+            rows: [these rows] int64, where they are in the step.
+        """
+        tokens = self.tokens.clone()
+        self.sample(logits, inputs)  # which takes them for the first rows
+        self.tokens.copy_(tokens.index_copy_(0, rows, self.tokens[: len(rows)]))
 
     def logprobs(
         self, logits: torch.Tensor, rows: list[int], k: int

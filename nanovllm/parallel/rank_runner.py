@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.connection import Connection
 
+import numpy as np
 import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.cuda_graphs import Graphs, release
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Batch
-from nanovllm.engine.step import PendingStep, Step
+from nanovllm.engine.step import LateRows, PendingStep, Step
 from nanovllm.engine.step_inputs import StepShape
 from nanovllm.models import CausalLM
 from nanovllm.parallel.group import Group
@@ -102,11 +103,12 @@ class LeadingRunner(RankRunner):
             except BaseException as error:
                 raise self._fail_with(error) from error
 
-    def sample(self, pending: PendingStep) -> None:
+    def sample_late(self, pending: PendingStep, late: LateRows) -> None:
         with no_interrupt():
             try:
-                self.ranks.send_masks(self.masks(pending))
-                super().sample(pending)
+                masks = self.masks(len(late.rows)).reshape(-1)
+                self.ranks.send(late, masks.view(np.uint8).data)
+                super().sample_late(pending, late)
             except BaseException as error:
                 raise self._fail_with(error) from error
 

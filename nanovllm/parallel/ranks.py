@@ -20,18 +20,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from nanovllm.config import Config
-from nanovllm.engine.step import Step
+from nanovllm.engine.step import LateRows, Step
 from nanovllm.parallel.group import HOST, TIMEOUT
 
 _T = TypeVar("_T")
 _POLL = 0.5  # seconds between looks at how long rank 0 has been waiting
 _PATIENCE = 30  # seconds for what should take none
-MASKS = "masks"  # what follows are those of the step before
 READY = "ready"  # what a rank says when it can run steps; all else is why it cannot
 
 
@@ -80,17 +78,20 @@ class Ranks:
         """Whether this process has started the ranks, and is no fork of that one."""
         return os.getpid() == self._pid
 
-    def send(self, step: Step, inputs: memoryview) -> None:
-        """Let all ranks run a step.
+    def send(self, what: Step | LateRows, data: memoryview) -> None:
+        """Let all ranks run a step, or sample rows of the last one once more.
 
         Args:
-            inputs: the bytes of its host buffer that are in use.
+            data: of the step's host buffer what is in use; or the masks.
         """
-        self._send(step, inputs)
-
-    def send_masks(self, masks: np.ndarray) -> None:
-        """Let all ranks sample the tokens of a step that waits for masks."""
-        self._send(MASKS, masks.data.cast("B"))
+        self.check()
+        for rank, connection in self._connections.items():
+            try:
+                connection.send(what)
+                connection.send_bytes(data)
+            except (OSError, TypeError):  # the watcher may just have closed it
+                self._has_ended(rank)
+        self.check()
 
     def check(self) -> None:
         """Raises:
@@ -155,16 +156,6 @@ class Ranks:
         self._end(patience=10 if self.failure is None else 0)
         if threading.current_thread() is not self._watcher:
             self._watcher.join(_PATIENCE)  # it may still be busy with a failure
-
-    def _send(self, what: object, content: memoryview) -> None:
-        self.check()
-        for rank, connection in self._connections.items():
-            try:
-                connection.send(what)
-                connection.send_bytes(content)
-            except (OSError, TypeError):  # the watcher may just have closed it
-                self._has_ended(rank)
-        self.check()
 
     def _start(self, rank: int, config: Config) -> None:
         ours, theirs = socket.socketpair()

@@ -10,6 +10,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -53,9 +54,10 @@ def _serve(
         if isinstance(message, Step):
             runner.receive(message, connection)
             pending = runner.run(message)
-        else:  # MASKS
-            connection.recv_bytes_into(runner.masks(pending).data.cast("B"))
-            runner.sample(pending)
+        else:
+            masks = runner.masks(len(message.rows)).reshape(-1)
+            masks[:] = np.frombuffer(connection.recv_bytes(), np.int32)
+            runner.sample_late(pending, message)
     runner.reset()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from helpers.constraints import accept_text, allowed, constraint, demo_tokenizer
-from nanovllm.engine.bad_words import BadWords, spellings
+from nanovllm.engine.bad_words import BadWords, WordTable, spellings
 
 VOCAB_SIZE = 70  # not a multiple of 32
 
@@ -50,7 +50,7 @@ def test_masks_are_those_of_brute_force(seed: int):
     rng = random.Random(seed)
     few = rng.sample(range(VOCAB_SIZE), 4)
     words = {tuple(rng.choices(few, k=rng.randint(1, 4))) for _ in range(rng.randint(1, 6))}
-    bad, so_far, num_banned = BadWords(tuple(words)), [], 0
+    bad, so_far, num_banned = BadWords(WordTable(tuple(words))), [], 0
     for _ in range(60):
         banned = {
             token_id
@@ -60,6 +60,7 @@ def test_masks_are_those_of_brute_force(seed: int):
         assert allowed(bad, VOCAB_SIZE) & set(range(VOCAB_SIZE)) == (
             set(range(VOCAB_SIZE)) - banned
         )
+        assert bad.allows_all is not bool(banned)
         num_banned += len(banned)
         so_far.append(rng.choice(few))
         bad.accept(so_far[-1])
@@ -67,14 +68,14 @@ def test_masks_are_those_of_brute_force(seed: int):
 
 
 def test_other_bits_stay_as_they_are():
-    bad = BadWords(((31,), (40,)))
+    bad = BadWords(WordTable(((31,), (40,))))
     mask = np.array([-(2**31) + 5, 2**8 + 1, 0], dtype=np.int32)
     bad.restrict(mask)
     assert mask.tolist() == [5, 1, 0]
 
 
 def test_the_only_token_that_is_left_may_come():
-    bad = BadWords(((31,), (40,), (31,)))
+    bad = BadWords(WordTable(((31,), (40,), (31,))))
     mask = np.array([-(2**31), 2**8], dtype=np.int32)
     bad.restrict(mask)
     assert mask.tolist() == [-(2**31), 2**8]

@@ -16,6 +16,7 @@ from helpers.constraints import (
     constraint,
     demo_bytes,
     demo_tokenizer,
+    factory,
     maker,
     num_words,
 )
@@ -56,6 +57,29 @@ def test_masks_filled_together_are_those_of_each(number: int, vocab_size: int):
     expected = [whole if one is None else allowed(one, vocab_size) for one in rows]
     assert [bits(mask) for mask in out] == expected
     assert number < 4 or len(set(map(frozenset, expected))) > 3
+
+
+def test_of_many_texts_those_that_cannot_go_on_say_so():
+    """Their tokens are taken in together."""
+    make = factory(choice=["ya", "yb"])
+    rows = [make() for _ in range(MANY_ROWS + 1)]
+    for row, one in enumerate(rows):
+        one.accept(demo_bytes().index(b"n" if row == 3 else b"y"))
+    out = np.empty((len(rows), num_words()), dtype=np.int32)
+    with pytest.warns(UserWarning, match="cannot be completed") as caught:
+        fill_masks(rows, out)
+    assert len(caught) == 1
+    found = [{demo_bytes()[i] for i in bits(mask)} for mask in out]
+    assert found[3] == set() and found[:3] + found[4:] == [{b"a", b"b"}] * MANY_ROWS
+    fill_masks(rows, out)  # without a second warning
+
+
+def test_all_of_several_allow_all_where_each_does():
+    word = demo_tokenizer().encode("qz")
+    bad = constraint(["qz"])
+    assert len(word) == 2 and bad.allows_all
+    bad.accept(word[0])
+    assert not bad.allows_all and not constraint(["qz"], regex="[a-z]+").allows_all
 
 
 def test_all_of_several_must_allow_a_token():

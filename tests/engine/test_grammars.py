@@ -154,7 +154,7 @@ def test_a_text_that_cannot_go_on_has_no_next_token():
     walked = constraint(choice=["yes"])
     with pytest.warns(UserWarning, match=r"cannot be completed: .*doesn't satisfy"):
         walked.accept(demo_bytes().index(b"n"))
-    assert walked.is_complete and not allowed(walked)
+        assert walked.is_complete and not allowed(walked)
     walked.accept(EOS[0])
     assert not allowed(walked)
 

@@ -41,7 +41,7 @@ def test_failure_in_the_middle_leaves_an_empty_engine(
         tiny, num_kvcache_blocks=8, max_model_len=128, async_scheduling=async_scheduling
     ) as llm:
         *owners, name = place.split(".")
-        for at_call in (1, 3):
+        for at_call in (1, 2 if name == "append" else 3):  # few blocks are appended
             owner = llm
             for part in owners:
                 owner = getattr(owner, part)
@@ -83,7 +83,7 @@ def test_outputs_of_the_step_that_fails_come_with_the_error(
     )
     params = [SamplingParams(temperature=0, max_tokens=n) for n in (2, 9)]
     llm.config.async_scheduling = True
-    Fault(llm.model_runner, "sample", 3, RuntimeError("device on fire"), False)
+    Fault(llm.model_runner, "sample_late", 3, RuntimeError("device on fire"), False)
     with pytest.raises(RuntimeError) as caught:
         llm.generate(PROMPTS[:2], params, use_tqdm=False)
     short, long = caught.value.finished_outputs

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +41,34 @@ def fill_and_send(
     shape, num_words = inputs.fill(batch, padded_rows, {}, fixed_shape, [-1] * len(batch.seqs))
     inputs.send(inputs.buffer_index, num_words)
     return shape
+
+
+@pytest.mark.parametrize("num_blocks", [60, 8])
+def test_block_tables_are_those_of_the_rows(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, num_blocks: int
+):
+    """Whoever ends, comes, or is preempted: a decode step writes only those that have changed."""
+    fill = InputBuffers.fill
+    num_filled = 0
+
+    def checked(inputs: InputBuffers, batch: Batch, *args: Any) -> tuple[StepShape, int]:
+        nonlocal num_filled
+        found = fill(inputs, batch, *args)
+        for row, seq in enumerate(batch.seqs):
+            assert inputs._tables[row, : len(seq.block_table)].tolist() == seq.block_table
+        num_filled += 1
+        return found
+
+    monkeypatch.setattr(InputBuffers, "fill", checked)
+    with build(
+        tiny, num_kvcache_blocks=num_blocks, max_model_len=128, max_num_seqs=5,
+        async_scheduling=True,
+    ) as llm:  # fmt: skip
+        lengths = [5, 30, 16, 40, 9, 33, 47, 20]
+        params = [SamplingParams(temperature=0, max_tokens=3 * n % 41 + 2) for n in lengths]
+        prompts = [random_tokens(length, seed=length) for length in lengths]
+        llm.generate(prompts, params, use_tqdm=False)
+        assert num_filled > 40 and (num_blocks == 60) == (llm.scheduler.num_preemptions == 0)
 
 
 # Positions, slots and bounds

@@ -12,6 +12,8 @@ class Allowed:
         self.vocab_size, self.step, self.last = vocab_size, step, start
         self.accepted: list[int] = []
 
+    allows_all = False
+
     def accept(self, token_id: int) -> None:
         self.accepted.append(token_id)
         self.last = token_id

@@ -130,8 +130,7 @@ def launches_of(step: Step) -> list[CompiledLaunch]:
         backend = TritonBackend(BLOCK_SIZE, heads, head_dim, step.card.device)
         shape = StepShape(
             is_prefill, rows, rows * length, 16 if is_prefill else 0, length, MAX_MODEL_LEN,
-            truncates=True, edits=True, waits=True,
-            shares=not is_prefill and backend.may_share(rows),
+            truncates=True, edits=True, shares=not is_prefill and backend.may_share(rows),
         )  # fmt: skip
         device = torch.device("cuda")
         inputs = StepInputs.views(torch.empty(10**6, dtype=torch.int32, device=device), shape)
@@ -155,13 +154,17 @@ def launches_of(step: Step) -> list[CompiledLaunch]:
         )  # fmt: skip
         stream = model(inputs.input_ids, sampler.tokens, context)
         out = torch.empty(rows, VOCAB_SIZE, dtype=step.dtype, device=device)
-        sampler.sample(model.compute_logits(stream, out), inputs.sampling(shape))
+        logits = model.compute_logits(stream, out)
+        sampler.sample(logits, inputs.sampling(shape))
+        places = torch.empty(rows, dtype=torch.int32, device=device)
+        late = inputs.late_sampling(shape, slice(0, rows), places, places)
+        sampler.sample(logits, late)
     return launched
 
 
 def _edit_tables(rows: int, device: torch.device) -> EditTables:
     tables = EditTables(rows, device, VOCAB_SIZE)
-    tables.options = torch.empty(rows, 4, device=device)
+    tables.options = torch.empty(rows + 1, 4, device=device)
     tables.seen = torch.empty(rows, VOCAB_SIZE, dtype=torch.int16, device=device)
     tables.bias = tables._logits = torch.empty(rows, VOCAB_SIZE, device=device)
     tables.masks = torch.empty(rows, tables.num_words, dtype=torch.int32, device=device)

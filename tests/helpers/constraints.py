@@ -89,3 +89,4 @@ def accept_text(constraint: TokenConstraint, text: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             constraint.accept(demo_bytes().index(bytes([byte])))
+            _ = constraint.is_complete  # only now a grammar takes the token in

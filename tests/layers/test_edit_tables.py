@@ -167,7 +167,8 @@ def test_masks_leave_the_tokens_whose_bits_are_set(vocab: int):
     tables = EditTables(rows, CPU, vocab)
     tables.write([SlotContents(slot, (1.0, 0.0, 0.0), None, None) for slot in range(rows)])
     write_masks(tables, masks)
-    edits = RowEdits(int32(2, 0, -1, 1), None, int32(1, 3, -1, -1))
+    neutral = rows
+    edits = RowEdits(int32(2, neutral, -1, neutral), None, int32(1, 3, -1, -1))
     found = tables.edited(torch.zeros(rows, vocab), edits, torch.tensor([0]))
     expected = torch.zeros(rows, vocab)
     expected[0][~may_come[1, :vocab]] = -INF
