@@ -1,9 +1,9 @@
 """The work list of a decode step of `kernels.decode_attention`, made on the host with NumPy.
 
 Contexts are cut into chunks at fixed places, and chunks are dealt out to ranges of about equal
-length, one for each program of a kv head. A range is a list of tiles of up to 64 tokens, of 128 in fp8, which may
-go from one sequence to the next: the load is even however ragged the batch, and no program is
-launched for a context that might have been longer.
+length, one for each program of a kv head. A range is a list of tiles of up to 64 tokens, or 128 in
+fp8, which may go from one sequence to the next: the load is even however ragged the batch, and no
+program is launched for a context that might have been longer.
 
 Chunks that several rows share, block for block, go to another list, that of `kernels.shared_plan`.
 """

@@ -14,6 +14,20 @@ import triton
 import triton.language as tl
 
 _WORD = 4  # numbers of fp8 in 32 bits
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Of the words of two tokens, byte by byte: (first, second) in float16.
+_WIDEN = tl.constexpr("""{
+    .reg .b32 pairs;
+    .reg .b16 low, high;
+    prmt.b32 pairs, $4, $5, 0x5140;
+    mov.b32 {low, high}, pairs;
+    cvt.rn.f16x2.e4m3x2 $0, low;
+    cvt.rn.f16x2.e4m3x2 $1, high;
+    prmt.b32 pairs, $4, $5, 0x7362;
+    mov.b32 {low, high}, pairs;
+    cvt.rn.f16x2.e4m3x2 $2, low;
+    cvt.rn.f16x2.e4m3x2 $3, high;
+}""")
 
 
 def value_words(v_cache: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -65,11 +79,24 @@ def add_values(sums, weights, tile, DTYPE: tl.constexpr, PRECISION: tl.constexpr
         weights: [queries, tokens], of DTYPE.
         tile: [tokens, head_dim / PARTS], from what `value_words` returns.
     """
+    parts = (tile,) if len(sums) == 1 else _widened(tile)
     added = ()
     for part in tl.static_range(len(sums)):
-        values = tile
-        if len(sums) > 1:
-            byte = ((tile >> (8 * part)) & 0xFF).to(tl.uint8)
-            values = byte.to(tl.float8e4nv, bitcast=True)
-        added += (tl.dot(weights, values.to(DTYPE), sums[part], input_precision=PRECISION),)
+        values = parts[part].to(DTYPE)
+        added += (tl.dot(weights, values, sums[part], input_precision=PRECISION),)
     return added
+
+
+@triton.jit
+def _widened(words):
+    """The four bytes of words, float16."""
+    if not _INTERPRETED:
+        float16x4: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
+        return tl.inline_asm_elementwise(
+            _WIDEN, "=r,=r,=r,=r,r,r", [words], dtype=float16x4, is_pure=True, pack=2
+        )
+    parts = ()
+    for part in tl.static_range(4):
+        byte = ((words >> (8 * part)) & 0xFF).to(tl.uint8)
+        parts += (byte.to(tl.float8e4nv, bitcast=True).to(tl.float16),)
+    return parts
