@@ -10,7 +10,7 @@ that. So the kernel goes by the number of rows:
 - else cuBLAS.
 
 With a weight in fp8 (see `quantization.fp8`) it goes by rows in the same way: to
-`kernels.fp8_gemv`, `kernels.split_k`, the library's `torch._scaled_mm`, and `kernels.fp8_gemm`
+`kernels.fp8_gemv` with small weights, `kernels.split_k`, the library's `torch._scaled_mm`, and `kernels.fp8_gemm`
 where these do not serve.
 """
 
@@ -116,12 +116,12 @@ def _choose_in_fp8(product: ProductShape, gpu: Gpu) -> Kernel:
     rows, k, n = product.rows, product.in_features, product.out_features
     is_small = k <= _SHORT_ROW or k * n <= _SMALL
     fits = k <= _MAX_FP8 and not product.has_partials
-    if fits and (rows == 1 or (rows == fp8_gemv_kernel.MAX_ROWS and is_small)):
+    if fits and is_small and rows <= fp8_gemv_kernel.MAX_ROWS:
         return Kernel.GEMV
+    if not gpu.is_hopper_class:
+        return Kernel.GEMV if fits and rows == 1 else Kernel.FP8_GEMM
     is_large = k * n > _LARGE and product.use is not Use.ADDED
     max_rows = _MAX_ROWS_OF_LARGE if is_large else split_k_kernel.MAX_ROWS
-    if not gpu.is_hopper_class:
-        return Kernel.FP8_GEMM
     if rows <= max_rows:
         return Kernel.SPLIT_K
     has_scaled_mm = product.dtype == torch.bfloat16 and k % 16 == n % 16 == 0
