@@ -74,8 +74,8 @@ def tiling(k: int, n: int, gated: bool) -> tuple[tuple[int, ...], int, int]:
     size = min(_MOST, max(_LEAST, triton.next_power_of_2(k)))
     lengths = [min(size, k - start) for start in range(0, k, size)]
     blocks = tuple(max(_LEAST, triton.next_power_of_2(length)) for length in lengths)
-    has_two = n < 4096 and (not gated or k <= 2048)  # of more, registers spill
-    return blocks, min(2, len(blocks)), 2 if has_two else 1
+    has_four = k <= 1024 and n >= 4096  # of longer rows, registers spill
+    return blocks, min(3, len(blocks)), 1 if gated else 4 if has_four else 2
 
 
 @triton.jit

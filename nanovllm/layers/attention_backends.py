@@ -27,6 +27,7 @@ except ImportError:
 
 _FIRST_WITH_FP8 = (8, 9)
 BLOCK_SIZE, FLASH_BLOCK_SIZE = 64, 256  # flash-attn takes multiples of 256
+FP8_BLOCK_SIZE = 128  # a tile of decode attention, which is in one block
 
 
 class AttentionBackend(ABC):
@@ -238,7 +239,8 @@ def make_backend(
     """The backend that `select_backend` names, with its own default if `block_size` is None."""
     name = select_backend(name, device, dtype, head_dim, block_size, fp8_cache)
     if block_size is None:
-        block_size = FLASH_BLOCK_SIZE if name == "flash-attn" else BLOCK_SIZE
+        own = FP8_BLOCK_SIZE if fp8_cache else BLOCK_SIZE
+        block_size = FLASH_BLOCK_SIZE if name == "flash-attn" else own
     if name == "triton":
         return TritonBackend(block_size, num_kv_heads, head_dim, device, fp8_cache)
     return FlashBackend(block_size) if name == "flash-attn" else TorchBackend(block_size)

@@ -80,8 +80,8 @@ def test_gemv(rows: int, shape: tuple[int, int], dtype: torch.dtype, group: int 
 
 @interpreted
 def test_gemv_with_many_outputs_of_a_warp(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tiling(1024, 4096, gated=False) == ((1024,), 1, 1)
-    assert tiling(3000, 1024, gated=False) == ((1024, 1024, 1024), 2, 2)
+    assert tiling(1024, 4096, gated=False) == ((1024,), 1, 4)
+    assert tiling(3000, 1024, gated=False) == ((1024, 1024, 1024), 3, 2)
     monkeypatch.setattr(fp8_gemv_module, "tiling", lambda *_: ((512, 512), 2, 4))
     check_gemv(1, (20, 1000), FP32, None)
 
