@@ -39,6 +39,7 @@ from nanovllm.kernels.launch import (
     gpu_of,
     gpu_with,
     launch_dependents,
+    next_power_of_2,
     pdl,
     prefer_shared_memory,
     wait,
@@ -98,7 +99,7 @@ def paged_decode(
     partial = torch.empty(*shape, head_dim, dtype=torch.float32, device=qkv.device)
     stats = torch.empty(2, *shape, dtype=torch.float32, device=qkv.device)
     wide = qkv.element_size() == 2
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = next_power_of_2(head_dim)
     fused = rows <= FUSED_ROWS
     values, parts = value_words(v_cache)
     gpu = gpu_with(qkv)
@@ -112,7 +113,7 @@ def paged_decode(
         queries, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, values, slot_mapping,
         bounds, tiles, out, partial, stats[0], stats[1], scale * LOG2_E, kv_scales,
         num_kv_heads, head_dim, DTYPE=dot_type(qkv.dtype, k_cache),
-        GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
+        GROUP=group, BLOCK_G=max(16, next_power_of_2(group)), BLOCK_D=block_d,
         BLOCK_N=tile_tokens(block_size, head_dim, in_fp8=kv_scales is not None), PARTS=parts, MAX_CHUNKS=MAX_CHUNKS,
         FUSED=fused, HAS_NORM=q_weight is not None, FIRST=FIRST, LAST=LAST, NEWEST=NEWEST,
         CHUNK_SHIFT=CHUNK_SHIFT, PRECISION="tf32" if wide else "ieee", num_warps=4 if wide else 8,
