@@ -69,6 +69,10 @@ class CudaGraphs:
         graph.replay()
         return logits
 
+    def can_capture(self, shape: StepShape) -> bool:
+        """Whether a shape has no graph yet, and what it launches is loaded."""
+        return shape in self._has_run and shape not in self.graphs
+
     def capture(self, shape: StepShape) -> None:
         """Record the step of a shape, for the next time.
 
