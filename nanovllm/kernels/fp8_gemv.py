@@ -20,14 +20,7 @@ import triton.language as tl
 
 from nanovllm.kernels.activation import silu_times
 from nanovllm.kernels.fp8_rows import scales_of, to_fp8
-from nanovllm.kernels.launch import (
-    cdiv,
-    launch_dependents,
-    next_power_of_2,
-    pdl,
-    prefer_shared_memory,
-    wait,
-)
+from nanovllm.kernels.launch import launch_dependents, pdl, prefer_shared_memory, wait
 from nanovllm.quantization.fp8 import GROUP, Fp8Weight
 
 MAX_ROWS = 2
@@ -63,12 +56,12 @@ def fp8_gemv(
     if y is None:
         y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     blocks, ahead, per_warp = tiling(k, n, gated)
-    kernel = _fp8_gemv_kernel[(cdiv(n, _WARPS * per_warp),)](
+    kernel = _fp8_gemv_kernel[(triton.cdiv(n, _WARPS * per_warp),)](
         x, values, scale, bias, norm_weight, y, eps, n, k,
         GATED=gated, ADD=add_to is not None, HAS_BIAS=bias is not None,
         HAS_NORM=norm_weight is not None, HAS_GROUPS=weight.has_groups, GROUP=GROUP,
         WARPS=_WARPS, ROWS=rows, PER_WARP=per_warp, BLOCKS=blocks, AHEAD=ahead,
-        X_BLOCK=min(_MOST_X, next_power_of_2(k)), num_warps=_WARPS, **pdl(x),
+        X_BLOCK=min(_MOST_X, triton.next_power_of_2(k)), num_warps=_WARPS, **pdl(x),
     )  # fmt: skip
     prefer_shared_memory(kernel)
     return y
@@ -81,9 +74,9 @@ def tiling(k: int, n: int, gated: bool) -> tuple[tuple[int, ...], int, int]:
     must be programs for all multiprocessors.
     """
     has_many = n >= 4096 and (k > 3072 or (k <= 1024 and not gated))
-    size = min(512 if gated and has_many else 1024, max(_LEAST, next_power_of_2(k)))
+    size = min(512 if gated and has_many else 1024, max(_LEAST, triton.next_power_of_2(k)))
     lengths = [min(size, k - start) for start in range(0, k, size)]
-    blocks = tuple(max(_LEAST, next_power_of_2(length)) for length in lengths)
+    blocks = tuple(max(_LEAST, triton.next_power_of_2(length)) for length in lengths)
     return blocks, min(2, len(blocks)), 4 if has_many else 2
 
 
