@@ -33,6 +33,7 @@ from nanovllm.utils.checkpoint_files import read_headers
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+LONG_STEP = 8192  # tokens that take a GPU longer than a capture takes the host
 _CLOSED = "this LLM is closed: build a new one"
 
 
@@ -157,6 +158,7 @@ class LLMEngine:
                 batch = self.scheduler.schedule()
                 if batch is not None:
                     self._launch(batch, outputs)
+                    self._capture_ahead()
                 # The step just launched may stay in flight; with nothing to launch, none does.
                 max_in_flight = 1 if batch is not None and self.config.async_scheduling else 0
                 if len(self._in_flight) > max_in_flight:
@@ -340,6 +342,19 @@ class LLMEngine:
                 masks = self.model_runner.masks(len(rows))
                 self._mask_filler.start([batch.constraints[row] for row in rows], masks)
             self._waiting = step, LateRows(rows, [batch.seqs[row].token_ids[-1] for row in rows])
+
+    def _capture_ahead(self) -> None:
+        """Record CUDA Graphs that the requests will need, as long as the device is not even at the
+        step just launched, and that is a long one: so it does not wait for the host."""
+        if len(self._in_flight) < 2:
+            return
+        (_, before), (batch, newest) = list(self._in_flight)[-2:]
+        if not batch.is_prefill or batch.num_tokens < LONG_STEP:
+            return
+        if any(seq.max_len > seq.num_tokens for seq in batch.seqs):  # decode steps will follow
+            num_seqs, like = self.scheduler.num_unfinished, newest.step.shape
+            while not before.is_done and self.model_runner.capture_ahead(num_seqs, like):
+                pass
 
     def _sample_waiting(self) -> None:
         """Sample the late rows of the step that waits for their masks, if there is one."""

@@ -146,6 +146,28 @@ class ModelRunner:
         """The decode step that needs the most memory."""
         return self.inputs.decode_shape(self.config.max_num_seqs)
 
+    @torch.inference_mode()
+    def capture_ahead(self, num_seqs: int, like: StepShape) -> bool:
+        """Record the CUDA Graph of one decode step of up to `num_seqs` rows, of those that have run
+        and have none: the largest, which is needed first as sequences end.
+
+        Args:
+            like: whose sampling that of the decode step will be like.
+
+        Returns:
+            Whether there was one.
+        """
+        if self.graphs is None:
+            return False
+        most = graph_rows(min(num_seqs, self.config.max_num_seqs), self.config.max_num_seqs)
+        for rows in reversed(graph_sizes(most)):
+            shape = self.inputs.decode_shape(rows, like.truncates)._replace(edits=like.edits)
+            if self.graphs.can_capture(shape):
+                with self.in_own_settings():
+                    self.graphs.capture(shape)
+                return True
+        return False
+
     def agree_on_blocks(self, num_fitting: int) -> int:
         """How many KV blocks there will be, if so many fit here."""
         return num_fitting

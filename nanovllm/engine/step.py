@@ -96,6 +96,11 @@ class PendingStep:
     logprobs: list[tuple[list[int], Logprobs]] = field(default_factory=list)
     prompt_logprobs: list[tuple[int, int, Logprobs]] = field(default_factory=list)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the device has computed it."""
+        return self.done is None or self.done.query()
+
 
 def prompt_logprobs(batch: Batch) -> PromptLogprobs | None:
     """Of rows that want log probabilities of their prompt the logits of all tokens are kept, of the

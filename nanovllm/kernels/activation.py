@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.fp8_rows import empty_rows, store_in_fp8
-from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.launch import cdiv, launch_dependents, next_power_of_2, pdl, wait
 from nanovllm.quantization.fp8 import GROUP
 
 BLOCK = 1024
@@ -20,7 +20,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """`x` [rows, 2 n] -> [rows, n], computed in float32 and rounded once."""
     rows, n = x.shape[0], x.shape[1] // 2
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    grid = (rows, triton.cdiv(n, BLOCK))
+    grid = (rows, cdiv(n, BLOCK))
     _silu_and_mul_kernel[grid](x, y, n, BLOCK=BLOCK, num_warps=4, **pdl(x))
     return y
 
@@ -31,7 +31,7 @@ def silu_and_mul_in_fp8(
     """What `quantize_rows` makes of the result of `silu_and_mul`."""
     rows, n = x.shape[0], x.shape[1] // 2
     values, scale = empty_rows(x[:, :n], group)
-    block = triton.next_power_of_2(max(n, GROUP))
+    block = next_power_of_2(max(n, GROUP))
     _silu_and_mul_in_fp8_kernel[(rows,)](
         x, values, scale, n, rows, HAS_GROUPS=scale.shape[1] > 1, GROUP=GROUP, BLOCK=block,
         num_warps=min(16, max(1, block // 1024)), **pdl(x),

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.launch import cdiv, launch_dependents, pdl, wait
 
 BLOCK = 1024
 SLOTS = 3
@@ -76,7 +76,7 @@ def best_of_ranks(
         buffer_index: [1] int32, the row of `host_tokens` that is written.
     """
     rows = keys.shape[0]
-    _best_of_ranks_kernel[(triton.cdiv(rows, BLOCK),)](
+    _best_of_ranks_kernel[(cdiv(rows, BLOCK),)](
         keys, *(_NO_PEERS if peers is None else _arguments(peers)), out, host_tokens, buffer_index,
         rows, host_tokens.shape[1], RANK=0 if peers is None else peers.rank,
         SIZE=1 if peers is None else peers.size, BLOCK=BLOCK, LOOK_EVERY=_LOOK_EVERY, num_warps=8,
@@ -106,7 +106,7 @@ def _arguments(peers: Peers) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
 def _launch(stream: torch.Tensor, summands: torch.Tensor, peers: Peers, has_stream: bool) -> None:
     num_elements = stream.numel()
     assert num_elements <= peers.capacity and stream.element_size() == peers.bits.itemsize
-    _all_reduce_kernel[(triton.cdiv(num_elements, BLOCK),)](
+    _all_reduce_kernel[(cdiv(num_elements, BLOCK),)](
         stream, summands, *_arguments(peers), num_elements,
         SPLITS=summands.numel() // num_elements, HAS_STREAM=has_stream, RANK=peers.rank,
         SIZE=peers.size, BITS=8 * stream.element_size(), BLOCK=BLOCK, LOOK_EVERY=_LOOK_EVERY,

@@ -39,6 +39,7 @@ from nanovllm.kernels.launch import (
     gpu_of,
     gpu_with,
     launch_dependents,
+    next_power_of_2,
     pdl,
     prefer_shared_memory,
     wait,
@@ -98,7 +99,7 @@ def paged_decode(
     partial = torch.empty(*shape, head_dim, dtype=torch.float32, device=qkv.device)
     stats = torch.empty(2, *shape, dtype=torch.float32, device=qkv.device)
     wide = qkv.element_size() == 2
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = next_power_of_2(head_dim)
     fused = rows <= FUSED_ROWS
     values, parts = value_words(v_cache)
     gpu = gpu_with(qkv)

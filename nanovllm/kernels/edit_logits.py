@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.launch import cdiv, launch_dependents, pdl, wait
 
 _BLOCK = 4096
 
@@ -53,7 +53,7 @@ def edit_logits(
             Only rows with a slot have one.
     """
     rows, vocab = logits.shape
-    _edit_kernel[(rows, triton.cdiv(vocab, _BLOCK))](
+    _edit_kernel[(rows, cdiv(vocab, _BLOCK))](
         logits, slots, newest, sampled, mask_places, tables.options, tables.seen, tables.bias,
         tables.masks, out, vocab, tables.masks.shape[1], FIRST=tables.first_token,
         HAS_NEWEST=newest is not None, HAS_MASKS=mask_places is not None, BLOCK=_BLOCK,

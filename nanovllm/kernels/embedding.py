@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.launch import launch_dependents, next_power_of_2, pdl, wait
 
 
 def embed(
@@ -26,7 +26,7 @@ def embed(
     """
     tokens, n = token_ids.shape[0], weight.shape[1]
     out = torch.empty(tokens, n, dtype=weight.dtype, device=weight.device)
-    block = triton.next_power_of_2(n)
+    block = next_power_of_2(n)
     _embed_kernel[(tokens,)](
         token_ids, sampled, weight, out, n, 0 if part is None else part.start, weight.shape[0],
         HAS_PART=part is not None, BLOCK=block, num_warps=min(8, max(1, block // 512)),

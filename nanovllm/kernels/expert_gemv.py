@@ -18,7 +18,14 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.activation import silu_times
-from nanovllm.kernels.launch import launch_dependents, pdl, prefer_shared_memory, wait
+from nanovllm.kernels.launch import (
+    cdiv,
+    launch_dependents,
+    next_power_of_2,
+    pdl,
+    prefer_shared_memory,
+    wait,
+)
 
 MAX_TOKENS = 8
 _INNER_ROWS, _OUTPUT_ROWS = 8, 4  # of the weight in a program: some hundred programs for a token
@@ -35,7 +42,7 @@ def expert_gate_up(x: torch.Tensor, gate_up: torch.Tensor, experts: torch.Tensor
     """
     k, n, num_pairs = x.shape[1], gate_up.shape[1] // 2, experts.numel()
     h = torch.empty(num_pairs, n, dtype=x.dtype, device=x.device)
-    kernel = _gate_up_kernel[(triton.cdiv(n, _INNER_ROWS), num_pairs)](
+    kernel = _gate_up_kernel[(cdiv(n, _INNER_ROWS), num_pairs)](
         x, gate_up, experts, h, n, k, experts.shape[1], ROWS=_INNER_ROWS,
         BLOCK_K=_block(k), num_warps=4, **pdl(x),
     )  # fmt: skip
@@ -62,7 +69,7 @@ def expert_down(
     out = add_to
     if out is None:
         out = torch.empty(tokens, n, dtype=h.dtype, device=h.device)
-    kernel = _down_kernel[(triton.cdiv(n, _OUTPUT_ROWS), tokens)](
+    kernel = _down_kernel[(cdiv(n, _OUTPUT_ROWS), tokens)](
         h, down, experts, weights, out, n, k, TOP_K=top_k, ADD=add_to is not None,
         ROWS=_OUTPUT_ROWS, BLOCK_K=min(256, _block(k)), num_warps=4, **pdl(h),
     )  # fmt: skip
@@ -71,7 +78,7 @@ def expert_down(
 
 
 def _block(k: int) -> int:
-    return min(_BLOCK_K, triton.next_power_of_2(k))
+    return min(_BLOCK_K, next_power_of_2(k))
 
 
 @triton.jit

@@ -16,7 +16,14 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.activation import silu_times
-from nanovllm.kernels.launch import launch_dependents, pdl, prefer_shared_memory, wait
+from nanovllm.kernels.launch import (
+    cdiv,
+    launch_dependents,
+    next_power_of_2,
+    pdl,
+    prefer_shared_memory,
+    wait,
+)
 from nanovllm.quantization.fp8 import GROUP, Fp8Weight
 
 _ROWS = 8  # of the weight in a program: some hundred programs for a token
@@ -40,7 +47,7 @@ def fp8_expert_gate_up(
     """
     (tokens, k), n, num_pairs = x.shape, gate_up.values.shape[1] // 2, experts.numel()
     h = torch.empty(num_pairs, n, dtype=dtype, device=x.device)
-    kernel = _fp8_gate_up_kernel[(triton.cdiv(n, _ROWS), num_pairs)](
+    kernel = _fp8_gate_up_kernel[(cdiv(n, _ROWS), num_pairs)](
         x, x_scale, *gate_up, experts, h, tokens, n, k, experts.shape[1],
         ROWS=_ROWS, **_blocks(k, _GATE_UP_BLOCK, gate_up), num_warps=4, **pdl(x),
     )  # fmt: skip
@@ -67,7 +74,7 @@ def fp8_expert_down(
         add: the sum is added to what is there.
     """
     (tokens, top_k), n, (pairs, k) = experts.shape, down.values.shape[1], h.shape
-    kernel = _fp8_down_kernel[(triton.cdiv(n, _ROWS), tokens)](
+    kernel = _fp8_down_kernel[(cdiv(n, _ROWS), tokens)](
         h, h_scale, *down, experts, weights, out, pairs, n, k, TOP_K=top_k, ADD=add,
         ROWS=_ROWS, **_blocks(k, _DOWN_BLOCK, down), num_warps=4, **pdl(h),
     )  # fmt: skip
@@ -77,7 +84,7 @@ def fp8_expert_down(
 
 def _blocks(k: int, most: int, weight: Fp8Weight) -> dict[str, int]:
     """A block of K, the numbers that have a scale in common, and how many scales a block has."""
-    block = max(GROUP, min(most, triton.next_power_of_2(k)))
+    block = max(GROUP, min(most, next_power_of_2(k)))
     if weight.has_groups:
         return {"BLOCK_K": block, "GROUP": GROUP, "SCALES": block // GROUP}
     return {"BLOCK_K": block, "GROUP": k, "SCALES": 1}

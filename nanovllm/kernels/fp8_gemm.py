@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.fp8_rows import as_factor
-from nanovllm.kernels.launch import gpu_with, launch_dependents, pdl, wait
+from nanovllm.kernels.launch import cdiv, gpu_with, launch_dependents, next_power_of_2, pdl, wait
 from nanovllm.quantization.fp8 import GROUP
 
 _OUTPUTS, _MOST_ROWS = 128, 128  # of a tile
@@ -46,8 +46,8 @@ def fp8_gemm(
     most_rows, stages = _MOST_ROWS, 4 if gpu is not None and gpu.is_hopper_class else 3
     if is_exact:  # what is widened takes registers and shared memory
         most_rows, stages = _MOST_ROWS // 2, 2
-    padded_rows = min(most_rows, max(16, triton.next_power_of_2(rows)))
-    grid = (triton.cdiv(rows, padded_rows) * triton.cdiv(n, _OUTPUTS),)
+    padded_rows = min(most_rows, max(16, next_power_of_2(rows)))
+    grid = (cdiv(rows, padded_rows) * cdiv(n, _OUTPUTS),)
     _fp8_gemm_kernel[grid](
         x, weight, bias, out, *scales, rows, n, k,
         ROWS=padded_rows, OUTPUTS=_OUTPUTS, BLOCK_K=GROUP, BAND=_BAND,

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.launch import launch_dependents, next_power_of_2, pdl, wait
 from nanovllm.kernels.paged_cache import as_stored
 from nanovllm.quantization.fp8 import FP8, GROUP, num_groups
 
@@ -24,7 +24,7 @@ def quantize_rows(x: torch.Tensor, group: int | None = None) -> tuple[torch.Tens
     `GROUP`, one for so many numbers, [rows, n / group]. Scales of many rows are side by side."""
     rows, n = x.shape
     values, scale = empty_rows(x, group)
-    block = triton.next_power_of_2(max(n, GROUP))
+    block = next_power_of_2(max(n, GROUP))
     _quantize_rows_kernel[(rows,)](
         x, values, scale, rows, n, HAS_GROUPS=scale.shape[1] > 1, GROUP=GROUP, BLOCK=block,
         num_warps=min(16, max(1, block // 1024)), **pdl(x),

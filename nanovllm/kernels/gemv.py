@@ -20,7 +20,14 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.activation import silu_times
-from nanovllm.kernels.launch import launch_dependents, pdl, prefer_shared_memory, wait
+from nanovllm.kernels.launch import (
+    cdiv,
+    launch_dependents,
+    next_power_of_2,
+    pdl,
+    prefer_shared_memory,
+    wait,
+)
 
 MAX_ROWS = 2
 _WARPS = 4
@@ -57,7 +64,7 @@ def gemv(
     if y is None:
         y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     blocks, ahead, per_warp = tiling(k, norm_weight is not None, gated, x.element_size())
-    kernel = _gemv_kernel[(triton.cdiv(n, _WARPS * per_warp),)](
+    kernel = _gemv_kernel[(cdiv(n, _WARPS * per_warp),)](
         x, weight, bias, norm_weight, y, eps, n, k,
         GATED=gated, ADD=add_to is not None,
         HAS_BIAS=bias is not None, HAS_NORM=norm_weight is not None,
@@ -88,7 +95,7 @@ def tiling(
     else:
         size, ahead, per_warp = 512, 3, 2
     lengths = [min(size, k - start) for start in range(0, k, size)]
-    return tuple(max(256, triton.next_power_of_2(n)) for n in lengths), ahead, per_warp
+    return tuple(max(256, next_power_of_2(n)) for n in lengths), ahead, per_warp
 
 
 @triton.jit

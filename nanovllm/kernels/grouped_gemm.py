@@ -26,7 +26,7 @@ import triton.language as tl
 
 from nanovllm.kernels.activation import silu_times
 from nanovllm.kernels.fp8_rows import as_factor
-from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.launch import cdiv, launch_dependents, next_power_of_2, pdl, wait
 from nanovllm.kernels.moe_plan import MoePlan, max_tiles
 from nanovllm.quantization.fp8 import GROUP
 
@@ -51,7 +51,7 @@ def tiling(num_pairs: int, num_experts: int, element_size: int, is_exact: bool =
         element_size: of x and of the weights, in bytes.
         is_exact: they are in fp8, and are to be widened.
     """
-    rows = max(16, min(128, triton.next_power_of_2(triton.cdiv(num_pairs, num_experts))))
+    rows = max(16, min(128, next_power_of_2(cdiv(num_pairs, num_experts))))
     if is_exact:
         return Tiling(min(rows, 64), 64, GROUP, 4, 2)
     if element_size == 1:
@@ -123,7 +123,7 @@ def weighted_sum(
     out = add_to
     if out is None:
         out = torch.empty(tokens, n, dtype=y.dtype, device=y.device)
-    _weighted_sum_kernel[(tokens, triton.cdiv(n, _SUM_BLOCK))](
+    _weighted_sum_kernel[(tokens, cdiv(n, _SUM_BLOCK))](
         y, weights, out, n, TOP_K=top_k, ADD=add_to is not None, BLOCK=_SUM_BLOCK, num_warps=4,
         **pdl(y),
     )  # fmt: skip
@@ -143,14 +143,14 @@ def _launch(
     is_exact = scales is not None and out.dtype == torch.float32
     tile = tiling(len(out), num_experts, x.element_size(), is_exact)
     outputs = tile.outputs // 2 if gated else tile.outputs
-    grid = (triton.cdiv(n, outputs), max_tiles(len(out), num_experts, tile.rows))
+    grid = (cdiv(n, outputs), max_tiles(len(out), num_experts, tile.rows))
     x_scale, weight_scale = scales or (None, None)
     has_groups = x_scale is not None and x_scale.shape[1] > 1
     _grouped_gemm_kernel[grid](
         x, weight, plan.pairs, plan.offsets, out, num_experts, n, k, top_k or 1,
         x_scale, weight_scale, None if scales is None else len(x), IN_FP8=scales is not None,
         HAS_GROUPS=has_groups, EXACT=is_exact, GATED=gated,
-        EXPERTS=triton.next_power_of_2(num_experts),
+        EXPERTS=next_power_of_2(num_experts),
         ROWS=tile.rows, OUTPUTS=outputs, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(x),
     )  # fmt: skip

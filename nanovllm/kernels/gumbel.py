@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.launch import cdiv, launch_dependents, next_power_of_2, pdl, wait
 
 TILE = 4096  # token i draws number (i % TILE) // (TILE / 4) of Philox's four at one counter
 
@@ -88,7 +88,7 @@ def _launch(
     as_keys: bool,
 ) -> None:
     rows, vocab_size = logits.shape
-    num_tiles = triton.cdiv(first_token + vocab_size, TILE) - first_token // TILE
+    num_tiles = cdiv(first_token + vocab_size, TILE) - first_token // TILE
     scores = torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device)
     tokens = torch.empty(rows, num_tiles, dtype=torch.int32, device=logits.device)
     _best_of_tile_kernel[(rows, num_tiles)](
@@ -99,7 +99,7 @@ def _launch(
     _best_of_row_kernel[(rows,)](
         scores, tokens, out, host_tokens, buffer_index, num_tiles,
         0 if host_tokens is None else host_tokens.shape[1], HAS_HOST=host_tokens is not None,
-        AS_KEYS=as_keys, FIRST=first_token, BLOCK=triton.next_power_of_2(num_tiles), num_warps=1,
+        AS_KEYS=as_keys, FIRST=first_token, BLOCK=next_power_of_2(num_tiles), num_warps=1,
         **pdl(logits),
     )  # fmt: skip
 

@@ -67,6 +67,16 @@ def pdl(tensor: torch.Tensor) -> dict[str, bool]:
     return {"PDL": on, "launch_pdl": on}
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own, which kernels can call too, takes the host 3 us."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least `n`, which is positive. As for `cdiv`."""
+    return 1 << (n - 1).bit_length()
+
+
 def prefer_shared_memory(kernel: Any) -> None:
     """Let a kernel just launched divide a multiprocessor's memory as attention needs it, from its
     next launch on.

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.fp8_rows import empty_rows, store_in_fp8
-from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.launch import launch_dependents, next_power_of_2, pdl, wait
 from nanovllm.quantization.fp8 import GROUP
 
 
@@ -57,7 +57,7 @@ def _launch(
     scale: torch.Tensor | None,
 ) -> None:
     rows, n = x.shape
-    block = triton.next_power_of_2(n if scale is None else max(n, GROUP))
+    block = next_power_of_2(n if scale is None else max(n, GROUP))
     _rms_norm_kernel[(rows,)](
         x, partials, weight, y, scale, n, eps,
         rows * n if partials is None else partials.stride(0), rows,

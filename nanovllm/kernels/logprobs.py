@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.launch import cdiv, next_power_of_2
+
 MOST_TOP = 64  # k for which this is worth it
 _TILE = 4096
 _NO_TOKEN = tl.constexpr(2147483647)
@@ -31,7 +33,7 @@ def token_logprobs(
         k: at most `MOST_TOP`, and the size of the vocabulary.
     """
     rows, vocab = logits.shape
-    num_tiles, device = triton.cdiv(vocab, _TILE), logits.device
+    num_tiles, device = cdiv(vocab, _TILE), logits.device
     sums = torch.empty(rows, num_tiles, 2, dtype=torch.float32, device=device)
     numbers = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
     values = torch.empty(rows, num_tiles, max(k, 1), dtype=torch.float32, device=device)
@@ -46,8 +48,8 @@ def token_logprobs(
     top_logprobs = torch.empty(rows, k, dtype=torch.float32, device=device)
     _row_kernel[(rows,)](
         logits, token_ids, sums, numbers, values, tokens, logprobs, ranks, top_token_ids,
-        top_logprobs, vocab, num_tiles, k, TILES=triton.next_power_of_2(num_tiles),
-        BLOCK=triton.next_power_of_2(num_tiles * max(k, 1)), num_warps=4,
+        top_logprobs, vocab, num_tiles, k, TILES=next_power_of_2(num_tiles),
+        BLOCK=next_power_of_2(num_tiles * max(k, 1)), num_warps=4,
     )  # fmt: skip
     return logprobs, ranks, top_token_ids, top_logprobs
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.launch import launch_dependents, next_power_of_2, pdl, wait
 
 _MOST_BLOCK = 2048
 
@@ -37,7 +37,7 @@ def plan_experts(experts: torch.Tensor, num_experts: int) -> MoePlan:
     num_pairs = experts.numel()
     pairs = torch.empty(num_pairs, dtype=torch.int32, device=experts.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=experts.device)
-    block = max(128, min(_MOST_BLOCK, triton.next_power_of_2(num_pairs)))
+    block = max(128, min(_MOST_BLOCK, next_power_of_2(num_pairs)))
     _plan_kernel[(num_experts,)](
         experts, pairs, offsets, num_pairs, BLOCK=block, num_warps=block // 256 or 1,
         **pdl(experts),

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.launch import cdiv, launch_dependents, next_power_of_2, pdl, wait
 from nanovllm.kernels.paged_cache import LOG2_E, dot_type, tile_tokens
 
 
@@ -49,12 +49,12 @@ def paged_prefill(
     wide = q.element_size() == 2
     block_m = 64 if max_seqlen_q > 16 else 16
     stages = 3 if head_dim <= 128 else 2
-    grid = (triton.cdiv(max_seqlen_q, block_m), num_heads, context_lens.shape[0])
+    grid = (cdiv(max_seqlen_q, block_m), num_heads, context_lens.shape[0])
     _prefill_kernel[grid](
         q, k_cache, v_cache, out, cu_seqlens_q, context_lens, block_tables,
         scale * LOG2_E, kv_scales, block_tables.stride(0), block_size,
         num_heads, num_kv_heads, head_dim, DTYPE=dot_type(q.dtype, k_cache),
-        BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=block_m,
+        BLOCK_D=next_power_of_2(head_dim), BLOCK_M=block_m,
         BLOCK_N=tile_tokens(block_size, head_dim, 64 if wide else 16),
         PRECISION="tf32" if wide else "ieee",
         num_warps=4 if wide or block_m == 16 else 8, num_stages=stages if wide else 1, **pdl(q),

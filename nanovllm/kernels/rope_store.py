@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.launch import cdiv, launch_dependents, next_power_of_2, pdl, wait
 from nanovllm.kernels.paged_cache import as_stored
 
 
@@ -48,12 +48,12 @@ def qk_norm_rope_store(
     tokens = qkv.shape[0]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     q_out = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    heads = min(8, triton.next_power_of_2(num_kv_heads))
-    grid = (tokens, triton.cdiv(num_heads, heads) + triton.cdiv(num_kv_heads, heads))
+    heads = min(8, next_power_of_2(num_kv_heads))
+    grid = (tokens, cdiv(num_heads, heads) + cdiv(num_kv_heads, heads))
     _qk_norm_rope_store_kernel[grid](
         qkv, q_weight, k_weight, eps, cos_sin, positions, q_out, k_cache, v_cache, slot_mapping,
         kv_scales, num_heads, num_kv_heads, head_dim, HAS_NORM=q_weight is not None,
-        HEADS=heads, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4, **pdl(qkv),
+        HEADS=heads, BLOCK_D=next_power_of_2(head_dim), num_warps=4, **pdl(qkv),
     )  # fmt: skip
     return q_out
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.launch import launch_dependents, next_power_of_2, pdl, wait
 
 
 def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,8 +31,8 @@ def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Te
     if tokens:
         _route_kernel[(tokens,)](
             logits, experts, weights, num_experts,
-            TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k),
-            EXPERTS=triton.next_power_of_2(num_experts), RENORMALIZE=renormalize,
+            TOP_K=top_k, SLOTS=next_power_of_2(top_k),
+            EXPERTS=next_power_of_2(num_experts), RENORMALIZE=renormalize,
             num_warps=1, **pdl(logits),
         )  # fmt: skip
     return experts, weights

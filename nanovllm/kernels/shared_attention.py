@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.decode_plan import MAX_CHUNKS, DecodePlan
-from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.launch import cdiv, launch_dependents, next_power_of_2, pdl, wait
 from nanovllm.kernels.paged_cache import LOG2_E, dot_type, tile_tokens
 from nanovllm.kernels.shared_plan import PIECE_ROWS, PIECE_WORDS
 from nanovllm.kernels.value_tiles import (
@@ -61,13 +61,13 @@ def attend_shared(
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
     group = q.shape[1] // num_kv_heads
     wide = q.element_size() == 2
-    parts = triton.cdiv(PIECE_ROWS * group, LANES)
+    parts = cdiv(PIECE_ROWS * group, LANES)
     values, value_parts = value_words(v_cache)
     grid = (parts, num_kv_heads, plan.bounds.shape[0] - 1)
     _shared_kernel[grid](
         q, k_cache, values, plan.list_begin, plan.tiles, partial, stats[0], stats[1],
         scale * LOG2_E, kv_scales, num_kv_heads, head_dim, DTYPE=dot_type(q.dtype, k_cache),
-        GROUP=group, LANES=LANES, BLOCK_D=triton.next_power_of_2(head_dim),
+        GROUP=group, LANES=LANES, BLOCK_D=next_power_of_2(head_dim),
         BLOCK_N=tile_tokens(block_size, head_dim, in_fp8=kv_scales is not None),
         PARTS=value_parts, MAX_CHUNKS=MAX_CHUNKS, PIECE_WORDS=PIECE_WORDS,
         PRECISION="tf32" if wide else "ieee", num_warps=4 if wide else 8,

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from nanovllm.kernels.activation import silu_times
 from nanovllm.kernels.fp8_rows import as_factor
-from nanovllm.kernels.launch import launch_dependents, pdl, prefetch, wait
+from nanovllm.kernels.launch import cdiv, launch_dependents, next_power_of_2, pdl, prefetch, wait
 
 MAX_ROWS = 128
 _TILE, _BLOCK_K, _PROGRAMS = 64, 128, 128
@@ -77,7 +77,7 @@ def split_k(
     programs = triton.cdiv(n, outputs) * splits
     if scales is not None and programs < _MANY_PROGRAMS:
         block_k, stages = _fp8_tiling(block_k, stages, slice_k, has_groups)
-    _split_k_kernel[(triton.cdiv(n, outputs), splits)](
+    _split_k_kernel[(cdiv(n, outputs), splits)](
         x, weight, bias, out, x_scale, weight_scale, rows, n, k, slice_k,
         ROWS=padded_rows, TILE=_TILE, BLOCK_K=block_k, GATED=gated, HAS_BIAS=bias is not None,
         IN_FP8=scales is not None, HAS_GROUPS=has_groups, EXACT=is_exact,
@@ -92,7 +92,7 @@ def tiling(rows: int) -> tuple[int, int, int]:
     There are so many stages that the shared memory of a multiprocessor has no room for a second
     program: where two would share one, others had none.
     """
-    padded_rows = max(16, triton.next_power_of_2(rows))
+    padded_rows = max(16, next_power_of_2(rows))
     return padded_rows, _BLOCK_K if padded_rows <= 64 else 64, 6 if padded_rows == 16 else 5
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels.activation import silu_times
-from nanovllm.kernels.launch import launch_dependents, pdl, wait
+from nanovllm.kernels.launch import cdiv, launch_dependents, pdl, wait
 
 MIN_ROWS, MAX_ROWS = 129, 256
 SPLITS = 4  # of what goes back into the residual stream
@@ -49,8 +49,8 @@ def tiled_gemm(
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=x.device)
     splits = splits or 1
-    slice_k = triton.cdiv(k, splits * _BLOCK_K) * _BLOCK_K
-    _tiled_gemm_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(n, outputs), splits)](
+    slice_k = cdiv(k, splits * _BLOCK_K) * _BLOCK_K
+    _tiled_gemm_kernel[(cdiv(rows, _ROWS), cdiv(n, outputs), splits)](
         TensorDescriptor.from_tensor(x, [_ROWS, _BLOCK_K]),
         TensorDescriptor.from_tensor(weight, [outputs, _BLOCK_K]),
         out, rows, n, k, slice_k,

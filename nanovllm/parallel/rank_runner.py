@@ -52,6 +52,10 @@ class RankRunner(ModelRunner):
     def largest_decode_shape(self) -> StepShape:
         return super().largest_decode_shape()._replace(truncates=True)
 
+    def capture_ahead(self, num_seqs: int, like: StepShape) -> bool:
+        """Nothing: every rank would have to do it between the same two steps."""
+        return False
+
     def agree_on_blocks(self, num_fitting: int) -> int:
         return self.group.least(num_fitting)
 

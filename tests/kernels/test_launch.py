@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 import nanovllm
 from helpers.cases import slow
 from helpers.checkpoints import Reference
-from nanovllm.kernels.launch import Gpu, gpu_with, pdl
+from nanovllm.kernels.launch import Gpu, cdiv, gpu_with, next_power_of_2, pdl
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -34,6 +35,12 @@ def test_tiles_for_hopper_go_to_no_smaller_gpu(
 def test_the_interpreter_has_no_gpu_and_no_dependent_launch() -> None:
     assert gpu_with(torch.zeros(1)) is None
     assert pdl(torch.zeros(1)) == {"PDL": False, "launch_pdl": False}
+
+
+def test_sizes_are_rounded_as_triton_rounds_them() -> None:
+    for n in (*range(1, 130), 4095, 4096, 4097, 151936):
+        assert next_power_of_2(n) == triton.next_power_of_2(n)
+        assert cdiv(n, 64) == triton.cdiv(n, 64)
 
 
 @pytest.mark.gpu
