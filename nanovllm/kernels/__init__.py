@@ -21,7 +21,13 @@ from nanovllm.kernels.all_reduce import (
 )
 from nanovllm.kernels.compiling import Compiler
 from nanovllm.kernels.decode_attention import num_decode_ranges, paged_decode
-from nanovllm.kernels.decode_plan import FUSED_ROWS, DecodePlan, max_plan_words, plan_decode
+from nanovllm.kernels.decode_plan import (
+    FUSED_ROWS,
+    DecodePlan,
+    decode_tile,
+    max_plan_words,
+    plan_decode,
+)
 from nanovllm.kernels.edit_logits import edit_logits
 from nanovllm.kernels.embedding import embed
 from nanovllm.kernels.experts import apply_experts
@@ -30,7 +36,7 @@ from nanovllm.kernels.gumbel import gumbel_sample, gumbel_winners
 from nanovllm.kernels.layernorm import rms_norm, rms_norm_in_fp8
 from nanovllm.kernels.linear import add_matmul, gated_matmul, matmul, summands
 from nanovllm.kernels.logprobs import MOST_TOP, token_logprobs
-from nanovllm.kernels.paged_cache import MAX_HEAD_DIM, tile_tokens
+from nanovllm.kernels.paged_cache import MAX_HEAD_DIM
 from nanovllm.kernels.prefill_attention import paged_prefill
 from nanovllm.kernels.rope_store import qk_norm_rope_store
 from nanovllm.kernels.route import route
@@ -38,9 +44,9 @@ from nanovllm.kernels.truncate import truncation_thresholds
 
 __all__ = [
     "FUSED_ROWS", "MAX_HEAD_DIM", "MOST_TOP", "PUSH_BLOCK", "PUSH_SLOTS", "Compiler", "DecodePlan",
-    "add_matmul", "all_reduce", "all_reduce_add", "apply_experts", "best_of_ranks", "edit_logits",
-    "embed", "gated_matmul", "gumbel_sample", "gumbel_winners", "matmul", "max_plan_words",
-    "num_decode_ranges", "paged_decode", "paged_prefill", "plan_decode", "qk_norm_rope_store",
-    "quantize_rows", "rms_norm", "rms_norm_in_fp8", "route", "silu_and_mul", "summands",
-    "tile_tokens", "token_logprobs", "truncation_thresholds", "wait_for",
+    "add_matmul", "all_reduce", "all_reduce_add", "apply_experts", "best_of_ranks", "decode_tile",
+    "edit_logits", "embed", "gated_matmul", "gumbel_sample", "gumbel_winners", "matmul",
+    "max_plan_words", "num_decode_ranges", "paged_decode", "paged_prefill", "plan_decode",
+    "qk_norm_rope_store", "quantize_rows", "rms_norm", "rms_norm_in_fp8", "route", "silu_and_mul",
+    "summands", "token_logprobs", "truncation_thresholds", "wait_for",
 ]  # fmt: skip

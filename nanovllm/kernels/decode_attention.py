@@ -34,6 +34,7 @@ from nanovllm.kernels.decode_plan import (
     MAX_CHUNKS,
     NEWEST,
     DecodePlan,
+    decode_tile,
 )
 from nanovllm.kernels.launch import (
     gpu_of,
@@ -44,7 +45,7 @@ from nanovllm.kernels.launch import (
     prefer_shared_memory,
     wait,
 )
-from nanovllm.kernels.paged_cache import LOG2_E, as_stored, dot_type, tile_tokens
+from nanovllm.kernels.paged_cache import LOG2_E, as_stored, dot_type
 from nanovllm.kernels.rope_store import norm_rope, norm_rope_factors, qk_norm_rope_store
 from nanovllm.kernels.shared_attention import attend_shared
 from nanovllm.kernels.value_tiles import (
@@ -114,7 +115,7 @@ def paged_decode(
         slot_mapping, bounds, tiles, out, partial, stats[0], stats[1], scale * LOG2_E, kv_scales,
         num_kv_heads, head_dim, DTYPE=dot_type(qkv.dtype, k_cache), GROUP=group,
         BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d, PARTS=parts,
-        BLOCK_N=tile_tokens(block_size, head_dim, in_fp8=kv_scales is not None),
+        BLOCK_N=decode_tile(rows, block_size, head_dim, kv_scales is not None),
         MAX_CHUNKS=MAX_CHUNKS, FUSED=fused, HAS_NORM=q_weight is not None,
         FIRST=FIRST, LAST=LAST, NEWEST=NEWEST, CHUNK_SHIFT=CHUNK_SHIFT,
         PRECISION="tf32" if wide else "ieee", num_warps=4 if wide else 8,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanovllm.kernels.chunks import Chunks, balance, places, slots_of
+from nanovllm.kernels.paged_cache import tile_tokens
 from nanovllm.kernels.shared_plan import begin_alike, max_shared_words, plan_shared
 
 MAX_CHUNKS = 32
@@ -68,6 +69,12 @@ def _aligned(size: int) -> int:
     return -(-size // 4) * 4
 
 
+def decode_tile(rows: int, block_size: int, head_dim: int, in_fp8: bool) -> int:
+    """Tokens of a tile in a step of so many rows. In fp8 it has twice as many, and as many bytes;
+    but not with few rows, where a second program is worth more."""
+    return tile_tokens(block_size, head_dim, in_fp8=in_fp8 and rows > FUSED_ROWS)
+
+
 def max_plan_words(rows: int, max_context_len: int, tile: int, num_ranges: int) -> int:
     """int32 words of the largest plan of a step of so many rows."""
     tiles = rows * -(-max_context_len // tile)
@@ -89,7 +96,7 @@ def plan_decode(
     Args:
         context_lens: [rows], the newest token included.
         block_tables: [rows, width].
-        tile: tokens of a tile, from `tile_tokens`.
+        tile: tokens of a tile, from `decode_tile`.
         num_ranges: from `num_decode_ranges`.
         padded_rows: the rows that the kernel will get.
         borders: [rows], the token that is to begin a chunk, the first of a block; 0: none. Steps

@@ -100,7 +100,8 @@ def _fp8_gemv_kernel(
 
     acc = tl.zeros([WARPS, ROWS, PER_WARP, 32], tl.float32)
     acc_up = tl.zeros([WARPS, ROWS, PER_WARP, 32], tl.float32)
-    w, w_up, g, x, root = (), (), (), (), 1.0
+    w, w_up, g, x = (), (), (), ()
+    root = 1.0
     for i in tl.static_range(-AHEAD, len(BLOCKS)):
         if i + AHEAD < len(BLOCKS):
             start = (i + AHEAD) * BLOCKS[0]
@@ -121,16 +122,16 @@ def _fp8_gemv_kernel(
             if i + AHEAD < len(BLOCKS):
                 ahead = (i + AHEAD) * BLOCKS[0]
                 x += (_load(xs, ahead, k, True, BLOCKS[i + AHEAD], ""),)
-            rounded = x[i].to(tl.float32)
+            x_block = x[i].to(tl.float32)
             if HAS_NORM:
-                rounded = _rounded_to(rounded * root * g[i].to(tl.float32), x_ptr)
-            rounded = _with_digits(rounded, 4)
-            sums = _of_lanes(w[i].to(tl.float32) * rounded)
+                x_block = _rounded_to(x_block * root * g[i].to(tl.float32), x_ptr)
+            x_block = _with_digits(x_block, 4)
+            sums = _of_lanes(w[i].to(tl.float32) * x_block)
             if HAS_GROUPS:
                 sums *= _load_scales(scale_ptr, start, k, outputs, out, n, GROUP, BLOCKS[i])
             acc += tl.sum(sums, axis=3)
             if GATED:
-                sums = _of_lanes(w_up[i].to(tl.float32) * rounded)
+                sums = _of_lanes(w_up[i].to(tl.float32) * x_block)
                 if HAS_GROUPS:
                     sums *= _load_scales(scale_ptr + n, start, k, outputs, out, n, GROUP, BLOCKS[i])
                 acc_up += tl.sum(sums, axis=3)

@@ -16,6 +16,8 @@ from nanovllm.kernels.fp8_rows import empty_rows, store_in_fp8
 from nanovllm.kernels.launch import launch_dependents, next_power_of_2, pdl, wait
 from nanovllm.quantization.fp8 import GROUP
 
+_FEW_ROWS = 256
+
 
 def rms_norm(
     x: torch.Tensor,
@@ -57,13 +59,15 @@ def _launch(
     scale: torch.Tensor | None,
 ) -> None:
     rows, n = x.shape
+    # With few rows and partials a program has a multiprocessor to itself, and much to read.
+    most_warps, per_warp = (16, 64) if partials is not None and rows <= _FEW_ROWS else (8, 512)
     block = next_power_of_2(n if scale is None else max(n, GROUP))
     _rms_norm_kernel[(rows,)](
         x, partials, weight, y, scale, n, eps,
         rows * n if partials is None else partials.stride(0), rows,
         SPLITS=0 if partials is None else partials.shape[0], BLOCK=block,
         IN_FP8=scale is not None, HAS_GROUPS=scale is not None and scale.shape[1] > 1, GROUP=GROUP,
-        num_warps=min(8, max(1, block // 512)), **pdl(x),
+        num_warps=min(most_warps, max(1, block // per_warp)), **pdl(x),
     )  # fmt: skip
 
 

@@ -10,8 +10,8 @@ that. So the kernel goes by the number of rows:
 - else cuBLAS.
 
 With a weight in fp8 (see `quantization.fp8`) it goes by rows in the same way: to
-`kernels.fp8_gemv` with small weights, `kernels.split_k`, the library's `torch._scaled_mm`, and `kernels.fp8_gemm`
-where these do not serve.
+`kernels.fp8_gemv` with small weights, `kernels.split_k`, the library's `torch._scaled_mm`, and
+`kernels.fp8_gemm` where these do not serve.
 """
 
 from enum import Enum

@@ -141,7 +141,8 @@ class TritonBackend(AttentionBackend):
         fp8_cache: bool = False,
     ) -> None:
         super().__init__(block_size)
-        self.tile: int = kernels.tile_tokens(block_size, head_dim, in_fp8=fp8_cache)
+        self.head_dim = head_dim
+        self.fp8_cache = fp8_cache
         self.num_ranges: int = kernels.num_decode_ranges(device, num_kv_heads)
 
     def attend(
@@ -159,7 +160,8 @@ class TritonBackend(AttentionBackend):
         return out.flatten(1)
 
     def max_metadata_words(self, rows: int, max_context_len: int) -> int:
-        return kernels.max_plan_words(rows, max_context_len, self.tile, self.num_ranges)
+        tile = kernels.decode_tile(1, self.block_size, self.head_dim, self.fp8_cache)
+        return kernels.max_plan_words(rows, max_context_len, tile, self.num_ranges)
 
     def prepare_decode(
         self,
@@ -169,8 +171,9 @@ class TritonBackend(AttentionBackend):
         padded_rows: int,
         borders: np.ndarray | None = None,
     ) -> tuple[int, bool]:
+        tile = kernels.decode_tile(padded_rows, self.block_size, self.head_dim, self.fp8_cache)
         plan = kernels.plan_decode(
-            context_lens, block_tables, self.block_size, self.tile, self.num_ranges, padded_rows,
+            context_lens, block_tables, self.block_size, tile, self.num_ranges, padded_rows,
             borders,
         )  # fmt: skip
         shares = plan.list_begin is not None

@@ -136,7 +136,8 @@ def test_padding_rows_point_at_no_slot_and_no_context(tiny: Path):
 def triton_backend(num_ranges: int) -> TritonBackend:
     """As on a GPU with so many ranges."""
     backend = TritonBackend.__new__(TritonBackend)
-    backend.block_size, backend.tile, backend.num_ranges = BLOCK, BLOCK, num_ranges
+    backend.block_size, backend.num_ranges = BLOCK, num_ranges
+    backend.head_dim, backend.fp8_cache = 32, False
     return backend
 
 

@@ -24,8 +24,8 @@ from helpers.kernel_inputs import (
     relative_error,
 )
 from nanovllm.kernels.decode_attention import paged_decode
-from nanovllm.kernels.decode_plan import DecodePlan, plan_decode
-from nanovllm.kernels.paged_cache import as_stored, tile_tokens
+from nanovllm.kernels.decode_plan import DecodePlan, decode_tile, plan_decode
+from nanovllm.kernels.paged_cache import as_stored
 from nanovllm.kernels.prefill_attention import paged_prefill
 from nanovllm.kernels.rope_store import qk_norm_rope_store
 from nanovllm.layers.paged_attention import (
@@ -151,7 +151,7 @@ def plan_of(batch: DecodeBatch) -> DecodePlan:
         tensor[real].cpu().numpy() for tensor in (before.context_lens, before.block_tables)
     )
     block_size, _, head_dim = before.k_cache.shape[1:]
-    tile = tile_tokens(block_size, head_dim, in_fp8=True)
+    tile = decode_tile(len(batch.qkv), block_size, head_dim, in_fp8=True)
     plan = plan_decode(context_lens, block_tables, block_size, tile, 7, len(batch.qkv))
     bounds, chunk_counts, tiles = (torch.from_numpy(np.ascontiguousarray(p)) for p in plan[:3])
     chunk_counts = torch.cat((chunk_counts, torch.zeros(int((~real).sum()), dtype=torch.int32)))

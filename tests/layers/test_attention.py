@@ -92,9 +92,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 
     def pretend(capability: tuple[int, int], has_triton: bool, has_flash: bool) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        kernels = SimpleNamespace(
-            MAX_HEAD_DIM=256, tile_tokens=lambda *_, **__: 32, num_decode_ranges=lambda *_: 8
-        )
+        kernels = SimpleNamespace(MAX_HEAD_DIM=256, num_decode_ranges=lambda *_: 8)
         monkeypatch.setattr(attention_backends, "kernels", kernels if has_triton else None)
         obstacle = None if has_flash else "flash-attn is not installed"
         monkeypatch.setattr(attention_backends, "_flash_obstacle", lambda *_: obstacle)
