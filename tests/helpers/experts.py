@@ -20,19 +20,27 @@ class Case(NamedTuple):
 
     def inner(self) -> torch.Tensor:
         """silu(gate) * up of each pair, [tokens * top_k, inner] float64."""
-        gate_up = self.gate_up.double()[self.experts.long()] @ self.x.double()[:, None, :, None]
-        gate, up = gate_up.squeeze(-1).flatten(0, 1).chunk(2, dim=1)
+        top_k = self.experts.shape[1]
+        gate, up = self._product(self.gate_up, self.x.repeat_interleave(top_k, dim=0)).chunk(2, 1)
         return gate * gate.sigmoid() * up
 
     def outputs(self, inner: torch.Tensor) -> torch.Tensor:
         """Of each pair, [tokens * top_k, hidden] float64."""
-        down = self.down.double()[self.experts.long().flatten()]
-        return (down @ inner.double()[:, :, None]).squeeze(-1)
+        return self._product(self.down, inner)
 
     def expected(self) -> torch.Tensor:
         """The weighted sums, [tokens, hidden] float64."""
         outputs = self.outputs(self.inner()).view(*self.experts.shape, -1)
         return (self.weights.double()[:, :, None] * outputs).sum(dim=1)
+
+    def _product(self, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Of each pair with its expert's weights, float64."""
+        expert_of = self.experts.long().flatten()
+        out = torch.empty(len(x), weights.shape[1], dtype=torch.float64, device=x.device)
+        for expert in expert_of.unique():
+            pairs = expert_of == expert
+            out[pairs] = x[pairs].double() @ weights[expert].double().T
+        return out
 
 
 def make_case(
