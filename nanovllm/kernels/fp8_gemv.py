@@ -122,7 +122,7 @@ def _fp8_gemv_kernel(
             if i + AHEAD < len(BLOCKS):
                 ahead = (i + AHEAD) * BLOCKS[0]
                 x += (_load(xs, ahead, k, True, BLOCKS[i + AHEAD], ""),)
-            x_block = x[i].to(tl.float32)
+            x_block = x[i].to(tl.float32)  # type: ignore[var-annotated]
             if HAS_NORM:
                 x_block = _rounded_to(x_block * root * g[i].to(tl.float32), x_ptr)
             x_block = _with_digits(x_block, 4)
