@@ -26,8 +26,7 @@ from nanovllm.kernels.launch import cdiv, launch_dependents, next_power_of_2, pd
 
 MAX_ROWS = 128
 _TILE, _BLOCK_K, _PROGRAMS = 64, 128, 128
-# In fp8, with so many programs one begins before another ends: two or three share a multiprocessor.
-_MANY_PROGRAMS = 264
+MANY_PROGRAMS = 264
 
 
 def num_splits(out_features: int) -> int:
@@ -74,9 +73,9 @@ def split_k(
         out = torch.empty(shape, dtype=dtype, device=x.device)
     slice_k = _slice_size(k, splits)
     padded_rows, block_k, stages = tiling(rows)
-    programs = triton.cdiv(n, outputs) * splits
-    if scales is not None and programs < _MANY_PROGRAMS:
-        block_k, stages = _fp8_tiling(block_k, stages, slice_k, has_groups)
+    programs = cdiv(n, outputs) * splits
+    if scales is not None:
+        block_k, stages = fp8_tiling(rows, slice_k, programs, has_groups)
     _split_k_kernel[(cdiv(n, outputs), splits)](
         x, weight, bias, out, x_scale, weight_scale, rows, n, k, slice_k,
         ROWS=padded_rows, TILE=_TILE, BLOCK_K=block_k, GATED=gated, HAS_BIAS=bias is not None,
@@ -96,9 +95,13 @@ def tiling(rows: int) -> tuple[int, int, int]:
     return padded_rows, _BLOCK_K if padded_rows <= 64 else 64, 6 if padded_rows == 16 else 5
 
 
-def _fp8_tiling(block_k: int, stages: int, slice_k: int, has_groups: bool) -> tuple[int, int]:
+def fp8_tiling(rows: int, slice_k: int, programs: int, has_groups: bool) -> tuple[int, int]:
     """A block of K and the stages in fp8, of as many bytes: twice the block, or twice the stages
-    where that block would cut a slice or span two groups."""
+    where that block would cut a slice or span two groups. Of many programs each takes half of that,
+    so that one begins before another ends. With groups a block is one."""
+    _, block_k, stages = tiling(rows)
+    if programs >= MANY_PROGRAMS and block_k == _BLOCK_K:
+        return block_k, stages
     if 2 * block_k <= _BLOCK_K or (not has_groups and slice_k % (2 * block_k) == 0):
         return 2 * block_k, stages
     return block_k, 2 * stages
