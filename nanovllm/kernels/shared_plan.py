@@ -21,8 +21,8 @@ from nanovllm.kernels.chunks import Chunks, balance, places, slots_of
 PIECE_ROWS = 32
 PIECE_WORDS = 3
 # A step shares nothing if that would spare fewer tokens' keys and values: it would not pay for one
-# more kernel a layer. To be measured; by the bytes, 2,500 tokens of 8 kv heads of 128 take as long
-# to read as a launch.
+# more kernel a layer. By the bytes, 2,500 tokens of 8 kv heads of 128 take as long to read as a
+# launch.
 FEWEST_SPARED_TOKENS = 4096
 
 
