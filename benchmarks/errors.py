@@ -3,20 +3,25 @@
     python -m benchmarks.errors                       # the demo model
     python -m benchmarks.errors --model path/to/checkpoint --tokens 10000
 
-Each setting scores the same texts, which the float32 engine has sampled at temperature 1, by
-`prompt_logprobs` over the whole vocabulary. Reported are the mean over positions of KL(float32 ||
+Two engines are in memory at a time, that in float32 and another.
+
+Each setting scores the same texts, which the float32 engine has sampled at temperature 1, over the
+whole vocabulary. Reported are the mean over positions of KL(float32 ||
 setting), in nats, the greatest, the mean and greatest difference of a log probability among the 20
 most likely tokens, and how often the most likely token is the same.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.layers.logprobs import Logprobs
 
+_TOP = 20  # likely tokens whose log probabilities are compared
 SETTINGS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "float32, keys and values in fp8": {"dtype": "float32", "kv_cache_dtype": "fp8"},
@@ -39,19 +44,55 @@ def texts(model: str, tokens: int, length: int) -> list[list[int]]:
         return [eos[:1] + output["token_ids"] for output in outputs]
 
 
-def logprobs(model: str, prompts: list[list[int]], options: dict[str, Any]) -> torch.Tensor:
-    """[positions, vocab] float32, in token order."""
-    rows = []
-    with LLM(model, max_model_len=len(prompts[0]) + 2, **options) as llm:
-        vocab = llm.config.model_config.vocab_size
-        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=vocab)
-        for prompt in prompts:
-            (output,) = llm.generate([prompt], params, use_tqdm=False)
-            for entries in output["prompt_logprobs"][1:]:
-                row = torch.empty(vocab)
-                row[list(entries)] = torch.tensor([entry["logprob"] for entry in entries.values()])
-                rows.append(row)
-    return torch.stack(rows)
+@dataclass
+class Errors:
+    """Sums and maxima over positions."""
+
+    positions: int = 0
+    kl: float = 0.0
+    greatest_kl: float = 0.0
+    error: float = 0.0
+    greatest_error: float = 0.0
+    same: int = 0
+
+    def add(self, exact: torch.Tensor, found: torch.Tensor) -> None:
+        """Log probabilities of some positions, [positions, vocab] float32."""
+        top = exact.topk(min(_TOP, exact.shape[1]), dim=1).indices
+        kl = (exact.exp() * (exact - found)).sum(dim=1)
+        errors = (found - exact).gather(1, top).abs()
+        self.positions += len(exact)
+        self.kl += kl.sum().item()
+        self.greatest_kl = max(self.greatest_kl, kl.max().item())
+        self.error += errors.mean(dim=1).sum().item()
+        self.greatest_error = max(self.greatest_error, errors.max().item())
+        self.same += int((found.argmax(dim=1) == exact.argmax(dim=1)).sum())
+
+    def cells(self) -> list[str]:
+        kl, error = self.kl / self.positions, self.error / self.positions
+        numbers = [f"{x:.2e}" for x in (kl, self.greatest_kl, error, self.greatest_error)]
+        return [*numbers, f"{100 * self.same / self.positions:.2f}%"]
+
+
+def logprobs(llm: LLM, prompt: list[int]) -> torch.Tensor:
+    """[positions, vocab] float32, of the prompt's tokens but the first.
+
+    They are taken where the sampler gets the logits: as an output's `prompt_logprobs` each would be
+    an object.
+    """
+    sampler, pieces = llm.model_runner.sampler, []
+    of_some = sampler.logprobs_of
+
+    def keep(logits: torch.Tensor, *args: Any) -> Logprobs:
+        pieces.append(logits.float().log_softmax(dim=1))
+        return of_some(logits, *args)
+
+    sampler.logprobs_of = keep  # type: ignore[method-assign]
+    try:
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        llm.generate([prompt], params, use_tqdm=False)
+    finally:
+        sampler.logprobs_of = of_some  # type: ignore[method-assign]
+    return torch.cat(pieces)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,20 +103,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=200, help="of a text")
     args = parser.parse_args(argv)
     prompts = texts(args.model, args.tokens, args.length)
-    exact = logprobs(args.model, prompts, {"dtype": "float32"})
-    top = exact.topk(min(20, exact.shape[1]), dim=1).indices
-    print(f"{len(exact):,} positions of {args.model}")
+    options: dict[str, Any] = {"max_model_len": args.length + 2, "gpu_memory_utilization": 0.45}
     print("| setting | mean KL | greatest KL | mean error | greatest error | same greedy token |")
     print("|---|---|---|---|---|---|")
-    for name, options in SETTINGS.items():
-        found = logprobs(args.model, prompts, options)
-        kl = (exact.exp() * (exact - found)).sum(dim=1)
-        errors = (found - exact).gather(1, top).abs()
-        same = (found.argmax(dim=1) == exact.argmax(dim=1)).double().mean()
-        print(
-            f"| {name} | {kl.mean():.2e} | {kl.max():.2e} | {errors.mean():.2e} | "
-            f"{errors.max():.2e} | {100 * same:.2f}% |"
-        )
+    with LLM(args.model, dtype="float32", **options) as exact:
+        for name, setting in SETTINGS.items():
+            errors = Errors()
+            with LLM(args.model, **options, **setting) as llm:
+                for prompt in prompts:
+                    errors.add(logprobs(exact, prompt), logprobs(llm, prompt))
+            print(f"| {name} | " + " | ".join(errors.cells()) + " |", flush=True)
+    print(f"{errors.positions:,} positions of {args.model}")
 
 
 if __name__ == "__main__":
