@@ -26,6 +26,7 @@ from nanovllm.kernels.decode_plan import (
     DecodePlan,
     decode_tile,
     max_plan_words,
+    num_spans,
     plan_decode,
 )
 from nanovllm.kernels.edit_logits import edit_logits
@@ -46,7 +47,7 @@ __all__ = [
     "FUSED_ROWS", "MAX_HEAD_DIM", "MOST_TOP", "PUSH_BLOCK", "PUSH_SLOTS", "Compiler", "DecodePlan",
     "add_matmul", "all_reduce", "all_reduce_add", "apply_experts", "best_of_ranks", "decode_tile",
     "edit_logits", "embed", "gated_matmul", "gumbel_sample", "gumbel_winners", "matmul",
-    "max_plan_words", "num_decode_ranges", "paged_decode", "paged_prefill", "plan_decode",
-    "qk_norm_rope_store", "quantize_rows", "rms_norm", "rms_norm_in_fp8", "route", "silu_and_mul",
-    "summands", "token_logprobs", "truncation_thresholds", "wait_for",
+    "max_plan_words", "num_decode_ranges", "num_spans", "paged_decode", "paged_prefill",
+    "plan_decode", "qk_norm_rope_store", "quantize_rows", "rms_norm", "rms_norm_in_fp8", "route",
+    "silu_and_mul", "summands", "token_logprobs", "truncation_thresholds", "wait_for",
 ]  # fmt: skip

@@ -29,10 +29,18 @@ class Chunks(NamedTuple):
 
 
 def slots_of(
-    row: np.ndarray, start: np.ndarray, block_tables: np.ndarray, block_size: int
+    row: np.ndarray,
+    start: np.ndarray,
+    block_tables: np.ndarray,
+    block_size: int,
+    tile: int,
+    spans: int,
 ) -> np.ndarray:
-    """Where in the cache the tokens number `start` of rows are."""
-    return block_tables[row, start // block_size] * block_size + start % block_size
+    """Where in the cache the spans of tiles begin that begin with the tokens number `start` of
+    rows: [tiles, spans]. What is past the end of a row is anywhere."""
+    starts = start[:, None] + np.arange(0, tile, tile // spans)
+    column = np.minimum(starts // block_size, block_tables.shape[1] - 1)
+    return block_tables[row[:, None], column] * block_size + starts % block_size
 
 
 def places(lengths: np.ndarray) -> np.ndarray:

@@ -35,6 +35,7 @@ from nanovllm.kernels.decode_plan import (
     NEWEST,
     DecodePlan,
     decode_tile,
+    num_spans,
 )
 from nanovllm.kernels.launch import (
     gpu_of,
@@ -45,7 +46,7 @@ from nanovllm.kernels.launch import (
     prefer_shared_memory,
     wait,
 )
-from nanovllm.kernels.paged_cache import LOG2_E, as_stored, dot_type
+from nanovllm.kernels.paged_cache import LOG2_E, as_stored, dot_type, load_slots
 from nanovllm.kernels.rope_store import norm_rope, norm_rope_factors, qk_norm_rope_store
 from nanovllm.kernels.shared_attention import attend_shared
 from nanovllm.kernels.value_tiles import (
@@ -103,6 +104,7 @@ def paged_decode(
     block_d = next_power_of_2(head_dim)
     fused = rows <= FUSED_ROWS
     values, parts = value_words(v_cache)
+    tile = decode_tile(rows, head_dim, in_fp8=kv_scales is not None)
     gpu = gpu_with(qkv)
     stages = 4 if fused and gpu is not None and gpu.is_hopper_class else 3
     queries = qkv if fused else qk_norm_rope_store(
@@ -115,7 +117,7 @@ def paged_decode(
         slot_mapping, bounds, tiles, out, partial, stats[0], stats[1], scale * LOG2_E, kv_scales,
         num_kv_heads, head_dim, DTYPE=dot_type(qkv.dtype, k_cache), GROUP=group,
         BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d, PARTS=parts,
-        BLOCK_N=decode_tile(rows, block_size, head_dim, kv_scales is not None),
+        BLOCK_N=tile, SPANS=num_spans(tile, block_size),
         MAX_CHUNKS=MAX_CHUNKS, FUSED=fused, HAS_NORM=q_weight is not None,
         FIRST=FIRST, LAST=LAST, NEWEST=NEWEST, CHUNK_SHIFT=CHUNK_SHIFT,
         PRECISION="tf32" if wide else "ieee", num_warps=4 if wide else 8,
@@ -136,8 +138,8 @@ def _decode_kernel(
     slots_ptr, bounds_ptr, tiles_ptr, out_ptr, partial_ptr, m_ptr, l_ptr, scale_log2, kv_scales_ptr,
     num_kv_heads: tl.constexpr, head_dim: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr, MAX_CHUNKS: tl.constexpr, FUSED: tl.constexpr, HAS_NORM: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, NEWEST: tl.constexpr,
+    SPANS: tl.constexpr, PARTS: tl.constexpr, MAX_CHUNKS: tl.constexpr, FUSED: tl.constexpr,
+    HAS_NORM: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, NEWEST: tl.constexpr,
     CHUNK_SHIFT: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -155,10 +157,11 @@ def _decode_kernel(
         num_heads: tl.constexpr = num_kv_heads * GROUP
         token_stride: tl.constexpr = num_kv_heads * head_dim
 
-        cells = lanes[:, None] * token_stride + kv_head * head_dim + dims[None, :]
+        tokens = (lanes % (BLOCK_N // SPANS))[:, None]  # of a span
+        cells = tokens * token_stride + kv_head * head_dim + dims[None, :]
         words = tl.arange(0, BLOCK_D // PARTS)[None, :]
         word_mask = words < head_dim // PARTS
-        words = lanes[:, None] * (token_stride // PARTS) + kv_head * (head_dim // PARTS) + words
+        words = tokens * (token_stride // PARTS) + kv_head * (head_dim // PARTS) + words
         q = tl.zeros([BLOCK_G, BLOCK_D], DTYPE)
         if kv_scales_ptr is not None:
             k_scale = tl.load(kv_scales_ptr + kv_head)
@@ -167,15 +170,16 @@ def _decode_kernel(
         m = tl.full([BLOCK_G], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)  # summed over the tile at a chunk's end
         acc = no_values(BLOCK_G, BLOCK_D, PARTS)
-        slot = tl.load(tiles_ptr + 2 * first_tile)
-        info = tl.load(tiles_ptr + 2 * first_tile + 1)
+        width: tl.constexpr = SPANS + 1
+        slot = load_slots(tiles_ptr + width * first_tile, BLOCK_N, SPANS)
+        info = tl.load(tiles_ptr + width * first_tile + SPANS)
         if not FUSED:
             wait(PDL)
         for tile in range(first_tile, end_tile):
             # Loaded a tile ahead: an address that depends on a load just made stalls the pipeline.
             following = tl.minimum(tile + 1, end_tile - 1)
-            next_slot = tl.load(tiles_ptr + 2 * following)
-            next_info = tl.load(tiles_ptr + 2 * following + 1)
+            next_slot = load_slots(tiles_ptr + width * following, BLOCK_N, SPANS)
+            next_info = tl.load(tiles_ptr + width * following + SPANS)
             valid = lanes < (info & (FIRST - 1))
             start = slot.to(tl.int64) * token_stride
             k_tile = tl.load(k_ptr + start + cells, mask=valid[:, None] & dim_mask, other=0.0)

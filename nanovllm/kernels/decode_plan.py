@@ -2,8 +2,8 @@
 
 Contexts are cut into chunks at fixed places, and chunks are dealt out to ranges of about equal
 length, one for each program of a kv head. A range is a list of tiles of up to 64 tokens, or 128 in
-fp8, which may go from one sequence to the next: the load is even however ragged the batch, and no
-program is launched for a context that might have been longer.
+fp8, which may go from one block to the next, and from one sequence to the next: the load is even
+however ragged the batch, and no program is launched for a context that might have been longer.
 
 Chunks that several rows share, block for block, go to another list, that of `kernels.shared_plan`.
 """
@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanovllm.kernels.chunks import Chunks, balance, places, slots_of
-from nanovllm.kernels.paged_cache import tile_tokens
 from nanovllm.kernels.shared_plan import begin_alike, max_shared_words, plan_shared
 
 MAX_CHUNKS = 32
 FUSED_ROWS = 4  # up to so many rows, the kernel stores the newest token itself
 MANY_ROWS = 64
-# A tile's second word: 15 bits for the row, 1 spare, 5 for the chunk, 3 flags, 8 for the tokens.
+# A tile's last word: 15 bits for the row, 1 spare, 5 for the chunk, 3 flags, 8 for the tokens.
 FIRST, LAST, NEWEST = 256, 512, 1024
 CHUNK_SHIFT = 11
 
@@ -30,8 +29,9 @@ class DecodePlan(NamedTuple):
     Attributes:
         bounds: [ranges + 1], where each range of tiles begins.
         chunk_counts: [rows]; 0 for a padding row.
-        tiles: [tiles, 2], the first slot of a tile and what it is: row, chunk, flags, tokens, from
-            the high bits down.
+        tiles: [tiles, spans + 1], the first slot of each span of a tile, tokens that lie side by
+            side in a block, and what the tile is: row, chunk, flags, tokens, from the high bits
+            down.
         list_begin: [1], the word of `tiles` where the list of `kernels.shared_plan` begins; None:
             nothing is shared.
     """
@@ -42,25 +42,28 @@ class DecodePlan(NamedTuple):
     list_begin: Any = None
 
     @classmethod
-    def views(cls, buffer: Any, rows: int, num_ranges: int, shares: bool = False) -> "DecodePlan":
+    def views(
+        cls, buffer: Any, rows: int, num_ranges: int, spans: int, shares: bool = False
+    ) -> "DecodePlan":
         """Its place in an int32 buffer of `max_plan_words`."""
         second = _aligned(num_ranges + 1)
         third = second + _aligned(rows)
         fourth = third + _aligned(1)
+        width = spans + 1
         return cls(
             buffer[: num_ranges + 1],
             buffer[second : second + rows],
-            buffer[fourth : fourth + (len(buffer) - fourth) // 2 * 2].reshape(-1, 2),
+            buffer[fourth : fourth + (len(buffer) - fourth) // width * width].reshape(-1, width),
             buffer[third : third + 1] if shares else None,
         )
 
     def with_list(self, words: np.ndarray) -> "DecodePlan":
         """A plan of NumPy, with a list of `kernels.shared_plan`."""
-        begin = self.tiles.size
-        filler = words[: len(words) % 2]  # to an even number
+        begin, width = self.tiles.size, self.tiles.shape[1]
+        filler = words[: -len(words) % width]
         tiles = np.concatenate((self.tiles.ravel(), words, filler))
         return self._replace(
-            tiles=tiles.reshape(-1, 2), list_begin=np.array([begin], dtype=np.int32)
+            tiles=tiles.reshape(-1, width), list_begin=np.array([begin], dtype=np.int32)
         )
 
 
@@ -69,17 +72,25 @@ def _aligned(size: int) -> int:
     return -(-size // 4) * 4
 
 
-def decode_tile(rows: int, block_size: int, head_dim: int, in_fp8: bool) -> int:
+def decode_tile(rows: int, head_dim: int, in_fp8: bool) -> int:
     """Tokens of a tile in a step of so many rows. In fp8 it has twice as many, and as many bytes;
-    but not with few rows, where a second program is worth more."""
-    return tile_tokens(block_size, head_dim, in_fp8=in_fp8 and rows > FUSED_ROWS)
+    but not with few rows, where a second program is worth more. Wide heads need the memory."""
+    tile = 64 if head_dim <= 128 else 32
+    return 2 * tile if in_fp8 and rows > FUSED_ROWS else tile
 
 
-def max_plan_words(rows: int, max_context_len: int, tile: int, num_ranges: int) -> int:
+def num_spans(tile: int, block_size: int) -> int:
+    """Into how many spans of equal length, each within a block, a tile is cut."""
+    return max(1, tile // (block_size & -block_size))
+
+
+def max_plan_words(
+    rows: int, max_context_len: int, tile: int, block_size: int, num_ranges: int
+) -> int:
     """int32 words of the largest plan of a step of so many rows."""
-    tiles = rows * -(-max_context_len // tile)
-    words = _aligned(num_ranges + 1) + _aligned(rows) + _aligned(1) + 2 * tiles
-    return words + max_shared_words(rows, num_ranges)
+    tiles, spans = rows * -(-max_context_len // tile), num_spans(tile, block_size)
+    words = _aligned(num_ranges + 1) + _aligned(rows) + _aligned(1) + (spans + 1) * tiles
+    return words + max_shared_words(rows, num_ranges, spans)
 
 
 def plan_decode(
@@ -105,9 +116,9 @@ def plan_decode(
     fused = padded_rows <= FUSED_ROWS
     cached = context_lens - 1 if fused else context_lens
     chunks, chunk_counts = _cut(cached, tile, padded_rows, None if fused else borders)
-    shared = None
+    shared, spans = None, num_spans(tile, block_size)
     if not fused and begin_alike(block_tables):
-        shared = plan_shared(chunks, block_tables, block_size, tile, num_ranges)
+        shared = plan_shared(chunks, block_tables, block_size, tile, spans, num_ranges)
     if shared is not None:
         chunks = chunks.take(~shared[0])
     range_of = balance(chunks.length, num_ranges)
@@ -119,10 +130,11 @@ def plan_decode(
     place = places(chunks.length[order])
     row, number, first, length, is_last = chunks.take(np.repeat(order, chunks.length[order]))
     start = (first + place) * tile
-    tiles = np.empty((len(row), 2), dtype=np.int32)
-    tiles[:, 0] = slots_of(row, start, block_tables, block_size)
-    tiles[:, 1] = row << 16 | number << CHUNK_SHIFT | np.minimum(cached[row] - start, tile)
-    tiles[:, 1] += (place == 0) * FIRST + (place == length - 1) * LAST + is_last * NEWEST
+    tiles = np.empty((len(row), spans + 1), dtype=np.int32)
+    tiles[:, :-1] = slots_of(row, start, block_tables, block_size, tile, spans)
+    info = tiles[:, -1]
+    info[:] = row << 16 | number << CHUNK_SHIFT | np.minimum(cached[row] - start, tile)
+    info += (place == 0) * FIRST + (place == length - 1) * LAST + is_last * NEWEST
     plan = DecodePlan(bounds, chunk_counts.astype(np.int32), tiles)
     return plan if shared is None else plan.with_list(shared[1])
 

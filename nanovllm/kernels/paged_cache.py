@@ -16,21 +16,32 @@ _TRITON_TYPES = {
 }  # fmt: skip
 
 
-def tile_tokens(block_size: int, head_dim: int, limit: int = 64, in_fp8: bool = False) -> int:
-    """Tokens of a tile: the largest power of two that divides the block size, within limits. In fp8
-    decode attention takes twice as many, with as many bytes.
+def tile_tokens(block_size: int, head_dim: int, limit: int = 64) -> int:
+    """Tokens of a tile of prefill: the largest power of two that divides the block size, within
+    limits. (Those of decode may go from block to block: see `decode_plan`.)
 
     Tiles of 64 tokens and heads of 256 would take 138 to 224 KiB of shared memory; with 32 (and in
     prefill one stage less), all kernels fit into the 99 KiB that consumer GPUs give a program.
     """
     limit = min(limit, 64 if head_dim <= 128 else 32)
-    return max(16, min(limit * (1 + in_fp8), block_size & -block_size))
+    return max(16, min(limit, block_size & -block_size))
 
 
 def dot_type(dtype: torch.dtype, cache: torch.Tensor) -> tl.dtype:
     """In what type keys and values of a cache are multiplied, in a model of some dtype."""
     in_fp8 = cache.dtype == torch.float8_e4m3fn
     return _TRITON_TYPES[torch.float16 if in_fp8 and dtype.itemsize == 2 else dtype]
+
+
+@triton.jit
+def load_slots(slots_ptr, TILE: tl.constexpr, SPANS: tl.constexpr):
+    """Where the spans of a tile begin in the cache: a number, or of several spans [TILE, 1], for
+    each token that of its own."""
+    if SPANS == 1:
+        slots = tl.load(slots_ptr)
+    else:
+        slots = tl.load(slots_ptr + tl.arange(0, TILE) // (TILE // SPANS))[:, None]
+    return slots
 
 
 @triton.jit

@@ -20,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.decode_plan import MAX_CHUNKS, DecodePlan
+from nanovllm.kernels.decode_plan import MAX_CHUNKS, DecodePlan, decode_tile, num_spans
 from nanovllm.kernels.launch import cdiv, launch_dependents, next_power_of_2, pdl, wait
-from nanovllm.kernels.paged_cache import LOG2_E, dot_type, tile_tokens
+from nanovllm.kernels.paged_cache import LOG2_E, dot_type, load_slots
 from nanovllm.kernels.shared_plan import PIECE_ROWS, PIECE_WORDS
 from nanovllm.kernels.value_tiles import (
     add_values,
@@ -63,12 +63,13 @@ def attend_shared(
     wide = q.element_size() == 2
     parts = cdiv(PIECE_ROWS * group, LANES)
     values, value_parts = value_words(v_cache)
+    tile = decode_tile(len(q), head_dim, in_fp8=kv_scales is not None)
     grid = (parts, num_kv_heads, plan.bounds.shape[0] - 1)
     _shared_kernel[grid](
         q, k_cache, values, plan.list_begin, plan.tiles, partial, stats[0], stats[1],
         scale * LOG2_E, kv_scales, num_kv_heads, head_dim, DTYPE=dot_type(q.dtype, k_cache),
         GROUP=group, LANES=LANES, BLOCK_D=next_power_of_2(head_dim),
-        BLOCK_N=tile_tokens(block_size, head_dim, in_fp8=kv_scales is not None),
+        BLOCK_N=tile, SPANS=num_spans(tile, block_size),
         PARTS=value_parts, MAX_CHUNKS=MAX_CHUNKS, PIECE_WORDS=PIECE_WORDS,
         PRECISION="tf32" if wide else "ieee", num_warps=4 if wide else 8,
         num_stages=3 if wide else 1, **pdl(q),
@@ -80,7 +81,7 @@ def _shared_kernel(
     q_ptr, k_ptr, values_ptr, list_begin_ptr, words_ptr, partial_ptr, m_ptr, l_ptr, scale_log2,
     kv_scales_ptr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, LANES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr, MAX_CHUNKS: tl.constexpr, PIECE_WORDS: tl.constexpr,
+    SPANS: tl.constexpr, PARTS: tl.constexpr, MAX_CHUNKS: tl.constexpr, PIECE_WORDS: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
@@ -94,7 +95,7 @@ def _shared_kernel(
     dim_mask = (dims < head_dim)[None, :]
     num_heads: tl.constexpr = num_kv_heads * GROUP
     token_stride: tl.constexpr = num_kv_heads * head_dim
-    tokens = tl.arange(0, BLOCK_N)[:, None]
+    tokens = (tl.arange(0, BLOCK_N) % (BLOCK_N // SPANS))[:, None]  # of a span
     cells = tokens * token_stride + kv_head * head_dim + dims[None, :]
     words = tl.arange(0, BLOCK_D // PARTS)[None, :]
     word_mask = words < head_dim // PARTS
@@ -120,10 +121,11 @@ def _shared_kernel(
             m = tl.full([LANES], float("-inf"), tl.float32)
             l = tl.zeros([LANES, BLOCK_N], tl.float32)  # summed over the tile at the chunk's end
             acc = no_values(LANES, BLOCK_D, PARTS)
-            slot = tl.load(words_ptr + first_tile)
-            for tile in range(first_tile, end_tile):
+            slot = load_slots(words_ptr + first_tile, BLOCK_N, SPANS)
+            for tile in range(first_tile, end_tile, SPANS):
                 # Loaded a tile ahead, as in decode attention.
-                next_slot = tl.load(words_ptr + tl.minimum(tile + 1, end_tile - 1))
+                following = words_ptr + tl.minimum(tile + SPANS, end_tile - SPANS)
+                next_slot = load_slots(following, BLOCK_N, SPANS)
                 start = slot.to(tl.int64) * token_stride
                 k_tile = tl.load(k_ptr + start + cells, mask=dim_mask, other=0.0).to(DTYPE)
                 v_tile = tl.load(values_ptr + start // PARTS + words, mask=word_mask, other=0.0)

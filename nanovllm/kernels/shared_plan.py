@@ -11,7 +11,7 @@ The list is one array of int32. What it refers to in itself it refers to by the 
     [pieces + 1, 3]  of each piece: where its rows begin, where its tiles begin, the chunk's number;
                      the last is no piece, but where the others' rows and tiles end
     [rows]           rows of the batch, piece by piece
-    [tiles]          the first slot of each tile, piece by piece; all tiles are full
+    [tiles, spans]   the first slot of each span of a tile, piece by piece; all tiles are full
 """
 
 import numpy as np
@@ -26,14 +26,14 @@ PIECE_WORDS = 3
 FEWEST_SPARED_TOKENS = 4096
 
 
-def max_shared_words(rows: int, num_ranges: int) -> int:
+def max_shared_words(rows: int, num_ranges: int, spans: int) -> int:
     """The most int32 words that sharing adds to a plan of so many rows.
 
-    A tile in the plan of one row takes two words. A piece of `rows` rows and `tiles` tiles takes
-    3 + rows + tiles, in place of 2 * rows * tiles: more only where it has one tile. Chunks have two
-    or more, but for one of a row: that before the border.
+    A tile in the plan of one row takes a word more than it has spans. A piece of `rows` rows and
+    `tiles` tiles takes 3 + rows + spans * tiles, in place of (spans + 1) * rows * tiles: more only
+    where it has one tile. Chunks have two or more, but for one of a row: that before the border.
     """
-    return num_ranges + 1 + PIECE_WORDS + rows + 2  # for even numbers of words
+    return num_ranges + 1 + PIECE_WORDS + rows + spans + 1  # whole tiles are copied
 
 
 def begin_alike(block_tables: np.ndarray) -> bool:
@@ -43,7 +43,12 @@ def begin_alike(block_tables: np.ndarray) -> bool:
 
 
 def plan_shared(
-    chunks: Chunks, block_tables: np.ndarray, block_size: int, tile: int, num_ranges: int
+    chunks: Chunks,
+    block_tables: np.ndarray,
+    block_size: int,
+    tile: int,
+    spans: int,
+    num_ranges: int,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Which chunks of a step's rows are shared, and the list of the work that they are.
 
@@ -51,6 +56,7 @@ def plan_shared(
         chunks: of all rows.
         block_tables: [rows, width]; whatever is past the end of a row's.
         tile: tokens of a tile.
+        spans: of a tile.
         num_ranges: that the pieces are dealt out to.
 
     Returns:
@@ -82,7 +88,8 @@ def plan_shared(
     pieces, sizes = pieces.take(order), sizes[order]
     rows = members.row[np.repeat(first_member, sizes) + places(sizes)]
     start = (np.repeat(pieces.first, pieces.length) + places(pieces.length)) * tile
-    slots = slots_of(np.repeat(pieces.row, pieces.length), start, block_tables, block_size)
+    tile_rows = np.repeat(pieces.row, pieces.length)
+    slots = slots_of(tile_rows, start, block_tables, block_size, tile, spans).ravel()
 
     bounds_end = num_ranges + 1
     rows_begin = bounds_end + PIECE_WORDS * (len(sizes) + 1)
@@ -94,7 +101,7 @@ def plan_shared(
     records = words[bounds_end:rows_begin].reshape(-1, PIECE_WORDS)
     records[0] = rows_begin, slots_begin, 0
     records[1:, 0] = rows_begin + np.cumsum(sizes)
-    records[1:, 1] = slots_begin + np.cumsum(pieces.length)
+    records[1:, 1] = slots_begin + spans * np.cumsum(pieces.length)
     records[:, 2] = *pieces.number, 0
     words[rows_begin:slots_begin] = rows
     words[slots_begin:] = slots

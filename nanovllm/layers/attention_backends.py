@@ -27,7 +27,7 @@ except ImportError:
 
 _FIRST_WITH_FP8 = (8, 9)
 BLOCK_SIZE, FLASH_BLOCK_SIZE = 64, 256  # flash-attn takes multiples of 256
-FP8_BLOCK_SIZE = 128  # a tile of decode attention, which is in one block
+FP8_BLOCK_SIZE = 128  # a tile of decode attention
 
 
 class AttentionBackend(ABC):
@@ -160,8 +160,12 @@ class TritonBackend(AttentionBackend):
         return out.flatten(1)
 
     def max_metadata_words(self, rows: int, max_context_len: int) -> int:
-        tile = kernels.decode_tile(1, self.block_size, self.head_dim, self.fp8_cache)
-        return kernels.max_plan_words(rows, max_context_len, tile, self.num_ranges)
+        return max(  # tiles differ
+            kernels.max_plan_words(
+                rows, max_context_len, self._tile(some), self.block_size, self.num_ranges
+            )
+            for some in {1, rows}
+        )
 
     def prepare_decode(
         self,
@@ -171,13 +175,12 @@ class TritonBackend(AttentionBackend):
         padded_rows: int,
         borders: np.ndarray | None = None,
     ) -> tuple[int, bool]:
-        tile = kernels.decode_tile(padded_rows, self.block_size, self.head_dim, self.fp8_cache)
         plan = kernels.plan_decode(
-            context_lens, block_tables, self.block_size, tile, self.num_ranges, padded_rows,
-            borders,
+            context_lens, block_tables, self.block_size, self._tile(padded_rows), self.num_ranges,
+            padded_rows, borders,
         )  # fmt: skip
         shares = plan.list_begin is not None
-        views = kernels.DecodePlan.views(buffer, padded_rows, self.num_ranges, shares)
+        views = self.decode_metadata(buffer, padded_rows, shares)
         rows = len(context_lens)
         views.bounds[:] = plan.bounds
         views.chunk_counts[:rows], views.chunk_counts[rows:] = plan.chunk_counts, 0
@@ -187,8 +190,12 @@ class TritonBackend(AttentionBackend):
         start_of_tiles = len(buffer) - views.tiles.size
         return start_of_tiles + plan.tiles.size, shares
 
-    def decode_metadata(self, buffer: torch.Tensor, padded_rows: int, shares: bool = False) -> Any:
-        return kernels.DecodePlan.views(buffer, padded_rows, self.num_ranges, shares)
+    def decode_metadata(self, buffer: Any, padded_rows: int, shares: bool = False) -> Any:
+        spans = kernels.num_spans(self._tile(padded_rows), self.block_size)
+        return kernels.DecodePlan.views(buffer, padded_rows, self.num_ranges, spans, shares)
+
+    def _tile(self, rows: int) -> int:
+        return kernels.decode_tile(rows, self.head_dim, self.fp8_cache)
 
     def may_share(self, padded_rows: int) -> bool:
         return padded_rows > kernels.FUSED_ROWS

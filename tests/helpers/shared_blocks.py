@@ -58,20 +58,22 @@ def chunks_in(plan: DecodePlan, tile: int) -> dict[tuple[int, int], list[int]]:
     found: dict[tuple[int, int], list[int]] = defaultdict(list)
     words = plan.tiles.ravel()
     begin = len(words) if plan.list_begin is None else int(plan.list_begin[0])
-    assert plan.bounds[-1] * 2 == begin
-    for slot, info in words[:begin].reshape(-1, 2).tolist():
+    width = plan.tiles.shape[1]
+    span = tile // (width - 1)
+    assert plan.bounds[-1] * width == begin
+    for *slots, info in words[:begin].reshape(-1, width).tolist():
         key = info >> 16, (info >> CHUNK_SHIFT) & 31
         assert bool(info & FIRST) == (key not in found), "a chunk lies in one piece"
-        found[key] += range(slot, slot + (info & 255))
+        found[key] += [slot + i for slot in slots for i in range(span)][: info & 255]
     for rows, chunk, slots in shared_pieces(plan):
         for row in rows:
             assert (row, chunk) not in found
-            found[row, chunk] = [slot + i for slot in slots for i in range(tile)]
+            found[row, chunk] = [slot + i for slot in slots for i in range(span)]
     return found
 
 
 def shared_pieces(plan: DecodePlan) -> list[tuple[list[int], int, list[int]]]:
-    """(rows, chunk, first slots of the tiles) of each piece, range by range."""
+    """(rows, chunk, first slots of the tiles' spans) of each piece, range by range."""
     if plan.list_begin is None:
         return []
     words = plan.tiles.ravel()[int(plan.list_begin[0]) :].tolist()

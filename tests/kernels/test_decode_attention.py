@@ -21,8 +21,13 @@ from helpers.kernel_inputs import (
 )
 from nanovllm.kernels import decode_attention as decode_attention_module
 from nanovllm.kernels.decode_attention import paged_decode
-from nanovllm.kernels.decode_plan import FUSED_ROWS, MANY_ROWS, DecodePlan, plan_decode
-from nanovllm.kernels.paged_cache import tile_tokens
+from nanovllm.kernels.decode_plan import (
+    FUSED_ROWS,
+    MANY_ROWS,
+    DecodePlan,
+    decode_tile,
+    plan_decode,
+)
 from nanovllm.kernels.prefill_attention import paged_prefill
 from nanovllm.layers.paged_attention import decode_attention, norm_rope_store
 
@@ -42,7 +47,7 @@ def decode(function, batch: DecodeBatch, num_ranges: int = 7) -> torch.Tensor:
         tensor[real].cpu().numpy() for tensor in (before.context_lens, before.block_tables)
     )
     block_size, _, head_dim = before.k_cache.shape[1:]
-    tile = tile_tokens(block_size, head_dim)
+    tile = decode_tile(len(batch.qkv), head_dim, in_fp8=False)
     plan = plan_decode(context_lens, block_tables, block_size, tile, num_ranges, len(batch.qkv))
     bounds, chunk_counts, tiles = (
         torch.from_numpy(piece).to(batch.qkv.device) for piece in plan[:3]
@@ -108,11 +113,11 @@ def test_paged_decode_without_qk_norm(function, context_lens, sizes: Sizes) -> N
 
 
 @interpreted
-def test_combine_leaves_shared_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_kernels_leave_shared_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
     monkeypatch.setattr(decode_attention_module, "prefer_shared_memory", launched.append)
     decode(paged_decode, decode_batch([5], (16, 2, 1, 32), FP32))
-    assert launched == [None]  # the interpreter's launch
+    assert launched == [None, None]  # the interpreter's launch
 
 
 @interpreted

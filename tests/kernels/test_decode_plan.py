@@ -12,10 +12,11 @@ from nanovllm.kernels.decode_plan import (
     MANY_ROWS,
     MAX_CHUNKS,
     NEWEST,
+    decode_tile,
     max_plan_words,
+    num_spans,
     plan_decode,
 )
-from nanovllm.kernels.paged_cache import tile_tokens
 
 
 @pytest.mark.parametrize("padded_rows", [FUSED_ROWS, 40, MANY_ROWS + 1, 2 * MANY_ROWS + 1])
@@ -23,9 +24,10 @@ from nanovllm.kernels.paged_cache import tile_tokens
 @pytest.mark.parametrize(
     ("block_size", "head_dim"), [(16, 128), (48, 64), (64, 128), (64, 256), (256, 128)]
 )
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("in_fp8", [False, True])
+@pytest.mark.parametrize("seed", range(2))
 def test_plan_holds_every_token_once(
-    seed: int, block_size: int, head_dim: int, num_ranges: int, padded_rows: int
+    seed: int, in_fp8: bool, block_size: int, head_dim: int, num_ranges: int, padded_rows: int
 ) -> None:
     random = np.random.default_rng(seed)
     edges = [1, 2, 17, 64, 65, 66, 512, 513, 514, 4096, 4097, 4098, 32768, 40960]
@@ -34,17 +36,19 @@ def test_plan_holds_every_token_once(
     tables = random.permutation(len(context_lens) * width).reshape(-1, width).astype(np.int32)
     # A fused kernel has the newest token in registers.
     lengths = context_lens - (padded_rows <= FUSED_ROWS)
-    tile = tile_tokens(block_size, head_dim)
+    tile = decode_tile(padded_rows, head_dim, in_fp8)
     plan = plan_decode(context_lens, tables, block_size, tile, num_ranges, padded_rows)
 
     # Chunks lie in any order, each in one piece.
-    chunk_of_tile = plan.tiles[:, 1] >> CHUNK_SHIFT
+    chunk_of_tile = plan.tiles[:, -1] >> CHUNK_SHIFT
     borders = np.flatnonzero(np.diff(chunk_of_tile, prepend=-1, append=-1))
     assert len(borders) - 1 == len(set(chunk_of_tile))
     in_order = plan.tiles[np.argsort(chunk_of_tile, kind="stable")]
-    slots, info = in_order.T
+    slots, info = in_order[:, :-1], in_order[:, -1]
     rows, chunks, tokens = info >> 16, (info >> CHUNK_SHIFT) & 31, info & 255
-    found = [slot + i for slot, count in zip(slots, tokens) for i in range(count)]
+    spans = num_spans(tile, block_size)
+    slots = (slots[:, :, None] + np.arange(tile // spans)).reshape(len(info), tile)
+    found = [slot for own, count in zip(slots.tolist(), tokens) for slot in own[:count]]
     assert found == [
         tables[row, i // block_size] * block_size + i % block_size
         for row, length in enumerate(lengths)
@@ -52,13 +56,13 @@ def test_plan_holds_every_token_once(
     ]
     tiles_of_row = np.maximum(1, -(-lengths // tile))
     assert np.bincount(rows).tolist() == tiles_of_row.tolist()
-    size = (len(context_lens), max(context_lens), tile, num_ranges)
+    size = (len(context_lens), max(context_lens), tile, block_size, num_ranges)
     assert len(plan.bounds) + len(plan.chunk_counts) + plan.tiles.size <= max_plan_words(*size)
     counts = np.array([len(set(chunks[rows == row])) for row in range(len(lengths))])
     assert plan.chunk_counts.tolist() == counts.tolist()
     assert counts.min() >= 1 and counts.max() <= MAX_CHUNKS
 
-    first, last, newest = (plan.tiles[:, 1] & flag > 0 for flag in (FIRST, LAST, NEWEST))
+    first, last, newest = (plan.tiles[:, -1] & flag > 0 for flag in (FIRST, LAST, NEWEST))
     assert np.flatnonzero(first).tolist() == borders[:-1].tolist()
     assert np.flatnonzero(last).tolist() == (borders[1:] - 1).tolist()
     assert (newest == ((chunk_of_tile & 31) == counts[chunk_of_tile >> 5] - 1)).all()
@@ -72,8 +76,13 @@ def test_plan_holds_every_token_once(
     alone = plan_decode(
         context_lens[5:6], tables[5:6], block_size, tile, num_ranges, padded_rows
     ).tiles
-    alone = alone[np.argsort(alone[:, 1] >> CHUNK_SHIFT, kind="stable")]
-    assert (alone + np.array([0, 5 << 16])).tolist() == in_order[rows == 5].tolist()
+    alone = alone[np.argsort(alone[:, -1] >> CHUNK_SHIFT, kind="stable")]
+    alone[:, -1] += 5 << 16
+    real = (np.arange(spans) * (tile // spans) < tokens[rows == 5, None]).tolist()
+    both = zip(alone.tolist(), in_order[rows == 5].tolist(), real, strict=True)
+    for one, other, is_real in both:  # what is past the end is anywhere
+        assert one[-1] == other[-1]
+        assert all(a == b for a, b, r in zip(one, other, is_real) if r)
 
 
 @pytest.mark.parametrize(

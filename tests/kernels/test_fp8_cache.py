@@ -151,7 +151,7 @@ def plan_of(batch: DecodeBatch) -> DecodePlan:
         tensor[real].cpu().numpy() for tensor in (before.context_lens, before.block_tables)
     )
     block_size, _, head_dim = before.k_cache.shape[1:]
-    tile = decode_tile(len(batch.qkv), block_size, head_dim, in_fp8=True)
+    tile = decode_tile(len(batch.qkv), head_dim, in_fp8=True)
     plan = plan_decode(context_lens, block_tables, block_size, tile, 7, len(batch.qkv))
     bounds, chunk_counts, tiles = (torch.from_numpy(np.ascontiguousarray(p)) for p in plan[:3])
     chunk_counts = torch.cat((chunk_counts, torch.zeros(int((~real).sum()), dtype=torch.int32)))

@@ -25,8 +25,7 @@ from helpers.kernel_inputs import (
 from helpers.shared_blocks import Shared, share_in_batch, shared_pieces, with_own_blocks
 from nanovllm.kernels import shared_plan
 from nanovllm.kernels.decode_attention import paged_decode
-from nanovllm.kernels.decode_plan import DecodePlan, plan_decode
-from nanovllm.kernels.paged_cache import tile_tokens
+from nanovllm.kernels.decode_plan import DecodePlan, decode_tile, plan_decode
 from nanovllm.layers.paged_attention import decode_attention, in_fp8, norm_rope_store
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -57,7 +56,7 @@ def plan_of(batch: DecodeBatch, borders: Sequence[int] = (), num_ranges: int = 7
     tables = batch.before.block_tables[:real].cpu().numpy()
     block_size, _, head_dim = batch.before.k_cache.shape[1:]
     in_fp8 = batch.before.k_cache.dtype == torch.float8_e4m3fn
-    tile = tile_tokens(block_size, head_dim, in_fp8=in_fp8)
+    tile = decode_tile(len(lens), head_dim, in_fp8)
     borders = np.array([*borders] or [0] * real)
     plan = plan_decode(lens[:real], tables, block_size, tile, num_ranges, len(lens), borders)
     counts = np.zeros(len(lens), dtype=np.int32)
@@ -153,7 +152,8 @@ def test_a_row_alone_in_a_batch_of_the_same_class() -> None:
 @interpreted
 @pytest.mark.parametrize("with_fp8", [False, True], ids=["fp16", "fp8"])
 def test_sharing_in_narrow_types(with_fp8: bool) -> None:
-    sizes, lens, shared, borders = CASES["completions of two prompts"]
+    case = "eight heads a kv head" if with_fp8 else "completions of two prompts"
+    sizes, lens, shared, borders = CASES[case]
     batch, scales = shared_batch(lens, sizes, shared, FP16), None
     if with_fp8:
         scales = torch.tensor([[0.0625], [0.3]])

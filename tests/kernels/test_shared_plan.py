@@ -39,7 +39,7 @@ def sharers(found: decode_plan.DecodePlan) -> list[tuple[list[int], int, int]]:
 def test_both_lists_have_every_chunk_once_and_its_borders_do_not_depend_on_company(seed: int):
     random = np.random.default_rng(seed)
     rows = int(random.integers(FUSED_ROWS + 1, 90))
-    block, tile = ((16, 16), (48, 16), (64, 64), (256, 64))[seed % 4]
+    block, tile = ((16, 64), (48, 64), (64, 64), (256, 64), (80, 128))[seed % 5]
     lens = np.exp(random.uniform(0, np.log(3000), rows)).astype(int) + 1
     lens[random.random(rows) < 0.5] = int(random.integers(300, 12000))  # as siblings are
     tables = random_tables(rows, -(-lens.max() // block), seed)
@@ -56,7 +56,7 @@ def test_both_lists_have_every_chunk_once_and_its_borders_do_not_depend_on_compa
         found = plan(lens, tables, padded_rows, borders, block, tile)
         chunks = chunks_in(found, tile)
         size = found.bounds.size + rows + found.tiles.size
-        assert size <= max_plan_words(rows, lens.max(), tile, RANGES)
+        assert size <= max_plan_words(rows, lens.max(), tile, block, RANGES)
         for row, length in enumerate(lens):
             count = int(found.chunk_counts[row])
             slots = [slot for chunk in range(count) for slot in chunks.pop((row, chunk))]
@@ -183,6 +183,6 @@ def test_the_list_never_takes_more_room_than_there_is(rows: int):
         share_blocks(tables, [(range(i, i + 2), (length - 1) // BLOCK * BLOCK)
                               for i in range(0, rows - 1, 2)], BLOCK)  # fmt: skip
         found = plan(lens, tables, 60, [(length - 1) // BLOCK * BLOCK] * rows)
-        words = max_plan_words(rows, length, TILE, RANGES)
-        views = decode_plan.DecodePlan.views(np.zeros(words, dtype=np.int32), rows, RANGES, True)
+        words = max_plan_words(rows, length, TILE, BLOCK, RANGES)
+        views = decode_plan.DecodePlan.views(np.zeros(words, dtype=np.int32), rows, RANGES, 1, True)
         assert len(found.tiles) <= len(views.tiles)

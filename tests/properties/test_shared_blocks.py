@@ -62,7 +62,8 @@ def test_tokens_are_those_of_the_torch_backend(
         expected = generate(llm, **few)
     assert not any(shape.shares for shape in shapes)
     backend = DecodeInInterpreter.__new__(DecodeInInterpreter)
-    backend.block_size, backend.tile, backend.num_ranges = 64, 64, 3
+    backend.block_size, backend.num_ranges = 64, 3
+    backend.head_dim, backend.fp8_cache = 16, False
     allocate = model_runner.allocate_kv_cache
 
     def as_on_a_gpu(*args, **options):
