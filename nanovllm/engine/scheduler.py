@@ -110,8 +110,8 @@ class Scheduler:
         """The next step's batch; None if nothing is queued, or if nothing can run before pending
         tokens are collected.
 
-        Of two steps in which a sequence has a row, unless it is preempted, at most
-        `MAX_PREFILL_STEPS` others are in between.
+        Between two tokens of a sequence, unless it is preempted, there are at most
+        `MAX_PREFILL_STEPS` steps that bring it none.
         """
         could_decode = any(map(self._can_decode, self.running))
         if not could_decode:
@@ -123,9 +123,10 @@ class Scheduler:
                     self._count_prefill_step(batch)
                 return batch
         batch = self._schedule_decode()
-        if batch.seqs:
-            self._prefill_steps_left = MAX_PREFILL_STEPS
-        return batch if batch.seqs else None
+        if not batch.seqs:
+            return None
+        self._prefill_steps_left = MAX_PREFILL_STEPS
+        return batch
 
     def postprocess(self, batch: Batch, token_ids: list[int]) -> list[int]:
         """Append a step's tokens, one per row, to their sequences, and finish those that end by it.
