@@ -1,5 +1,5 @@
-"""Which sequences run in the next step: prompts (prefill), or if there are none to run, one token
-of each running sequence (decode).
+"""Which sequences run in the next step: prompts (prefill), or if there are none to run, or running
+sequences have waited for them long enough, one token of each running sequence (decode).
 
 The scheduler plans from lengths and free blocks alone, never from sampled token values, so the
 engine may plan and launch step N+1 before it has read the tokens of step N. What that costs is one
@@ -16,6 +16,10 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.constraints import TokenConstraint
 from nanovllm.engine.sequence import RowSampling, Sequence, SequenceStatus
 from nanovllm.layers.sampler import NONE_LEFT, NOT_FINITE
+
+# The most prefill steps in a row for which a sequence waits that could decode. See "Decode between
+# prompts" in docs/performance.md for what a decode step between two of them costs.
+MAX_PREFILL_STEPS = 8
 
 # Why there is no token to sample, by what stands in its place: see `layers.sampler`.
 _NO_TOKEN = {
@@ -90,6 +94,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission, the newest last
+        self._prefill_steps_left = MAX_PREFILL_STEPS  # before a decode step
         self.num_preemptions = 0
         self.num_prompt_tokens = self.num_cached_tokens = 0  # of all admitted so far
 
@@ -103,11 +108,25 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next step's batch; None if nothing is queued, or if nothing can run before pending
-        tokens are collected."""
-        batch = self._schedule_prefill()
+        tokens are collected.
+
+        Between two tokens of a sequence, unless it is preempted, there are at most
+        `MAX_PREFILL_STEPS` steps that bring it none.
+        """
+        could_decode = any(map(self._can_decode, self.running))
+        if not could_decode:
+            self._prefill_steps_left = MAX_PREFILL_STEPS
+        if self._prefill_steps_left:
+            batch = self._schedule_prefill()
+            if batch.seqs:
+                if could_decode:
+                    self._count_prefill_step(batch)
+                return batch
+        batch = self._schedule_decode()
         if not batch.seqs:
-            batch = self._schedule_decode()
-        return batch if batch.seqs else None
+            return None
+        self._prefill_steps_left = MAX_PREFILL_STEPS
+        return batch
 
     def postprocess(self, batch: Batch, token_ids: list[int]) -> list[int]:
         """Append a step's tokens, one per row, to their sequences, and finish those that end by it.
@@ -160,6 +179,7 @@ class Scheduler:
             seq.status, seq.finish_reason = SequenceStatus.FINISHED, "abort"
         self.waiting.clear()
         self.running.clear()
+        self._prefill_steps_left = MAX_PREFILL_STEPS
         self.block_manager.reset()
 
     def _schedule_prefill(self) -> Batch:
@@ -185,9 +205,19 @@ class Scheduler:
             budget -= self._add_row(batch, seq, budget)
         return batch
 
+    def _count_prefill_step(self, batch: Batch) -> None:
+        """One more for which running sequences wait. What is gained by more of them in a row is a
+        larger decode batch: nothing, if no prompt is left, or if none has been completed."""
+        is_full = batch.num_tokens == self.max_num_batched_tokens
+        has_gained = is_full and any(batch.yields_token)
+        self._prefill_steps_left = self._prefill_steps_left - 1 if has_gained else 0
+
     def _schedule_decode(self) -> Batch:
         seqs, starts, block_size = [], [], self.block_manager.block_size
-        for seq in list(self.running):
+        running = list(self.running)
+        if running and self._is_cut_prompt(running[-1]):
+            running.pop()
+        for seq in running:
             start = seq.num_computed_tokens  # of all its tokens but one
             if start + 1 >= seq.max_len:
                 continue  # its last token is on the way: ends by length cost no row
@@ -212,6 +242,11 @@ class Scheduler:
         """Whether some of its prompt is still to be run, if only one token; or, of a sequence that
         was preempted, more than its newest token."""
         return seq.num_computed_tokens < seq.num_prompt_tokens or cls._num_to_run(seq) > 1
+
+    @classmethod
+    def _can_decode(cls, seq: Sequence) -> bool:
+        """Whether its newest token is all that is to be run, and is not its last one."""
+        return seq.num_computed_tokens + 1 < seq.max_len and not cls._is_cut_prompt(seq)
 
     def _add_row(self, batch: Batch, seq: Sequence, budget: int) -> int:
         """Plan the next tokens of a prompt, at most `budget`, and count them as computed; returns

@@ -4,6 +4,7 @@ import hashlib
 from collections import deque
 
 from helpers.blocks import assert_blocks_consistent
+from nanovllm.engine import scheduler as scheduler_module
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
@@ -83,6 +84,9 @@ class Driver:
         self.sequences: list[Sequence] = []
         self.prompts: list[list[int]] = []
         self.admitted: list[int] = []
+        # By seq_id, since its last token: of those that have one and are to have another.
+        self.steps_waited: dict[int, int] = {}
+        self.longest_wait = 0
         self.ended: list[Sequence] = []
 
     def add(self, prompt: list[int], max_tokens: int, ignore_eos: bool, seed: int) -> Sequence:
@@ -119,7 +123,26 @@ class Driver:
         assert all(seq in self.scheduler.running for seq in batch.seqs)
         self.check_plan(batch)
         self.in_flight.append((batch, self.device.launch(batch)))
+        self.check_waits(batch)
         return batch
+
+    def check_waits(self, batch: Batch) -> None:
+        """Prefill steps in a row are few, and one where more of them gain nothing."""
+        limit = scheduler_module.MAX_PREFILL_STEPS
+        is_full = batch.num_tokens == self.scheduler.max_num_batched_tokens
+        has_gained = is_full and any(batch.yields_token)
+        waited, self.steps_waited = self.steps_waited, {}
+        for seq in self.scheduler.running:
+            if seq in batch.seqs:
+                has_token = batch.yields_token[batch.seqs.index(seq)]
+                number = 0
+            else:
+                has_token = seq.seq_id in waited
+                number = waited.get(seq.seq_id, 0) + 1
+            if has_token and len(self.device.token_ids[seq.seq_id]) < seq.max_len:
+                assert number <= limit, f"{seq.seq_id} waits for a token"
+                self.longest_wait = max(self.longest_wait, number)
+                self.steps_waited[seq.seq_id] = number if has_gained or not number else limit
 
     def check_plan(self, batch: Batch) -> None:
         scheduler = self.scheduler
