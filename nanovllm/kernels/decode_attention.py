@@ -114,7 +114,7 @@ def paged_decode(
         queries, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, values,
         slot_mapping, bounds, tiles, out, partial, stats[0], stats[1], scale * LOG2_E, kv_scales,
         num_kv_heads, head_dim, DTYPE=dot_type(qkv.dtype, k_cache), GROUP=group,
-        BLOCK_G=max(16, next_power_of_2(group)), BLOCK_D=block_d, PARTS=parts,
+        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d, PARTS=parts,
         BLOCK_N=decode_tile(rows, block_size, head_dim, kv_scales is not None),
         MAX_CHUNKS=MAX_CHUNKS, FUSED=fused, HAS_NORM=q_weight is not None,
         FIRST=FIRST, LAST=LAST, NEWEST=NEWEST, CHUNK_SHIFT=CHUNK_SHIFT,
