@@ -23,7 +23,14 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.activation import silu_times
-from nanovllm.kernels.launch import launch_dependents, pdl, prefer_shared_memory, wait
+from nanovllm.kernels.launch import (
+    cdiv,
+    launch_dependents,
+    next_power_of_2,
+    pdl,
+    prefer_shared_memory,
+    wait,
+)
 from nanovllm.quantization.fp8 import GROUP, Fp8Weight
 
 MAX_ROWS = 2
@@ -58,7 +65,7 @@ def fp8_gemv(
     if y is None:
         y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     blocks, ahead, per_warp = tiling(k, n, gated)
-    kernel = _fp8_gemv_kernel[(triton.cdiv(n, _WARPS * per_warp),)](
+    kernel = _fp8_gemv_kernel[(cdiv(n, _WARPS * per_warp),)](
         x, values, scale, bias, norm_weight, y, eps, n, k,
         GATED=gated, ADD=add_to is not None, HAS_BIAS=bias is not None,
         HAS_NORM=norm_weight is not None, HAS_GROUPS=weight.has_groups, GROUP=GROUP,
@@ -71,9 +78,9 @@ def fp8_gemv(
 
 def tiling(k: int, n: int, gated: bool) -> tuple[tuple[int, ...], int, int]:
     """Sizes of a row's blocks, how many are loaded ahead, and the outputs of a warp."""
-    size = min(_MOST, max(_LEAST, triton.next_power_of_2(k)))
+    size = min(_MOST, max(_LEAST, next_power_of_2(k)))
     lengths = [min(size, k - start) for start in range(0, k, size)]
-    blocks = tuple(max(_LEAST, triton.next_power_of_2(length)) for length in lengths)
+    blocks = tuple(max(_LEAST, next_power_of_2(length)) for length in lengths)
     has_four = k <= 1024 and n >= 4096  # of longer rows, registers spill
     return blocks, min(3, len(blocks)), 1 if gated else 4 if has_four else 2
 

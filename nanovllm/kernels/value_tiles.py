@@ -91,10 +91,10 @@ def add_values(sums, weights, tile, DTYPE: tl.constexpr, PRECISION: tl.constexpr
 def _widened(words):
     """The four bytes of words, float16."""
     if not _INTERPRETED:
-        float16x4: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
         return tl.inline_asm_elementwise(
-            _WIDEN, "=r,=r,=r,=r,r,r", [words], dtype=float16x4, is_pure=True, pack=2
-        )
+            _WIDEN, "=r,=r,=r,=r,r,r", [words], (tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True, pack=2,
+        )  # fmt: skip
     parts = ()
     for part in tl.static_range(4):
         byte = ((words >> (8 * part)) & 0xFF).to(tl.uint8)

@@ -8,11 +8,14 @@ on several GPUs are those of the whole row. (Below 2^-14 of the largest number e
 digits, and there they may differ.)
 
 Activations are quantised in every product, whatever kernel makes it and however many rows there
-are: what a row is rounded to does not depend on its batch. (But kernels that add up in another
-order differ in a last bit, and of some 10^5 numbers one lies so near to the border between two of
-e4m3 that this decides.) Products are added up in float32. In 16 bits the tensor cores' own sums on
-Hopper have fewer digits, 14 bits: of 128 products in the kernels here, of all of them in the
-library's. In float32 the kernels widen both factors to float16, and sums are exact.
+are: what a row is rounded to does not depend on its batch, but for two small things. Kernels that
+add up in another order differ in a last bit, and of some 10^5 numbers one lies so near to the
+border between two of e4m3 that this decides. And below 2^-14 of the largest number
+`kernels.fp8_gemv`, which takes one or two rows, keeps digits that e4m3 does not have.
+
+Products are added up in float32. In 16 bits the tensor cores' own sums on Hopper have fewer digits,
+14 bits: of 128 products in the kernels here, of all of them in the library's. In float32 the
+kernels widen both factors to float16, and sums are exact.
 """
 
 from typing import NamedTuple

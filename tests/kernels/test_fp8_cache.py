@@ -244,3 +244,30 @@ for card in CARDS:
 def test_they_compile_for_all_cards_with_fp8(tmp_path: Path) -> None:
     lines = run_compiler(FACTS, tmp_path).splitlines()
     assert len(lines) >= 3 and all(line.endswith(" 6 []") for line in lines), lines
+
+
+WIDENING = """
+import torch
+from helpers.compile_launches import launches
+from nanovllm.kernels.decode_attention import paged_decode
+from nanovllm.kernels.decode_plan import DecodePlan
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+int32, float32, fp8 = torch.int32, torch.float32, torch.float8_e4m3fn
+cache, scales = empty(100, 16, 1, 64, dtype=fp8), empty(2, 1, dtype=float32)
+plan = DecodePlan(empty(33, dtype=int32), empty(8, dtype=int32), empty(400, 2, dtype=int32))
+found = launches(
+    paged_decode, empty(8, 4 * 64), None, None, 1e-6, empty(4096, 64, dtype=float32),
+    empty(8, dtype=int32), cache, cache, empty(8, dtype=int32), plan, 0.088, scales,
+)
+[decode] = [launch for launch in found if launch.name == "_decode_kernel"]
+print(decode.compiled.asm["ptx"].count("cvt.rn.f16x2.e4m3x2"))
+"""
+
+
+@interpreted
+def test_words_of_values_compile(tmp_path: Path) -> None:
+    """What the interpreter does not read, in whatever version of Triton is installed."""
+    assert int(run_compiler(WIDENING, tmp_path)) >= 4
