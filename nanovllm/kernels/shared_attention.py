@@ -35,6 +35,9 @@ from nanovllm.kernels.value_tiles import (
 # Queries of a program. With 64 Hopper's own matrix instructions would serve twice as many queries
 # for each tile read, and sum in another order than decode attention.
 LANES = 32
+# In fp8 a product is a quarter as wide (`value_tiles`): 32 would be laid out in another way than
+# decode attention's 16, with sums in another order.
+_FP8_LANES = 16
 
 
 def attend_shared(
@@ -61,14 +64,15 @@ def attend_shared(
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
     group = q.shape[1] // num_kv_heads
     wide = q.element_size() == 2
-    parts = cdiv(PIECE_ROWS * group, LANES)
+    lanes = LANES if kv_scales is None else _FP8_LANES
+    parts = cdiv(PIECE_ROWS * group, lanes)
     values, value_parts = value_words(v_cache)
     tile = decode_tile(len(q), head_dim, in_fp8=kv_scales is not None)
     grid = (parts, num_kv_heads, plan.bounds.shape[0] - 1)
     _shared_kernel[grid](
         q, k_cache, values, plan.list_begin, plan.tiles, partial, stats[0], stats[1],
         scale * LOG2_E, kv_scales, num_kv_heads, head_dim, DTYPE=dot_type(q.dtype, k_cache),
-        GROUP=group, LANES=LANES, BLOCK_D=next_power_of_2(head_dim),
+        GROUP=group, LANES=lanes, BLOCK_D=next_power_of_2(head_dim),
         BLOCK_N=tile, SPANS=num_spans(tile, block_size),
         PARTS=value_parts, MAX_CHUNKS=MAX_CHUNKS, PIECE_WORDS=PIECE_WORDS,
         PRECISION="tf32" if wide else "ieee", num_warps=4 if wide else 8,

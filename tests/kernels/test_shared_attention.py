@@ -153,10 +153,22 @@ def test_a_row_alone_in_a_batch_of_the_same_class() -> None:
 @pytest.mark.parametrize("with_fp8", [False, True], ids=["fp16", "fp8"])
 def test_sharing_in_narrow_types(with_fp8: bool) -> None:
     case = "eight heads a kv head" if with_fp8 else "completions of two prompts"
-    sizes, lens, shared, borders = CASES[case]
-    batch, scales = shared_batch(lens, sizes, shared, FP16), None
+    check_narrow(*CASES[case], with_fp8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "sizes", [(128, 16, 8, 128), (16, 32, 8, 128), (64, 16, 2, 64), (64, 2, 1, 32)], ids=str
+)
+def test_sharing_in_fp8_gpu(sizes: Sizes) -> None:
+    lens = [1300 + 13 * i for i in range(40)] + [9, 600]
+    check_narrow(sizes, lens, [(range(40), 1280)], [1280] * 40 + [0] * 2, True, "cuda")
+
+
+def check_narrow(sizes, lens, shared, borders, with_fp8: bool, device: str = "cpu") -> None:
+    batch, scales = shared_batch(lens, sizes, shared, FP16, device), None
     if with_fp8:
-        scales = torch.tensor([[0.0625], [0.3]])
+        scales = torch.tensor([[0.0625] * sizes[2], [0.3] * sizes[2]], device=device)
         before = batch.before
         keys, values = (
             in_fp8(cache.flatten(0, 1), own).view_as(cache)
@@ -222,7 +234,7 @@ def facts(launch):
     }
 
 def launched(card, group, head_dim, cache_dtype=torch.bfloat16, dtype=torch.bfloat16):
-    cache = empty(100, 64, 8, head_dim, dtype=cache_dtype)
+    cache = empty(100, 128, 8, head_dim, dtype=cache_dtype)
     scales = empty(2, 8, dtype=float32) if cache_dtype == fp8 else None
     plan = DecodePlan(
         empty(34, dtype=int32), empty(64, dtype=int32), empty(400, 2, dtype=int32),
@@ -246,7 +258,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_it_compiles_for_all_cards_to_the_arithmetic_of_decode_attention(tmp_path: Path) -> None:
-    """With twice as many rows of queries, twice as many of the same instructions."""
+    """With twice as many rows of queries, twice as many of the same instructions; in fp8 as many."""
     found = json.loads(run_compiler(FACTS, tmp_path))
     for name, kernels in found.items():
         assert [kernel["name"] for kernel in kernels] == [
@@ -257,7 +269,7 @@ def test_it_compiles_for_all_cards_to_the_arithmetic_of_decode_attention(tmp_pat
         assert shared["layout"] == decode["layout"], name
         for name_of in ("fma", "sub", "ex2", "mma"):
             counts = shared["counts"].get(name_of, 0), decode["counts"].get(name_of, 0)
-            assert counts[0] == 2 * counts[1], (name, name_of)
+            assert counts[0] == (1 if name == "fp8" else 2) * counts[1], (name, name_of)
             assert counts[0] or (name, name_of) == ("float32", "mma")
     assert found["H100"][1]["grid"] == [2, 8, 33]
     for kernel in found["H100"][1:3]:  # two programs on a multiprocessor
