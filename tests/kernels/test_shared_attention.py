@@ -258,7 +258,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_it_compiles_for_all_cards_to_the_arithmetic_of_decode_attention(tmp_path: Path) -> None:
-    """With twice as many rows of queries, twice as many of the same instructions; in fp8 as many."""
+    """Twice as many rows of queries: twice as many of the same instructions. In fp8, as many."""
     found = json.loads(run_compiler(FACTS, tmp_path))
     for name, kernels in found.items():
         assert [kernel["name"] for kernel in kernels] == [
