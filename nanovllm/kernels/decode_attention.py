@@ -19,7 +19,8 @@ sequence to the next. Chunks that several rows share are not among them: `kernel
 leaves their partial results where the combine kernel finds them.
 
 Bytes moved: each key and value once, 2 * context * kv heads * head_dim elements; partial results
-add 1.5% (chunks of 128, two query heads a kv head; in proportion to the latter). Bound by memory.
+add 1.5% (chunks of 128, two query heads a kv head; in proportion to the latter). Bound by memory;
+in fp8, of half the bytes, by the instructions that widen them.
 """
 
 import torch
@@ -116,10 +117,10 @@ def paged_decode(
         queries, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, values,
         slot_mapping, bounds, tiles, out, partial, stats[0], stats[1], scale * LOG2_E, kv_scales,
         num_kv_heads, head_dim, DTYPE=dot_type(qkv.dtype, k_cache), GROUP=group,
-        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d, PARTS=parts,
-        BLOCK_N=tile, SPANS=num_spans(tile, block_size),
-        MAX_CHUNKS=MAX_CHUNKS, FUSED=fused, HAS_NORM=q_weight is not None,
-        FIRST=FIRST, LAST=LAST, NEWEST=NEWEST, CHUNK_SHIFT=CHUNK_SHIFT,
+        BLOCK_G=max(16, next_power_of_2(group)), BLOCK_D=block_d, PARTS=parts,
+        BLOCK_N=tile, SPANS=num_spans(tile, block_size), MAX_CHUNKS=MAX_CHUNKS, FUSED=fused,
+        HAS_NORM=q_weight is not None, FIRST=FIRST, LAST=LAST, NEWEST=NEWEST,
+        CHUNK_SHIFT=CHUNK_SHIFT,
         PRECISION="tf32" if wide else "ieee", num_warps=4 if wide else 8,
         num_stages=stages if wide else 1, **pdl(qkv),
     )  # fmt: skip

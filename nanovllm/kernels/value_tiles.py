@@ -3,8 +3,7 @@
 A product's matrix instructions want pairs of tokens side by side, and a cache has dimensions side
 by side. For 16-bit values the hardware turns a tile as it loads it; of fp8 each byte would have to
 be loaded alone. So values in fp8 are loaded as words of four dimensions, and a tile gives four
-products, each of one byte of every word: `PARTS` of them, of every fourth dimension. (On an H200,
-256 sequences of 545 tokens: 94 us a layer in place of 118.)
+products, each of one byte of every word: `PARTS` of them, of every fourth dimension.
 
 What is summed up is then a tuple of parts, [queries, head_dim / PARTS] float32 each.
 """
