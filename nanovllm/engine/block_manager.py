@@ -75,9 +75,10 @@ class BlockManager:
 
         Leaves `headroom` blocks free for others. Sets the sequence's block table, and
         `num_found_tokens` and `num_computed_tokens` to the cached prefix. The last token is always
-        run, since that is what yields the next one. Its block is a new one, as keys and values go
-        there; but completions of one prompt that ends with a block share that too, and do not store
-        what is there. Returns False, and changes nothing, if there are not enough free blocks.
+        run, since that is what yields the next one. Its block is a new one, as its key and value
+        are stored there. But if a prompt ends where a block ends, its completions share that block
+        too, and store nothing in it. Returns False, and changes nothing, if there are not enough
+        free blocks.
         """
         assert not seq.block_table and not seq.num_pending_tokens
         if headroom >= self.num_free_blocks:  # at least one block is a new one: spare the hashing

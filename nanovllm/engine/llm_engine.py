@@ -344,8 +344,8 @@ class LLMEngine:
             self._waiting = step, LateRows(rows, [batch.seqs[row].token_ids[-1] for row in rows])
 
     def _capture_ahead(self) -> None:
-        """Record CUDA Graphs that the requests will need, as long as the device is not even at the
-        step just launched, and that is a long one: so it does not wait for the host."""
+        """Record CUDA Graphs that the requests will need, while the device still runs the step
+        before the newest, and the newest is a long one: so the device never waits for the host."""
         if len(self._in_flight) < 2:
             return
         (_, before), (batch, newest) = list(self._in_flight)[-2:]

@@ -206,8 +206,9 @@ class Scheduler:
         return batch
 
     def _count_prefill_step(self, batch: Batch) -> None:
-        """One more for which running sequences wait. What is gained by more of them in a row is a
-        larger decode batch: nothing, if no prompt is left, or if none has been completed."""
+        """Count a prefill step that running sequences wait for. Another one in a row pays only if
+        it makes the decode batch larger: not if no prompt is left, nor if this one completed none.
+        """
         is_full = batch.num_tokens == self.max_num_batched_tokens
         has_gained = is_full and any(batch.yields_token)
         self._prefill_steps_left = self._prefill_steps_left - 1 if has_gained else 0

@@ -73,8 +73,11 @@ def _aligned(size: int) -> int:
 
 
 def decode_tile(rows: int, head_dim: int, in_fp8: bool) -> int:
-    """Tokens of a tile in a step of so many rows. In fp8 it has twice as many, and as many bytes;
-    but not with few rows, where a second program is worth more. Wide heads need the memory."""
+    """Tokens of a tile in a step of so many rows.
+
+    In fp8 they are twice as many, in as many bytes. With few rows they are not: there more programs
+    are worth more. Heads wider than 128 leave room for half as many.
+    """
     tile = 64 if head_dim <= 128 else 32
     return 2 * tile if in_fp8 and rows > FUSED_ROWS else tile
 

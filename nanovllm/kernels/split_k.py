@@ -26,7 +26,7 @@ from nanovllm.kernels.launch import cdiv, launch_dependents, next_power_of_2, pd
 
 MAX_ROWS = 128
 _TILE, _BLOCK_K, _PROGRAMS = 64, 128, 128
-MANY_PROGRAMS = 264
+MANY_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
 
 
 def num_splits(out_features: int) -> int:
@@ -96,9 +96,12 @@ def tiling(rows: int) -> tuple[int, int, int]:
 
 
 def fp8_tiling(rows: int, slice_k: int, programs: int, has_groups: bool) -> tuple[int, int]:
-    """A block of K and the stages in fp8, of as many bytes: twice the block, or twice the stages
-    where that block would cut a slice or span two groups. Of many programs each takes half of that,
-    so that one begins before another ends. With groups a block is one."""
+    """The block of K and the stages of the pipeline in fp8.
+
+    They take as many bytes as in 16 bits: twice the block, or twice the stages where such a block
+    would cut a slice or span two groups. If there are many programs each takes half of that, so
+    that two share a multiprocessor. With groups, a block is always one group.
+    """
     _, block_k, stages = tiling(rows)
     if programs >= MANY_PROGRAMS and block_k == _BLOCK_K:
         return block_k, stages
