@@ -18,7 +18,7 @@ import numpy as np
 
 from nanovllm.kernels.chunks import Chunks, balance, places, slots_of
 
-PIECE_ROWS = 32
+PIECE_ROWS = 16
 PIECE_WORDS = 3
 # A step shares nothing if that would spare fewer tokens' keys and values: it would not pay for one
 # more kernel a layer. By the bytes, 2,500 tokens of 8 kv heads of 128 take as long to read as a

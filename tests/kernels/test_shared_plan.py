@@ -155,7 +155,7 @@ def test_sharing_too_little_is_no_sharing():
     assert plan_of([200] * 5, [([0, 1], 128)]).list_begin is None
     rows = shared_plan.FEWEST_SPARED_TOKENS // 128
     assert plan_of([200] * rows, [(range(rows), 128)]).list_begin is None  # one row has to be read
-    assert plan_of([200] * (rows + 2), [(range(rows + 2), 128)]).list_begin is not None
+    assert plan_of([200] * (rows + 3), [(range(rows + 3), 128)]).list_begin is not None
 
 
 @pytest.mark.usefixtures("always")
