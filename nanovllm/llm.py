@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from nanovllm.engine.callers import Call
 from nanovllm.engine.chat_messages import Message, check_messages, for_template
 from nanovllm.engine.input_processor import (
     Params,
+    Prompt,
     Prompts,
     Request,
     params_list,
@@ -23,7 +24,10 @@ from nanovllm.engine.tokenizer import Tokenizer, encode_many
 from nanovllm.other_options import CALL_OPTIONS, check_call
 from nanovllm.outputs import RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.collector import older_objects_spared
 from nanovllm.utils.interrupts import no_interrupt
+
+MANY_REQUESTS = 512  # whose objects are many for Python's garbage collector
 
 
 class LLM(LLMEngine):
@@ -70,29 +74,8 @@ class LLM(LLMEngine):
         if len(given) == 2:
             raise TypeError("give prompts or prompt_token_ids, not both")
         many = prompt_list(given[0] if given else None)
-        requests = self.input_processor.process(many, params_list(sampling_params, len(many)))
-        ids = [request.request_id for request in requests]
-        call, before = Call(ids), replace(self.stats)
-        try:
-            with (
-                self._running(call, requests),
-                tqdm(total=len(ids), desc="Generating", disable=not use_tqdm) as progress,
-            ):
-                while call.pending:
-                    if self._callers.must_step(call):
-                        self.step()
-                    _show_rates(progress, self.stats.since(before))
-                    progress.update(len(call.outputs) - progress.n)
-                call.check()
-            if aborted := [index for index, one in enumerate(ids) if one not in call.outputs]:
-                raise RuntimeError(f"aborted while generate() ran: prompts {reprlib.repr(aborted)}")
-            for index, one in enumerate(ids):
-                if (why := call.outputs[one].error) is not None:
-                    raise RuntimeError(f"prompt {index}: {why}")
-        except BaseException as error:  # Ctrl-C too
-            error.finished_outputs = [call.outputs.get(one) for one in ids]  # type: ignore[attr-defined]
-            raise
-        return [call.outputs[one] for one in ids]
+        with older_objects_spared() if len(many) >= MANY_REQUESTS else nullcontext():
+            return self._generate(many, params_list(sampling_params, len(many)), use_tqdm)
 
     def stream(
         self,
@@ -240,6 +223,33 @@ class LLM(LLMEngine):
             return self.tokenizer.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeError) as error:
             raise ValueError(f"a message is not valid Unicode text: {error}") from error
+
+    def _generate(
+        self, prompts: list[Prompt], params: list[SamplingParams], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        requests = self.input_processor.process(prompts, params)
+        ids = [request.request_id for request in requests]
+        call, before = Call(ids), replace(self.stats)
+        try:
+            with (
+                self._running(call, requests),
+                tqdm(total=len(ids), desc="Generating", disable=not use_tqdm) as progress,
+            ):
+                while call.pending:
+                    if self._callers.must_step(call):
+                        self.step()
+                    _show_rates(progress, self.stats.since(before))
+                    progress.update(len(call.outputs) - progress.n)
+                call.check()
+            if aborted := [index for index, one in enumerate(ids) if one not in call.outputs]:
+                raise RuntimeError(f"aborted while generate() ran: prompts {reprlib.repr(aborted)}")
+            for index, one in enumerate(ids):
+                if (why := call.outputs[one].error) is not None:
+                    raise RuntimeError(f"prompt {index}: {why}")
+        except BaseException as error:  # Ctrl-C too
+            error.finished_outputs = [call.outputs.get(one) for one in ids]  # type: ignore[attr-defined]
+            raise
+        return [call.outputs[one] for one in ids]
 
     def _pieces(self, requests: list[Request]) -> Generator[StreamOutput, None, None]:
         call = Call((request.request_id for request in requests), every_step=True)
