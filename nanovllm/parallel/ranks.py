@@ -60,7 +60,7 @@ class Ranks:
         self._processes: dict[int, subprocess.Popen] = {}
         self._connections: dict[int, Connection] = {}
         self._waiting_since: float | None = None
-        self._is_closing = False
+        self._is_closing = self._is_looking = False
         self._lock = threading.Lock()
         self._news = threading.Condition()
         self._ready: set[int] = set()
@@ -138,8 +138,8 @@ class Ranks:
         if not isinstance(error, Exception):  # Ctrl-C, and its like
             self._fail(f"rank 0 of {self.size} was interrupted in a step")
             return error
-        deadline = time.monotonic() + 1
-        while self.failure is None and time.monotonic() < deadline:
+        deadline = time.monotonic() + 2
+        while self.failure is None and (self._is_looking or time.monotonic() < deadline):
             time.sleep(0.01)
         self._fail(f"rank 0 of {self.size} failed: {type(error).__name__}: {error}")
         return RuntimeError(self.failure)
@@ -204,8 +204,14 @@ class Ranks:
                 self._fail(f"a step has not ended after {TIMEOUT} s: some rank hangs")
 
     def _has_ended(self, rank: int) -> None:
-        self.abort()  # before it is waited for: it may not end as long as a GPU waits for it
-        self._fail(self._how_it_ended(rank))
+        # Rank 0 may get an error by it at once, and is to know this reason. A process that has a
+        # GPU may take a second or more to end.
+        self._is_looking = True
+        try:
+            self.abort()  # before it is waited for: it may not end as long as a GPU waits for it
+            self._fail(self._how_it_ended(rank))
+        finally:
+            self._is_looking = False
 
     def _fail(self, reason: str) -> None:
         with self._lock:

@@ -77,6 +77,24 @@ def test_a_rank_that_is_killed_at_a_random_moment(tiny: Path, seed: int):
         assert_ended(llm, processes)
 
 
+def test_a_rank_that_ends_slowly_is_the_reason_all_the_same(
+    ranks: LLM, monkeypatch: pytest.MonkeyPatch
+):
+    """Rank 0 gets an error of its own as soon as the connection is gone."""
+    processes, how_it_ended = pids(ranks), Ranks._how_it_ended
+
+    def slowly(self: Ranks, rank: int) -> str:
+        time.sleep(3)
+        return how_it_ended(self, rank)
+
+    monkeypatch.setattr(Ranks, "_how_it_ended", slowly)
+    after(0.1, partial(os.kill, processes[0], signal.SIGKILL))
+    with pytest.raises(RuntimeError, match="rank 1 of 2 was killed by signal 9"):
+        for _ in range(100):
+            ranks.generate(PROMPTS, LONG, use_tqdm=False)
+    assert_ended(ranks, processes)
+
+
 def test_an_error_of_a_rank_reaches_the_caller(ranks: LLM):
     """Here of a step that is none: whatever a rank raises takes this way."""
     processes, runner = pids(ranks), ranks.model_runner
