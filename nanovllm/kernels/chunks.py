@@ -1,9 +1,12 @@
 """Chunks: the pieces of contexts that a decode step's work lists are made of."""
 
-from heapq import heapreplace
+from heapq import heapify, heapreplace
 from typing import NamedTuple
 
 import numpy as np
+
+
+LAST_ROUNDS = 2
 
 
 class Chunks(NamedTuple):
@@ -30,17 +33,22 @@ class Chunks(NamedTuple):
 
 def slots_of(
     row: np.ndarray,
-    start: np.ndarray,
+    number: np.ndarray,
     block_tables: np.ndarray,
     block_size: int,
     tile: int,
     spans: int,
 ) -> np.ndarray:
-    """Where in the cache the spans of tiles begin that begin with the tokens number `start` of
-    rows: [tiles, spans]. What is past the end of a row is anywhere."""
-    starts = start[:, None] + np.arange(0, tile, tile // spans)
-    column = np.minimum(starts // block_size, block_tables.shape[1] - 1)
-    return block_tables[row[:, None], column] * block_size + starts % block_size
+    """Where in the cache the spans begin of rows' tiles of some numbers: [tiles, spans]. What is
+    past the end of a row is anywhere."""
+    per_block = block_size * spans // tile  # spans of a block
+    span = number[:, None]
+    if spans > 1:
+        span = span * spans + np.arange(spans)
+    block, place = (span, 0) if per_block == 1 else np.divmod(span, per_block)
+    width = block_tables.shape[1]
+    block = np.minimum(block, width - 1) + (row * width)[:, None]
+    return block_tables.take(block) * block_size + place * (tile // spans)
 
 
 def places(lengths: np.ndarray) -> np.ndarray:
@@ -50,15 +58,24 @@ def places(lengths: np.ndarray) -> np.ndarray:
 
 
 def balance(lengths: np.ndarray, num_ranges: int) -> np.ndarray:
-    """The range of each chunk: the longest chunk first, each to the range with the least so far.
+    """[chunks] int16, the range of each chunk: the longest chunk first, each to the range with the
+    least so far, which is Graham's rule (1969, doi:10.1137/0117039).
 
-    Graham's rule (1969, doi:10.1137/0117039).
+    That is a loop of Python, so only the shortest chunks go by it. Those before them are dealt out
+    in rounds, there and back again.
     """
-    range_of = np.empty(len(lengths), dtype=np.int64)
-    loads = list(range(num_ranges))  # a heap of load * num_ranges + range
-    weights = (lengths + 1) * num_ranges  # the ends of a chunk cost as much as a tile
-    order = np.argsort(-lengths, kind="stable")
-    for chunk, weight in zip(order.tolist(), weights[order].tolist()):
-        range_of[chunk] = loads[0] % num_ranges
-        heapreplace(loads, loads[0] + weight)
+    order = np.argsort(-lengths.astype(np.int16), kind="stable")  # int16: in linear time
+    weights = lengths[order] + 1  # the ends of a chunk cost as much as a tile
+    rounds = max(0, len(lengths) // num_ranges - LAST_ROUNDS)
+    there = np.arange(rounds * num_ranges) % (2 * num_ranges)
+    dealt = np.minimum(there, 2 * num_ranges - 1 - there)
+    loads = np.bincount(dealt, weights[: len(dealt)], num_ranges).astype(np.int64).tolist()
+    heap = [load * num_ranges + index for index, load in enumerate(loads)]
+    heapify(heap)
+    range_of = np.empty(len(lengths), dtype=np.int16)
+    range_of[order[: len(dealt)]] = dealt
+    range_of[order[len(dealt) :]] = [
+        heapreplace(heap, heap[0] + weight) % num_ranges
+        for weight in (weights[len(dealt) :] * num_ranges).tolist()
+    ]
     return range_of

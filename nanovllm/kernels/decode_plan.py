@@ -118,7 +118,9 @@ def plan_decode(
     """
     fused = padded_rows <= FUSED_ROWS
     cached = context_lens - 1 if fused else context_lens
-    chunks, chunk_counts = _cut(cached, tile, padded_rows, None if fused else borders)
+    num_tiles = np.maximum(1, -(-cached // tile))  # of each row
+    border = None if fused or borders is None else borders // tile
+    chunks, chunk_counts = _cut(num_tiles, tile, padded_rows, border)
     shared, spans = None, num_spans(tile, block_size)
     if not fused and begin_alike(block_tables):
         shared = plan_shared(chunks, block_tables, block_size, tile, spans, num_ranges)
@@ -128,44 +130,48 @@ def plan_decode(
     bounds = np.zeros(num_ranges + 1, dtype=np.int32)
     bounds[1:] = np.bincount(range_of, chunks.length, num_ranges).cumsum()
 
-    # Of each tile, range by range: its chunk, and its place there.
-    order = np.argsort(range_of, kind="stable")
-    place = places(chunks.length[order])
-    row, number, first, length, is_last = chunks.take(np.repeat(order, chunks.length[order]))
-    start = (first + place) * tile
-    tiles = np.empty((len(row), spans + 1), dtype=np.int32)
-    tiles[:, :-1] = slots_of(row, start, block_tables, block_size, tile, spans)
+    # Range by range. Of each tile: its chunk, its number in the row, and what it is.
+    row, number, first, length, is_last = chunks.take(np.argsort(range_of, kind="stable"))
+    ends = length.cumsum()
+    begins, last_tiles = ends - length, ends - 1
+    chunk_of = np.repeat(np.arange(len(row)), length)
+    tile_number = np.arange(len(chunk_of)) + (first - begins)[chunk_of]
+    tiles = np.empty((len(chunk_of), spans + 1), dtype=np.int32)
+    tiles[:, :-1] = slots_of(row[chunk_of], tile_number, block_tables, block_size, tile, spans)
     info = tiles[:, -1]
-    info[:] = row << 16 | number << CHUNK_SHIFT | np.minimum(cached[row] - start, tile)
-    info += (place == 0) * FIRST + (place == length - 1) * LAST + is_last * NEWEST
+    info[:] = (row << 16 | number << CHUNK_SHIFT | is_last * NEWEST | tile)[chunk_of]
+    info[begins] += FIRST
+    info[last_tiles] += LAST
+    # All tiles are full but the last one of a row.
+    of_row = row[is_last]
+    info[last_tiles[is_last]] -= (num_tiles * tile - cached)[of_row]
     plan = DecodePlan(bounds, chunk_counts.astype(np.int32), tiles)
     return plan if shared is None else plan.with_list(shared[1])
 
 
 def _cut(
-    cached: np.ndarray, tile: int, padded_rows: int, borders: np.ndarray | None
+    num_tiles: np.ndarray, tile: int, padded_rows: int, border: np.ndarray | None
 ) -> tuple[Chunks, np.ndarray]:
-    """Chunks of contexts of some lengths, and how many each row has."""
-    counts = np.maximum(1, -(-cached // tile))  # tiles of a row
-    # Tokens of a row's chunks: finer ones give more programs and ranges of more even lengths,
+    """Chunks of rows of so many tiles, and how many each row has. `border`: the tile of each that
+    is to begin a chunk, 0 for none."""
+    # Tiles of a row's chunks: finer ones give more programs and ranges of more even lengths,
     # coarser ones fewer partial results.
-    finest = max(tile, 64 if padded_rows <= FUSED_ROWS else 128)
-    chunk = np.where(cached <= 512, finest, 2 * finest)
     if padded_rows > MANY_ROWS:
-        chunk[:] = 512 if padded_rows <= 2 * MANY_ROWS else 1024
-    border = np.zeros_like(cached) if borders is None else np.where(borders < cached, borders, 0)
+        per_chunk: Any = (512 if padded_rows <= 2 * MANY_ROWS else 1024) // tile
+    else:
+        finest = max(tile, 64 if padded_rows <= FUSED_ROWS else 128) // tile
+        per_chunk = np.where(num_tiles <= 512 // tile, finest, 2 * finest)
+    border = np.zeros_like(num_tiles) if border is None else border
     most = MAX_CHUNKS - (border > 0)  # on both sides of a border a chunk may be cut short
-    long = cached > chunk * most
-    chunk[long] = -(-cached // (most * tile))[long] * tile
-    per_chunk, border = chunk // tile, border // tile
+    per_chunk = np.maximum(per_chunk, -(-num_tiles // most))
     before = -(-border // per_chunk)
-    chunk_counts = before - (border - counts) // per_chunk
+    chunk_counts = before - (border - num_tiles) // per_chunk
 
     # Of each chunk: its row, its place in the row, its tiles.
-    row, number = np.repeat(np.arange(len(counts)), chunk_counts), places(chunk_counts)
+    row, number = np.repeat(np.arange(len(num_tiles)), chunk_counts), places(chunk_counts)
     is_before = number < before[row]
     first = number * per_chunk[row] - (before * per_chunk - border)[row] * ~is_before
-    end = np.where(is_before, border[row], counts[row])
+    end = np.where(is_before, border[row], num_tiles[row])
     length = np.minimum(per_chunk[row], end - first)
     is_last = number == chunk_counts[row] - 1
     return Chunks(row, number, first, length, is_last), chunk_counts
