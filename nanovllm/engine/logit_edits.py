@@ -96,9 +96,9 @@ class EditSlots:
         self._slot_of.clear()
         self._owners.clear()
 
-    def of_batch(self, batch: "Batch") -> tuple[list[int], list[SlotContents]]:
-        """Each row's slot, -1 for none, and what has to be written before the step."""
-        slots, contents = [-1] * len(batch.seqs), []
+    def of_batch(self, batch: "Batch") -> tuple[dict[int, int], list[SlotContents]]:
+        """By row the slots of those that have one, and what has to be written before the step."""
+        slots, contents = dict[int, int](), list[SlotContents]()
         for row in batch.wishful_rows:
             seq = batch.seqs[row]
             edits, num_tokens = seq.sampling.edits, batch.starts[row] + batch.lengths[row]

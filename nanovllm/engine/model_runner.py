@@ -121,7 +121,6 @@ class ModelRunner:
             self.graphs = CudaGraphs(self.device, self._run, run_ahead)
             with self._kernels_on_demand():
                 self.graphs.capture(self.largest_decode_shape())
-        self._launched_rows: dict[int, int] = {}  # seq_id -> row of the last launch
         self._edit_slots = EditSlots(config.max_num_seqs)
 
     # What a rank of several does in another way: see `parallel.rank_runner`.
@@ -201,15 +200,12 @@ class ModelRunner:
         has_graph = self.graphs is not None and not batch.is_prefill
         padded_rows = graph_rows(rows, self.config.max_num_seqs) if has_graph else rows
         edit_slots, slot_contents = self._edit_slots.of_batch(batch)
-        shape, num_words = self.inputs.fill(
-            batch, padded_rows, self._launched_rows, has_graph, edit_slots
-        )
-        self._launched_rows = {seq.seq_id: row for row, seq in enumerate(batch.seqs)}
+        shape, num_words = self.inputs.fill(batch, padded_rows, has_graph, edit_slots)
         index = self.inputs.buffer_index
         num_top = {
             row: number
             for row in batch.wishful_rows
-            if (number := batch.sampling[row].logprobs) is not None
+            if (number := batch.seqs[row].sampling.logprobs) is not None
         }
         return Step(
             shape, rows, index, num_words, slot_contents, bool(batch.constraints), num_top,
@@ -265,7 +261,7 @@ class ModelRunner:
         """Wait for whatever is under way, and forget it."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
-        self._launched_rows = {}
+        self.inputs.forget()
         self._edit_slots.clear()
 
     def change_weights(self, fill: Callable[[CausalLM], None]) -> None:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.constraints import TokenConstraint
-from nanovllm.engine.sequence import RowSampling, Sequence, SequenceStatus
+from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.layers.sampler import NONE_LEFT, NOT_FINITE
 
 # The most prefill steps in a row for which a sequence waits that could decode. See "Decode between
@@ -49,14 +49,10 @@ class Batch:
         return sum(self.lengths)
 
     @cached_property
-    def sampling(self) -> list[RowSampling]:
-        """How each row is sampled. To be read once the batch is complete."""
-        return [seq.sampling for seq in self.seqs]
-
-    @cached_property
     def wishful_rows(self) -> list[int]:
-        """Rows that want more than a token sampled from their logits as they are, and get one."""
-        rows = [row for row, sampling in enumerate(self.sampling) if sampling.has_wishes]
+        """Rows that want more than a token sampled from their logits as they are, and get one. To
+        be read once the batch is complete."""
+        rows = [row for row, seq in enumerate(self.seqs) if seq.sampling.has_wishes]
         return [row for row in rows if self.yields_token[row]]
 
     @cached_property

@@ -8,7 +8,8 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch
-from nanovllm.engine.sequence import RowSampling
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_rows import ROW, DecodeRows, row_of
 from nanovllm.layers.attention_backends import AttentionBackend
 from nanovllm.layers.edit_tables import RowEdits
 from nanovllm.layers.sampler import SamplingInputs
@@ -135,8 +136,11 @@ class InputBuffers:
         self.device = torch.zeros(size, dtype=torch.int32, device=config.torch_device)
         self.hosts = [torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
         self.buffer_index = 0
-        # Of the newest batch; past the end of a row's table lie entries of older ones.
-        self._tables = np.zeros((rows, self.max_width), dtype=np.int32)
+        self._decode_rows = DecodeRows(rows, self.block_size)
+        self._launched: list[Sequence] = []  # rows of the newest step of any kind
+        self._numbers = np.arange(rows + 1)
+        self._arrays = [host.numpy() for host in self.hosts]
+        self._views: list[tuple[tuple[int, ...], StepInputs] | None] = [None, None]  # of each
 
     def decode_shape(self, rows: int, truncates: bool = False) -> StepShape:
         """A decode step of any contexts: the shape of a CUDA Graph."""
@@ -144,61 +148,32 @@ class InputBuffers:
         return StepShape(False, rows, rows, width, 1, self.max_model_len, truncates)
 
     def fill(
-        self,
-        batch: Batch,
-        padded_rows: int,
-        launched_rows: dict[int, int],
-        fixed_shape: bool,
-        edit_slots: list[int],
+        self, batch: Batch, padded_rows: int, fixed_shape: bool, edit_slots: dict[int, int]
     ) -> tuple[StepShape, int]:
         """Fill the host buffer whose turn it is with a batch, for `send`.
 
         Args:
-            padded_rows: rows to run; those past the batch write nowhere and attend to nothing.
-            launched_rows: where each sequence was in the step before, whose tokens are not known.
+            padded_rows: rows to run; those past the batch write nowhere and attend to nothing. In
+                prefill there are none.
             fixed_shape: the shape is to depend on `padded_rows` and on how rows are sampled alone,
                 as a CUDA Graph's must.
-            edit_slots: of each row, -1 for none.
+            edit_slots: by row, of those that have one.
 
         Returns:
             The step's shape, and how many words of the buffer are in use.
         """
         self.buffer_index = 1 - self.buffer_index
-        starts, lengths = np.array(batch.starts), np.array(batch.lengths)
-        ends = starts + lengths
-        truncates = True in [row.truncates for row in batch.sampling]
-        if fixed_shape:
-            shape = self.decode_shape(padded_rows)
+        if batch.is_prefill:
+            filled = self._fill_prefill(batch, edit_slots)
         else:
-            reads_tables = batch.is_prefill or self.backend.reads_tables_in_decode
-            width = max(len(seq.block_table) for seq in batch.seqs) if reads_tables else 0
-            tokens = batch.num_tokens if batch.is_prefill else padded_rows
-            shape = StepShape(
-                batch.is_prefill, padded_rows, tokens, width, max(batch.lengths), int(ends.max())
-            )
-        late_rows = np.array([*batch.constraints], np.int64)
-        slots = np.array(edit_slots)
-        late_slots, slots[late_rows] = slots[late_rows], -1
-        shape = shape._replace(truncates=truncates, edits=bool(slots.max() >= 0))
-        buffer = self.hosts[self.buffer_index].numpy()
-        host = StepInputs.views(buffer, shape)
-        host.buffer_index[0] = self.buffer_index
-        self._fill_sampling(host, batch.sampling, truncates)
-        host.edit_slots[: len(slots)] = slots
-        host.late_slots[late_rows] = np.where(late_slots < 0, self.neutral_slot, late_slots)
-        self._fill_rows(host, batch, starts, lengths, shape, launched_rows)
-        self._fill_tokens(host, batch, launched_rows)
-        if padded_rows > len(batch.seqs):
-            self._fill_padding(host, len(batch.seqs), truncates)
-        used = len(buffer) - len(host.rest)
-        if not batch.is_prefill:
-            num_words, shares = self.backend.prepare_decode(
-                host.rest, ends, self._tables[: len(batch.seqs)], padded_rows,
-                self._borders(batch, padded_rows),
-            )  # fmt: skip
-            used += num_words
-            shape = shape._replace(shares=shares)
-        return shape, used
+            filled = self._fill_decode(batch, padded_rows, fixed_shape, edit_slots)
+        self._launched = batch.seqs
+        return filled
+
+    def forget(self) -> None:
+        """The steps so far count no more: what the next one needs is written anew."""
+        self._launched = []
+        self._decode_rows.forget()
 
     def may_share(self, padded_rows: int) -> bool:
         """Whether rows of a decode step may read blocks that they share together."""
@@ -212,76 +187,120 @@ class InputBuffers:
         """The inputs as they are on the device."""
         return StepInputs.views(self.device, shape)
 
-    def _borders(self, batch: Batch, padded_rows: int) -> np.ndarray | None:
-        """[rows], the tokens in full blocks that a row may share with others of its request."""
-        if not self.may_share(padded_rows):
-            return None
-        common = [seq.num_prompt_tokens if seq.has_siblings else 0 for seq in batch.seqs]
-        return np.array(common) // self.block_size * self.block_size
-
-    @staticmethod
-    def _fill_sampling(host: StepInputs, sampling: list[RowSampling], truncates: bool) -> None:
-        rows = len(sampling)
-        host.seeds[:rows] = [row.seed for row in sampling]
-        host.temperatures[:rows] = [row.temperature for row in sampling]
-        if truncates:
-            host.top_k[:rows] = [row.top_k for row in sampling]
-            host.top_p[:rows] = [row.top_p for row in sampling]
-            host.min_p[:rows] = [row.min_p for row in sampling]
-
-    def _fill_rows(
-        self,
-        host: StepInputs,
-        batch: Batch,
-        starts: np.ndarray,
-        lengths: np.ndarray,
-        shape: StepShape,
-        launched_rows: dict[int, int],
-    ) -> None:
-        """Contexts, block tables, and where each token stands and is stored."""
-        rows = len(batch.seqs)
-        host.context_lens[:rows] = starts + lengths
+    def _fill_prefill(self, batch: Batch, edit_slots: dict[int, int]) -> tuple[StepShape, int]:
+        seqs = batch.seqs
+        width = max(len(seq.block_table) for seq in seqs)
+        starts, lengths = np.array(batch.starts), np.array(batch.lengths)
+        ends = starts + lengths
+        shape = StepShape(
+            True, len(seqs), batch.num_tokens, width, max(batch.lengths), int(ends.max())
+        )
+        host = self._host(shape)
+        rows = np.array([row_of(*row, self.block_size) for row in zip(seqs, batch.starts)], ROW)
+        truncates = bool(rows["truncates"].any())
+        self._fill_sampling(host, rows, truncates)
+        edits = self._fill_edits(host, batch, edit_slots)
+        host.context_lens[:] = ends
         host.cu_seqlens_q[0] = 0
-        np.cumsum(lengths, out=host.cu_seqlens_q[1 : rows + 1])
-        for row, (seq, start) in enumerate(zip(batch.seqs, batch.starts)):
-            # Else it is as in the step before: tables change only where a block begins.
-            if launched_rows.get(seq.seq_id) != row or start % self.block_size == 0:
-                self._tables[row, : len(seq.block_table)] = seq.block_table
-        row_of_token = np.repeat(np.arange(rows), lengths)
-        num_tokens = len(row_of_token)
-        positions = np.arange(num_tokens) + (starts - host.cu_seqlens_q[:rows])[row_of_token]
-        host.positions[:num_tokens] = positions
-        blocks = self._tables[row_of_token, positions // self.block_size]
+        np.cumsum(lengths, out=host.cu_seqlens_q[1:])
+        host.block_tables[:] = 0
+        for table, seq in zip(host.block_tables, seqs):
+            table[: len(seq.block_table)] = seq.block_table
+        host.input_ids[:] = list(
+            chain.from_iterable(
+                seq.token_ids[start:end] for seq, start, end in zip(seqs, batch.starts, ends)
+            )
+        )
+        row_of_token = np.repeat(np.arange(len(seqs)), lengths)
+        positions = np.arange(shape.tokens) + (starts - host.cu_seqlens_q[:-1])[row_of_token]
+        host.positions[:] = positions
+        blocks = host.block_tables[row_of_token, positions // self.block_size]
         slots = blocks * self.block_size + positions % self.block_size
-        if batch.is_prefill:
-            found = np.array([seq.num_found_tokens for seq in batch.seqs])
-            slots[positions < found[row_of_token]] = -1
-        host.slot_mapping[:num_tokens] = slots
-        host.block_tables[:rows] = self._tables[:rows, : shape.width]
+        found = np.array([seq.num_found_tokens for seq in seqs])
+        slots[positions < found[row_of_token]] = -1
+        host.slot_mapping[:] = slots
+        used = len(self._arrays[self.buffer_index]) - len(host.rest)
+        return shape._replace(truncates=truncates, edits=edits), used
+
+    def _fill_decode(
+        self, batch: Batch, padded_rows: int, fixed_shape: bool, edit_slots: dict[int, int]
+    ) -> tuple[StepShape, int]:
+        kept, number = self._decode_rows, len(batch.seqs)
+        is_after_decode = self._launched is kept.seqs
+        kept.update(batch)
+        starts = kept.rows["start"]
+        ends = starts + 1
+        shape = self.decode_shape(padded_rows)
+        if not fixed_shape:
+            longest = int(ends.max())
+            width = -(-longest // self.block_size) if shape.width else 0
+            shape = shape._replace(width=width, max_context_len=longest)
+        host = self._host(shape)
+        self._fill_sampling(host, kept.rows, kept.truncates)
+        edits = self._fill_edits(host, batch, edit_slots)
+        host.context_lens[:number] = ends
+        host.cu_seqlens_q[: number + 1] = self._numbers[: number + 1]
+        host.input_ids[:number] = self._newest_tokens(batch, is_after_decode)
+        host.positions[:number] = starts
+        host.slot_mapping[:number] = kept.slots()
+        host.block_tables[:number] = kept.tables[:, : shape.width]
+        if padded_rows > number:
+            self._fill_padding(host, number, kept.truncates)
+        num_words, shares = self.backend.prepare_decode(
+            host.rest, ends, kept.tables, padded_rows,
+            kept.borders if self.may_share(padded_rows) else None, kept.goes_on,
+        )  # fmt: skip
+        used = len(self._arrays[self.buffer_index]) - len(host.rest) + num_words
+        return shape._replace(truncates=kept.truncates, edits=edits, shares=shares), used
+
+    def _host(self, shape: StepShape) -> StepInputs:
+        """Views of the host buffer whose turn it is, mostly those of its last step."""
+        index, layout = self.buffer_index, (shape.rows, shape.tokens, shape.width)
+        last = self._views[index]
+        if last is None or last[0] != layout:
+            last = layout, StepInputs.views(self._arrays[index], shape)
+            self._views[index] = last
+        last[1].buffer_index[0] = index
+        return last[1]
+
+    def _newest_tokens(self, batch: Batch, is_after_decode: bool) -> np.ndarray | list[int]:
+        """The tokens that a decode step runs; -1 - i for row i of the step before, whose token the
+        host does not have yet."""
+        seqs, starts, places = batch.seqs, batch.starts, self._decode_rows.places
+        # A step's tokens come all at once: where one is on its way, all are.
+        if is_after_decode and starts[0] >= len(seqs[0].token_ids) and places.min() >= 0:
+            return -1 - places
+        place_of = dict(zip(self._launched, range(len(self._launched))))
+        return [
+            known[start] if start < len(known := seq.token_ids) else -1 - place_of[seq]
+            for seq, start in zip(seqs, starts)
+        ]
+
+    def _fill_edits(self, host: StepInputs, batch: Batch, slots: dict[int, int]) -> bool:
+        """Which row has which slot. Returns whether any is to be read with the first sampling."""
+        host.edit_slots[:] = -1
+        if slots:
+            host.edit_slots[[*slots]] = [*slots.values()]
+        if batch.constraints:
+            late_rows = [*batch.constraints]
+            late_slots = host.edit_slots[late_rows]
+            host.late_slots[late_rows] = np.where(late_slots < 0, self.neutral_slot, late_slots)
+            host.edit_slots[late_rows] = -1
+        return bool(slots) and int(host.edit_slots.max()) >= 0
 
     @staticmethod
-    def _fill_tokens(host: StepInputs, batch: Batch, launched_rows: dict[int, int]) -> None:
-        if batch.is_prefill:
-            spans = (
-                seq.token_ids[start : start + length]
-                for seq, start, length in zip(batch.seqs, batch.starts, batch.lengths)
-            )
-            host.input_ids[:] = list(chain.from_iterable(spans))
-        else:
-            rows = len(batch.seqs)
-            host.input_ids[:rows] = [
-                seq.token_ids[start]
-                if start < len(seq.token_ids)
-                else -1 - launched_rows[seq.seq_id]
-                for seq, start in zip(batch.seqs, batch.starts)
-            ]
+    def _fill_sampling(host: StepInputs, rows: np.ndarray, truncates: bool) -> None:
+        number = len(rows)
+        host.seeds[:number], host.temperatures[:number] = rows["seed"], rows["temperature"]
+        if truncates:
+            for name in ("top_k", "top_p", "min_p"):
+                getattr(host, name)[:number] = rows[name]
 
     @staticmethod
     def _fill_padding(host: StepInputs, rows: int, truncates: bool) -> None:
         """Decode rows past the batch: they write nowhere, attend to nothing and are greedy, and so
         read no seed."""
-        for field in (host.slot_mapping, host.edit_slots):
-            field[rows:] = -1
+        host.slot_mapping[rows:] = -1
         for field in (host.context_lens, host.positions, host.input_ids, host.temperatures):
             field[rows:] = 0
         if truncates:

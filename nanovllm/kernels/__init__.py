@@ -24,6 +24,7 @@ from nanovllm.kernels.decode_attention import num_decode_ranges, paged_decode
 from nanovllm.kernels.decode_plan import (
     FUSED_ROWS,
     DecodePlan,
+    PlanWords,
     decode_tile,
     max_plan_words,
     num_spans,
@@ -45,9 +46,9 @@ from nanovllm.kernels.truncate import truncation_thresholds
 
 __all__ = [
     "FUSED_ROWS", "MAX_HEAD_DIM", "MOST_TOP", "PUSH_BLOCK", "PUSH_SLOTS", "Compiler", "DecodePlan",
-    "add_matmul", "all_reduce", "all_reduce_add", "apply_experts", "best_of_ranks", "decode_tile",
-    "edit_logits", "embed", "gated_matmul", "gumbel_sample", "gumbel_winners", "matmul",
-    "max_plan_words", "num_decode_ranges", "num_spans", "paged_decode", "paged_prefill",
+    "PlanWords", "add_matmul", "all_reduce", "all_reduce_add", "apply_experts", "best_of_ranks",
+    "decode_tile", "edit_logits", "embed", "gated_matmul", "gumbel_sample", "gumbel_winners",
+    "matmul", "max_plan_words", "num_decode_ranges", "num_spans", "paged_decode", "paged_prefill",
     "plan_decode", "qk_norm_rope_store", "quantize_rows", "rms_norm", "rms_norm_in_fp8", "route",
     "silu_and_mul", "summands", "token_logprobs", "truncation_thresholds", "wait_for",
 ]  # fmt: skip

@@ -1,12 +1,11 @@
 """Chunks: the pieces of contexts that a decode step's work lists are made of."""
 
 from heapq import heapify, heapreplace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-
-LAST_ROUNDS = 2
+LAST_ROUNDS = 2  # chunks dealt out one by one, for each range
 
 
 class Chunks(NamedTuple):
@@ -28,33 +27,29 @@ class Chunks(NamedTuple):
 
     def take(self, which: np.ndarray) -> "Chunks":
         """Some of them: a mask, or their numbers."""
-        return Chunks(*(column[which] for column in self))
+        return Chunks(*[column[which] for column in self])
 
 
 def slots_of(
-    row: np.ndarray,
-    number: np.ndarray,
-    block_tables: np.ndarray,
-    block_size: int,
-    tile: int,
-    spans: int,
+    chunks: Chunks, block_tables: np.ndarray, block_size: int, tile: int, spans: int
 ) -> np.ndarray:
-    """Where in the cache the spans begin of rows' tiles of some numbers: [tiles, spans]. What is
-    past the end of a row is anywhere."""
-    per_block = block_size * spans // tile  # spans of a block
-    span = number[:, None]
-    if spans > 1:
-        span = span * spans + np.arange(spans)
-    block, place = (span, 0) if per_block == 1 else np.divmod(span, per_block)
+    """Where in the cache the spans of tiles begin, of all tiles of chunks, one after the other:
+    [tiles, spans]. What is past the end of a row is anywhere."""
     width = block_tables.shape[1]
-    block = np.minimum(block, width - 1) + (row * width)[:, None]
+    row, length = chunks.row, chunks.length
+    number = places(length, chunks.first)[:, None]  # of each tile in its row
+    per_block = block_size * spans // tile  # spans of a block
+    if spans > 1:
+        number = number * spans + np.arange(spans)
+    block, place = (number, 0) if per_block == 1 else np.divmod(number, per_block)
+    block = np.minimum(block, width - 1) + np.repeat(row * width, length)[:, None]
     return block_tables.take(block) * block_size + place * (tile // spans)
 
 
-def places(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, ... for each length: of lengths 2 and 3 that is 0, 1, 0, 1, 2."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+def places(lengths: np.ndarray, first: Any = 0) -> np.ndarray:
+    """0, 1, ... for each length, or from `first` on: of lengths 2 and 3 that is 0, 1, 0, 1, 2."""
+    ends = lengths.cumsum()
+    return np.arange(ends[-1]) + (first - ends + lengths).repeat(lengths)
 
 
 def balance(lengths: np.ndarray, num_ranges: int) -> np.ndarray:

@@ -19,7 +19,7 @@ MAX_CHUNKS = 32
 FUSED_ROWS = 4  # up to so many rows, the kernel stores the newest token itself
 MANY_ROWS = 64
 # A tile's last word: 15 bits for the row, 1 spare, 5 for the chunk, 3 flags, 8 for the tokens.
-FIRST, LAST, NEWEST = 256, 512, 1024
+TOKENS, FIRST, LAST, NEWEST = 255, 256, 512, 1024
 CHUNK_SHIFT = 11
 
 
@@ -65,6 +65,47 @@ class DecodePlan(NamedTuple):
         return self._replace(
             tiles=tiles.reshape(-1, width), list_begin=np.array([begin], dtype=np.int32)
         )
+
+
+class PlanWords:
+    """A plan as it lies in the buffer of a step, and of the steps after it as long as every row
+    grows by a token a step, within its last tile: then only that tile's tokens are counted up.
+
+    Args:
+        plan: of NumPy.
+        rows: that the kernel will get.
+        tile: tokens of a tile.
+
+    Attributes:
+        words: [any number] int32.
+        shares: whether there is a list of `kernels.shared_plan`.
+    """
+
+    def __init__(self, plan: DecodePlan, rows: int, tile: int) -> None:
+        num_ranges, (tiles, width) = len(plan.bounds) - 1, plan.tiles.shape
+        self.shares = plan.list_begin is not None
+        begin = _aligned(num_ranges + 1) + _aligned(rows) + _aligned(1)
+        self.words = np.zeros(begin + tiles * width, dtype=np.int32)
+        views = DecodePlan.views(self.words, rows, num_ranges, width - 1, self.shares)
+        views.bounds[:] = plan.bounds
+        views.chunk_counts[: len(plan.chunk_counts)] = plan.chunk_counts
+        views.tiles[:] = plan.tiles
+        if self.shares:
+            views.list_begin[:] = plan.list_begin
+        self._tile, self._info = tile, views.tiles[: plan.bounds[-1], -1]
+        self._newest: np.ndarray | None = None  # tile of each row that has the newest token
+
+    def grow(self) -> bool:
+        """Go on to the step in which each context is a token longer. False, and nothing is changed,
+        if a tile is full."""
+        if self._newest is None:
+            self._newest = np.flatnonzero((self._info & (LAST | NEWEST)) == LAST | NEWEST)
+            self._room = self._tile - int((self._info[self._newest] & TOKENS).max())
+        if not self._room:
+            return False
+        self._room -= 1
+        self._info[self._newest] += 1
+        return True
 
 
 def _aligned(size: int) -> int:
@@ -113,8 +154,8 @@ def plan_decode(
         tile: tokens of a tile, from `decode_tile`.
         num_ranges: from `num_decode_ranges`.
         padded_rows: the rows that the kernel will get.
-        borders: [rows], the token that is to begin a chunk, the first of a block; 0: none. Steps
-            of few rows do without.
+        borders: [rows], the token that is to begin a chunk, the first of a block and before the
+            newest one; 0: none. Steps of few rows do without.
     """
     fused = padded_rows <= FUSED_ROWS
     cached = context_lens - 1 if fused else context_lens
@@ -130,21 +171,18 @@ def plan_decode(
     bounds = np.zeros(num_ranges + 1, dtype=np.int32)
     bounds[1:] = np.bincount(range_of, chunks.length, num_ranges).cumsum()
 
-    # Range by range. Of each tile: its chunk, its number in the row, and what it is.
-    row, number, first, length, is_last = chunks.take(np.argsort(range_of, kind="stable"))
-    ends = length.cumsum()
-    begins, last_tiles = ends - length, ends - 1
-    chunk_of = np.repeat(np.arange(len(row)), length)
-    tile_number = np.arange(len(chunk_of)) + (first - begins)[chunk_of]
-    tiles = np.empty((len(chunk_of), spans + 1), dtype=np.int32)
-    tiles[:, :-1] = slots_of(row[chunk_of], tile_number, block_tables, block_size, tile, spans)
-    info = tiles[:, -1]
-    info[:] = (row << 16 | number << CHUNK_SHIFT | is_last * NEWEST | tile)[chunk_of]
-    info[begins] += FIRST
-    info[last_tiles] += LAST
+    # Range by range.
+    chunks = chunks.take(np.argsort(range_of, kind="stable"))
+    ends = chunks.length.cumsum()
+    tiles = np.empty((ends[-1], spans + 1), dtype=np.int32)
+    tiles[:, :-1] = slots_of(chunks, block_tables, block_size, tile, spans)
+    row, is_last, info = chunks.row, chunks.is_last, tiles[:, -1]
+    words = row << 16 | chunks.number << CHUNK_SHIFT | is_last * NEWEST | tile
+    info[:] = words.repeat(chunks.length)
+    info[ends - chunks.length] += FIRST
+    info[ends - 1] += LAST
     # All tiles are full but the last one of a row.
-    of_row = row[is_last]
-    info[last_tiles[is_last]] -= (num_tiles * tile - cached)[of_row]
+    info[ends[is_last] - 1] -= (num_tiles * tile - cached)[row[is_last]]
     plan = DecodePlan(bounds, chunk_counts.astype(np.int32), tiles)
     return plan if shared is None else plan.with_list(shared[1])
 
@@ -161,17 +199,23 @@ def _cut(
     else:
         finest = max(tile, 64 if padded_rows <= FUSED_ROWS else 128) // tile
         per_chunk = np.where(num_tiles <= 512 // tile, finest, 2 * finest)
-    border = np.zeros_like(num_tiles) if border is None else border
-    most = MAX_CHUNKS - (border > 0)  # on both sides of a border a chunk may be cut short
+    # On both sides of a border a chunk may be cut short.
+    most = MAX_CHUNKS if border is None else MAX_CHUNKS - (border > 0)
     per_chunk = np.maximum(per_chunk, -(-num_tiles // most))
-    before = -(-border // per_chunk)
-    chunk_counts = before - (border - num_tiles) // per_chunk
+    if border is None:
+        chunk_counts = -(-num_tiles // per_chunk)
+    else:
+        before = -(-border // per_chunk)
+        chunk_counts = before - (border - num_tiles) // per_chunk
 
     # Of each chunk: its row, its place in the row, its tiles.
-    row, number = np.repeat(np.arange(len(num_tiles)), chunk_counts), places(chunk_counts)
-    is_before = number < before[row]
-    first = number * per_chunk[row] - (before * per_chunk - border)[row] * ~is_before
-    end = np.where(is_before, border[row], num_tiles[row])
-    length = np.minimum(per_chunk[row], end - first)
+    row, number = np.arange(len(num_tiles)).repeat(chunk_counts), places(chunk_counts)
+    full = per_chunk[row]
+    first, end = number * full, num_tiles[row]
+    if border is not None:
+        is_before = number < before[row]
+        first -= (before * per_chunk - border)[row] * ~is_before
+        end = np.where(is_before, border[row], end)
+    length = np.minimum(full, end - first)
     is_last = number == chunk_counts[row] - 1
     return Chunks(row, number, first, length, is_last), chunk_counts

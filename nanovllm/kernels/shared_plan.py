@@ -87,9 +87,7 @@ def plan_shared(
     first_member = (np.cumsum(sizes) - sizes)[order]
     pieces, sizes = pieces.take(order), sizes[order]
     rows = members.row[np.repeat(first_member, sizes) + places(sizes)]
-    number = np.repeat(pieces.first, pieces.length) + places(pieces.length)
-    tile_rows = np.repeat(pieces.row, pieces.length)
-    slots = slots_of(tile_rows, number, block_tables, block_size, tile, spans).ravel()
+    slots = slots_of(pieces, block_tables, block_size, tile, spans).ravel()
 
     bounds_end = num_ranges + 1
     rows_begin = bounds_end + PIECE_WORDS * (len(sizes) + 1)

@@ -80,6 +80,7 @@ class AttentionBackend(ABC):
         block_tables: np.ndarray,
         padded_rows: int,
         borders: np.ndarray | None = None,
+        goes_on: bool = False,
     ) -> tuple[int, bool]:
         """Write the metadata of a decode step into a host buffer.
 
@@ -89,7 +90,8 @@ class AttentionBackend(ABC):
             block_tables: [rows, width].
             padded_rows: the rows that will run; those past `rows` attend to nothing.
             borders: [rows], the tokens in full blocks that a row may share with others of its
-                request; 0: there are no others.
+                request, fewer than its context has; 0, or None for all rows: there are no others.
+            goes_on: whether all is as in the last call, but each context a token longer.
 
         Returns:
             The words used, and whether rows read blocks that they share together.
@@ -131,6 +133,7 @@ class TritonBackend(AttentionBackend):
 
     name = "triton"
     reads_tables_in_decode = False
+    _last_plan: Any = None  # of `kernels.PlanWords`
 
     def __init__(
         self,
@@ -174,21 +177,17 @@ class TritonBackend(AttentionBackend):
         block_tables: np.ndarray,
         padded_rows: int,
         borders: np.ndarray | None = None,
+        goes_on: bool = False,
     ) -> tuple[int, bool]:
-        plan = kernels.plan_decode(
-            context_lens, block_tables, self.block_size, self._tile(padded_rows), self.num_ranges,
-            padded_rows, borders,
-        )  # fmt: skip
-        shares = plan.list_begin is not None
-        views = self.decode_metadata(buffer, padded_rows, shares)
-        rows = len(context_lens)
-        views.bounds[:] = plan.bounds
-        views.chunk_counts[:rows], views.chunk_counts[rows:] = plan.chunk_counts, 0
-        views.tiles[: len(plan.tiles)] = plan.tiles
-        if shares:
-            views.list_begin[:] = plan.list_begin
-        start_of_tiles = len(buffer) - views.tiles.size
-        return start_of_tiles + plan.tiles.size, shares
+        last = self._last_plan
+        if not (goes_on and last is not None and last.grow()):
+            plan = kernels.plan_decode(
+                context_lens, block_tables, self.block_size, self._tile(padded_rows),
+                self.num_ranges, padded_rows, borders,
+            )  # fmt: skip
+            last = self._last_plan = kernels.PlanWords(plan, padded_rows, self._tile(padded_rows))
+        buffer[: len(last.words)] = last.words
+        return len(last.words), last.shares
 
     def decode_metadata(self, buffer: Any, padded_rows: int, shares: bool = False) -> Any:
         spans = kernels.num_spans(self._tile(padded_rows), self.block_size)

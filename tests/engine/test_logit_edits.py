@@ -26,19 +26,19 @@ def batch(*seqs: Sequence, is_prefill: bool = False) -> Batch:
 
 def test_a_request_keeps_its_slot_and_writes_it_once():
     slots, seq = EditSlots(2), sequence(0, frequency_penalty=1)
-    (first,), (contents,) = slots.of_batch(batch(seq, is_prefill=True))
-    assert contents.slot == first and contents.seen is not None
+    found, (contents,) = slots.of_batch(batch(seq, is_prefill=True))
+    assert found == {0: contents.slot} and contents.seen is not None
     assert contents.seen[0].tolist() == [1, 2, 3]
     for token in (7, 8):
         seq.token_ids.append(token)
-        assert slots.of_batch(batch(seq)) == ([first], [])
+        assert slots.of_batch(batch(seq)) == (found, [])
 
 
 def test_rows_that_change_nothing_have_none():
     slots = EditSlots(2)
     rows = batch(sequence(0), sequence(1, logprobs=1), sequence(2, logit_bias={5: 1.0}))
     found, contents = slots.of_batch(rows)
-    assert found[:2] == [-1, -1] and found[2] >= 0 and len(contents) == 1
+    assert [*found] == [2] and len(contents) == 1
 
 
 def test_who_was_preempted_writes_its_slot_anew_with_all_its_tokens():
@@ -63,8 +63,8 @@ def test_after_min_tokens_the_slot_is_written_or_given_back():
     assert slots.of_batch(batch(only, biased))[1] == []
     for seq in (only, biased):
         seq.token_ids.append(7)
-    (none, slot), (contents,) = slots.of_batch(batch(only, biased))
-    assert none == -1 and contents.slot == slot and contents.bias.token_ids.tolist() == [5]
+    found, (contents,) = slots.of_batch(batch(only, biased))
+    assert found == {1: contents.slot} and contents.bias.token_ids.tolist() == [5]
     assert contents.seen is None, "what was counted stays"
 
 
@@ -72,15 +72,15 @@ def test_slots_of_those_that_have_ended_or_wait_are_given_to_others():
     slots = EditSlots(3)
     seqs = [sequence(i, repetition_penalty=1.1) for i in range(3)]
     first, _ = slots.of_batch(batch(*seqs, is_prefill=True))
-    assert sorted(first) == [0, 1, 2]
+    assert sorted(first.values()) == [0, 1, 2]
     seqs[0].status, seqs[2].status = SequenceStatus.FINISHED, SequenceStatus.WAITING
     others = [sequence(i, repetition_penalty=1.1) for i in (3, 4)]
     second, _ = slots.of_batch(batch(*others, is_prefill=True))
-    assert sorted([first[1], *second]) == [0, 1, 2]
+    assert sorted([first[1], *second.values()]) == [0, 1, 2]
 
 
 def test_clearing_brings_back_a_slot_that_an_interrupt_has_lost():
     slots = EditSlots(1)
     slots._free.pop()
     slots.clear()
-    assert slots.of_batch(batch(sequence(0, repetition_penalty=2), is_prefill=True))[0] == [0]
+    assert slots.of_batch(batch(sequence(0, repetition_penalty=2), is_prefill=True))[0] == {0: 0}

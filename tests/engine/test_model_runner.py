@@ -63,7 +63,7 @@ def test_running_padding_rows_changes_no_other_slot_and_no_token(
         llm.step()
         batch = llm.scheduler.schedule()
         before = whole_cache(llm)
-        shape, words = runner.inputs.fill(batch, 8, {}, False, [-1] * 3)
+        shape, words = runner.inputs.fill(batch, 8, False, {})
         runner.inputs.send(runner.inputs.buffer_index, words)
         inputs = runner.inputs.view(shape)
         runner._run(shape)

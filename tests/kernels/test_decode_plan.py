@@ -12,6 +12,7 @@ from nanovllm.kernels.decode_plan import (
     MANY_ROWS,
     MAX_CHUNKS,
     NEWEST,
+    PlanWords,
     decode_tile,
     max_plan_words,
     num_spans,
@@ -103,3 +104,29 @@ def test_chunks_are_dealt_out_longest_first_and_their_ends_count():
     assert balance(np.array([1, 1, 2]), 2).tolist() == [1, 1, 0]  # not 1 and 2 against 1
     # Four chunks of 2 cost 12, one of 10 costs 11: the fifth goes there, though it has more tiles.
     assert balance(np.array([10, 2, 2, 2, 2, 2]), 2).tolist() == [0, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(("rows", "padded_rows"), [(1, 1), (3, 4), (7, 8), (20, 200)])
+@pytest.mark.parametrize(("block_size", "in_fp8"), [(64, False), (256, False), (128, True)])
+def test_words_that_grow_are_those_of_a_plan_made_anew(
+    rows: int, padded_rows: int, block_size: int, in_fp8: bool
+) -> None:
+    random = np.random.default_rng(rows)
+    context_lens = random.integers(1, 1100, rows)
+    tables = random.permutation(rows * 20).reshape(rows, 20).astype(np.int32)
+    tile = decode_tile(padded_rows, 64, in_fp8)
+
+    def planned() -> PlanWords:
+        plan = plan_decode(context_lens, tables, block_size, tile, 7, padded_rows)
+        return PlanWords(plan, padded_rows, tile)
+
+    kept, times_anew = planned(), 0
+    for _ in range(2 * tile):
+        has_room = ((context_lens - (padded_rows <= FUSED_ROWS)) % tile > 0).all()
+        context_lens = context_lens + 1
+        grown = kept.grow()
+        assert grown or not has_room
+        if not grown:
+            kept, times_anew = planned(), times_anew + 1
+        assert kept.words.tolist() == planned().words.tolist()
+    assert 2 <= times_anew <= 2 * rows + 2
