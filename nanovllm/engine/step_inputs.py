@@ -8,7 +8,6 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch
-from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_rows import ROW, DecodeRows, row_of
 from nanovllm.layers.attention_backends import AttentionBackend
 from nanovllm.layers.edit_tables import RowEdits
@@ -137,7 +136,7 @@ class InputBuffers:
         self.hosts = [torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
         self.buffer_index = 0
         self._decode_rows = DecodeRows(rows, self.block_size)
-        self._launched: list[Sequence] = []  # rows of the newest step of any kind
+        self._launched: list[int] = []  # seq_id of each row of the newest step of any kind
         self._numbers = np.arange(rows + 1)
         self._arrays = [host.numpy() for host in self.hosts]
         self._views: list[tuple[tuple[int, ...], StepInputs] | None] = [None, None]  # of each
@@ -163,12 +162,10 @@ class InputBuffers:
             The step's shape, and how many words of the buffer are in use.
         """
         self.buffer_index = 1 - self.buffer_index
-        if batch.is_prefill:
-            filled = self._fill_prefill(batch, edit_slots)
-        else:
-            filled = self._fill_decode(batch, padded_rows, fixed_shape, edit_slots)
-        self._launched = batch.seqs
-        return filled
+        if not batch.is_prefill:
+            return self._fill_decode(batch, padded_rows, fixed_shape, edit_slots)
+        self._launched = [seq.seq_id for seq in batch.seqs]
+        return self._fill_prefill(batch, edit_slots)
 
     def forget(self) -> None:
         """The steps so far count no more: what the next one needs is written anew."""
@@ -226,7 +223,7 @@ class InputBuffers:
         self, batch: Batch, padded_rows: int, fixed_shape: bool, edit_slots: dict[int, int]
     ) -> tuple[StepShape, int]:
         kept, number = self._decode_rows, len(batch.seqs)
-        is_after_decode = self._launched is kept.seqs
+        is_after_decode = self._launched is kept.seq_ids
         kept.update(batch)
         starts = kept.rows["start"]
         ends = starts + 1
@@ -241,6 +238,7 @@ class InputBuffers:
         host.context_lens[:number] = ends
         host.cu_seqlens_q[: number + 1] = self._numbers[: number + 1]
         host.input_ids[:number] = self._newest_tokens(batch, is_after_decode)
+        self._launched = kept.seq_ids
         host.positions[:number] = starts
         host.slot_mapping[:number] = kept.slots()
         host.block_tables[:number] = kept.tables[:, : shape.width]
@@ -272,7 +270,7 @@ class InputBuffers:
             return -1 - places
         place_of = dict(zip(self._launched, range(len(self._launched))))
         return [
-            known[start] if start < len(known := seq.token_ids) else -1 - place_of[seq]
+            known[start] if start < len(known := seq.token_ids) else -1 - place_of[seq.seq_id]
             for seq, start in zip(seqs, starts)
         ]
 

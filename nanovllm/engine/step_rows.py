@@ -36,7 +36,7 @@ class DecodeRows:
         block_size: tokens of a KV block.
 
     Attributes:
-        seqs: of each row.
+        seq_ids: of each row. The sequences themselves are not kept: they may end.
         rows: [rows] of `ROW`.
         tables: [rows, width] int32; past the end of a row's table lie entries of older ones. No
             wider than was needed so far, to fit the processor's cache.
@@ -46,7 +46,7 @@ class DecodeRows:
         borders: [rows]; None if all are 0.
     """
 
-    seqs: list[Sequence]
+    seq_ids: list[int]
     rows: np.ndarray
     tables: np.ndarray
     places: np.ndarray
@@ -68,17 +68,18 @@ class DecodeRows:
         """Go on to the next decode step."""
         seqs = batch.seqs
         starts = np.fromiter(batch.starts, np.int64, len(seqs))
-        stay = seqs == self.seqs
+        seq_ids = [seq.seq_id for seq in seqs]
+        stay = seq_ids == self.seq_ids
         if stay:
-            self.seqs, self.places = seqs, self._all_places[: len(seqs)]
+            self.places = self._all_places[: len(seqs)]
         else:
-            self._move(seqs)
+            self._move(seq_ids)
         is_new = self.rows["start"] != starts - 1
         self.rows["start"] = starts
         begin_blocks = starts % self.block_size == 0
         changed = np.flatnonzero(is_new | begin_blocks).tolist()
         if changed:
-            self._write_tables(changed)
+            self._write_tables({row: seqs[row].block_table for row in changed})
         self.goes_on = stay and not changed
         if not stay or is_new.any():
             for row in np.flatnonzero(is_new).tolist():
@@ -95,24 +96,23 @@ class DecodeRows:
             starts - blocks * self.block_size
         )
 
-    def _move(self, seqs: list[Sequence]) -> None:
-        place_of = dict(zip(self.seqs, range(len(self.seqs))))
-        places = np.fromiter((place_of.get(seq, -1) for seq in seqs), np.int64, len(seqs))
-        self._all_rows[: len(seqs)] = self._all_rows.take(places)
-        self._all_tables[: len(seqs)] = self._all_tables.take(places, axis=0)
-        self._take(seqs)
+    def _move(self, seq_ids: list[int]) -> None:
+        rows, place_of = len(seq_ids), dict(zip(self.seq_ids, range(len(self.seq_ids))))
+        places = np.fromiter((place_of.get(seq_id, -1) for seq_id in seq_ids), np.int64, rows)
+        self._all_rows[:rows] = self._all_rows.take(places)
+        self._all_tables[:rows] = self._all_tables.take(places, axis=0)
+        self._take(seq_ids)
         self.rows["start"][places < 0] = _NEVER
         self.places = places
 
-    def _write_tables(self, rows: list[int]) -> None:
-        tables = [self.seqs[row].block_table for row in rows]
-        missing = max(map(len, tables)) - self.tables.shape[1]
+    def _write_tables(self, tables: dict[int, list[int]]) -> None:
+        missing = max(map(len, tables.values())) - self.tables.shape[1]
         if missing > 0:
             self._all_tables = np.pad(self._all_tables, ((0, 0), (0, missing)))
-            self._take(self.seqs)
-        for row, table in zip(rows, tables):
+            self._take(self.seq_ids)
+        for row, table in tables.items():
             self.tables[row, : len(table)] = table
 
-    def _take(self, seqs: list[Sequence]) -> None:
-        self.seqs = seqs
-        self.rows, self.tables = self._all_rows[: len(seqs)], self._all_tables[: len(seqs)]
+    def _take(self, seq_ids: list[int]) -> None:
+        self.seq_ids, rows = seq_ids, len(seq_ids)
+        self.rows, self.tables = self._all_rows[:rows], self._all_tables[:rows]

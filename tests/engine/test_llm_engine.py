@@ -59,7 +59,7 @@ def test_scheduler_is_the_only_owner_of_the_requests(llm: LLM):
     while not llm.is_finished():
         llm.step()
     assert ended() is None
-    assert len(llm.model_runner._launched_rows) <= 1
+    assert len(llm.model_runner.inputs._launched) <= 1
 
 
 # Aborting

@@ -287,7 +287,7 @@ class Run:
         self.buffers = InputBuffers(self.config, triton_backend(6))
         self.slots = EditSlots(ROWS)
         self.in_flight: deque[Batch] = deque()
-        self.launched: list[Sequence] = []
+        self.launched: list[int] = []
         self.num_sequences = 0
         self.seen: Counter[str] = Counter()
 
@@ -314,7 +314,7 @@ class Run:
                 self.buffers.fill(batch, len(batch.seqs), False, slots)
             else:
                 self.check_decode(batch)
-            self.launched = batch.seqs
+            self.launched = [seq.seq_id for seq in batch.seqs]
             self.in_flight.append(batch)
         if len(self.in_flight) > (batch is not None and self.is_async):
             oldest = self.in_flight.popleft()
