@@ -20,7 +20,7 @@ from nanovllm.engine.input_processor import InputProcessor, Prompt, Request, par
 from nanovllm.engine.model_runner import ModelRunner, load_libraries
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Batch, Scheduler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.stats import StepStats
 from nanovllm.engine.step import LateRows, PendingStep
 from nanovllm.engine.tokenizer import load_tokenizer
@@ -381,8 +381,9 @@ class LLMEngine:
                 if row in constraints:
                     constraints[row].accept(token_ids[row])
         outputs = []
-        for seq in batch.seqs:
-            if seq.is_finished and seq.seq_id in self._request_of_seq:
+        finished = SequenceStatus.FINISHED
+        for seq in [seq for seq in batch.seqs if seq.status is finished]:
+            if seq.seq_id in self._request_of_seq:  # and was not dropped
                 outputs += self._end(seq)
         return outputs
 

@@ -130,13 +130,13 @@ class Scheduler:
         Returns the rows whose token counts: a chunk of a prompt yields none, a sequence may have
         ended while its row was already under way, or ends in an error, as no token can be sampled.
         """
-        rows, block_size = [], self.block_manager.block_size
+        rows, block_size, finished = [], self.block_manager.block_size, SequenceStatus.FINISHED
         columns = zip(batch.seqs, batch.yields_token, token_ids, strict=True)
         for row, (seq, yields_token, token_id) in enumerate(columns):
             if not yields_token:
                 continue
             seq.num_pending_tokens -= 1
-            if seq.status is SequenceStatus.FINISHED:
+            if seq.status is finished:
                 continue
             if token_id < 0:  # there is none to sample
                 self._finish(seq, "error", _NO_TOKEN[token_id])
@@ -226,7 +226,7 @@ class Scheduler:
                     continue
             seqs.append(seq)
             starts.append(start)
-            seq.num_computed_tokens += 1
+            seq.num_computed_tokens = start + 1
             seq.num_pending_tokens += 1
         return Batch(False, seqs, starts, [1] * len(seqs), [True] * len(seqs))
 
