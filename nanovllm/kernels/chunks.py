@@ -36,14 +36,15 @@ def slots_of(
     """Where in the cache the spans of tiles begin, of all tiles of chunks, one after the other:
     [tiles, spans]. What is past the end of a row is anywhere."""
     width = block_tables.shape[1]
-    row, length = chunks.row, chunks.length
-    number = places(length, chunks.first)[:, None]  # of each tile in its row
+    row_begins, length = chunks.row * width, chunks.length
     per_block = block_size * spans // tile  # spans of a block
-    if spans > 1:
-        number = number * spans + np.arange(spans)
-    block, place = (number, 0) if per_block == 1 else np.divmod(number, per_block)
-    block = np.minimum(block, width - 1) + np.repeat(row * width, length)[:, None]
-    return block_tables.take(block) * block_size + place * (tile // spans)
+    if spans == per_block == 1:  # mostly: a tile is a block
+        entries = places(length, row_begins + chunks.first)
+        return block_tables.take(entries)[:, None] * block_size
+    span = places(length, chunks.first)[:, None] * spans + np.arange(spans)
+    block, place = np.divmod(span, per_block)
+    entries = np.minimum(block, width - 1) + row_begins.repeat(length)[:, None]
+    return block_tables.take(entries) * block_size + place * (tile // spans)
 
 
 def places(lengths: np.ndarray, first: Any = 0) -> np.ndarray:
