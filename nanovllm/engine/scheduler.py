@@ -52,7 +52,7 @@ class Batch:
     def wishful_rows(self) -> list[int]:
         """Rows that want more than a token sampled from their logits as they are, and get one. To
         be read once the batch is complete."""
-        rows = [row for row, seq in enumerate(self.seqs) if seq.sampling.has_wishes]
+        rows = [row for row, seq in enumerate(self.seqs) if seq.has_wishes]
         return [row for row in rows if self.yields_token[row]]
 
     @cached_property

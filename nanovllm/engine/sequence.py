@@ -30,7 +30,6 @@ class RowSampling:
         truncates: whether one of these three is on.
         edits: what is changed in the logits first; None: nothing.
         logprobs: report the token's log probability and so many of the most likely ones; None: no.
-        has_wishes: whether it has edits or a constraint, or wants log probabilities.
     """
 
     seed: int
@@ -41,7 +40,6 @@ class RowSampling:
     truncates: bool
     edits: LogitEdits | None
     logprobs: int | None
-    has_wishes: bool
 
 
 class Sequence:
@@ -62,6 +60,7 @@ class Sequence:
     Attributes:
         token_ids: prompt and generated tokens known so far.
         sampling: what a step has to do for its row.
+        has_wishes: whether it has edits or a constraint, or wants log probabilities.
         ending_token_ids: the tokens that end it: those of `eos_token_ids` silently, the others as
             its `stop_reason`.
         num_pending_tokens: that a planned step will sample, or has, and that are not collected.
@@ -106,8 +105,9 @@ class Sequence:
         self.sampling = RowSampling(
             seed, params.effective_temperature, min(params.top_k, 2**31 - 1), params.top_p,
             params.min_p, params.truncates, edits, params.logprobs,
-            has_wishes=any(wish is not None for wish in (edits, params.logprobs, constraint)),
         )  # fmt: skip
+        wishes = edits, params.logprobs, constraint
+        self.has_wishes = any(wish is not None for wish in wishes)
         self.num_pending_tokens = 0
         self.num_computed_tokens = 0
         self.num_found_tokens = 0

@@ -26,8 +26,8 @@ class Chunks(NamedTuple):
     is_last: np.ndarray
 
     def take(self, which: np.ndarray) -> "Chunks":
-        """Some of them: a mask, or their numbers."""
-        return Chunks(*[column[which] for column in self])
+        """Those of some numbers."""
+        return Chunks(*[column.take(which) for column in self])
 
 
 def slots_of(

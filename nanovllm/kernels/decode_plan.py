@@ -166,7 +166,7 @@ def plan_decode(
     if not fused and begin_alike(block_tables):
         shared = plan_shared(chunks, block_tables, block_size, tile, spans, num_ranges)
     if shared is not None:
-        chunks = chunks.take(~shared[0])
+        chunks = chunks.take(np.flatnonzero(~shared[0]))
     range_of = balance(chunks.length, num_ranges)
     bounds = np.zeros(num_ranges + 1, dtype=np.int32)
     bounds[1:] = np.bincount(range_of, chunks.length, num_ranges).cumsum()
@@ -210,12 +210,13 @@ def _cut(
 
     # Of each chunk: its row, its place in the row, its tiles.
     row, number = np.arange(len(num_tiles)).repeat(chunk_counts), places(chunk_counts)
-    full = per_chunk[row]
-    first, end = number * full, num_tiles[row]
+    full = per_chunk.take(row)
+    first, end = number * full, num_tiles.take(row)
     if border is not None:
         is_before = number < before[row]
         first -= (before * per_chunk - border)[row] * ~is_before
         end = np.where(is_before, border[row], end)
     length = np.minimum(full, end - first)
-    is_last = number == chunk_counts[row] - 1
+    is_last = np.zeros(len(row), dtype=np.bool_)
+    is_last[chunk_counts.cumsum() - 1] = True
     return Chunks(row, number, first, length, is_last), chunk_counts
