@@ -154,13 +154,15 @@ def plan_decode(
         tile: tokens of a tile, from `decode_tile`.
         num_ranges: from `num_decode_ranges`.
         padded_rows: the rows that the kernel will get.
-        borders: [rows], the token that is to begin a chunk, the first of a block and before the
-            newest one; 0: none. Steps of few rows do without.
+        borders: [rows], the token that is to begin a chunk, the first of a block; 0, or past a
+            row's context: none. Steps of few rows do without.
     """
     fused = padded_rows <= FUSED_ROWS
     cached = context_lens - 1 if fused else context_lens
     num_tiles = np.maximum(1, -(-cached // tile))  # of each row
-    border = None if fused or borders is None else borders // tile
+    border = None
+    if not fused and borders is not None:
+        border = np.where(borders < cached, borders, 0) // tile
     chunks, chunk_counts = _cut(num_tiles, tile, padded_rows, border)
     shared, spans = None, num_spans(tile, block_size)
     if not fused and begin_alike(block_tables):

@@ -90,7 +90,7 @@ class AttentionBackend(ABC):
             block_tables: [rows, width].
             padded_rows: the rows that will run; those past `rows` attend to nothing.
             borders: [rows], the tokens in full blocks that a row may share with others of its
-                request, fewer than its context has; 0, or None for all rows: there are no others.
+                request; 0, or None for all rows: there are no others.
             goes_on: whether all is as in the last call, but each context a token longer.
 
         Returns:

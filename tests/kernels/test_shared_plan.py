@@ -133,6 +133,13 @@ def test_large_groups_are_cut_into_pieces_and_one_row_alone_is_no_piece():
     ]  # fmt: skip
 
 
+def test_a_border_past_a_context_is_none():
+    lens, tables = [2000] * 6 + [9, 600, 1025], random_tables(9, 32)
+    found = plan(lens, tables, borders=[1024] * 9)
+    expected = plan(lens, tables, borders=[1024] * 6 + [0, 0, 1024])
+    assert all(np.array_equal(*parts) for parts in zip(found[:3], expected[:3]))
+
+
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("border", [0, 64, 8000 // 64 * 64, 20032])
 def test_long_contexts_have_at_most_as_many_chunks_as_there_is_room_for(border: int):
