@@ -17,13 +17,14 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.callers import Callers
 from nanovllm.engine.constraints import MaskFiller
 from nanovllm.engine.input_processor import InputProcessor, Prompt, Request, params_list
-from nanovllm.engine.model_runner import ModelRunner, load_libraries
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.stats import StepStats
 from nanovllm.engine.step import LateRows, PendingStep
 from nanovllm.engine.tokenizer import load_tokenizer
+from nanovllm.engine.warm_up import load_libraries
 from nanovllm.engine.weights import load_weights, update_weights
 from nanovllm.models import CausalLM
 from nanovllm.outputs import RequestOutput

@@ -16,6 +16,7 @@ from nanovllm.engine.model_checks import checked_model_config
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step import LateRows, PendingStep, PromptLogprobs, Step, prompt_logprobs
 from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
+from nanovllm.engine.warm_up import compile_ahead, warm_up
 from nanovllm.engine.weights import allocate_weights, fill_weights, pack_weights, unpack_weights
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import LOGPROB_ROWS, Sampler
@@ -24,23 +25,10 @@ from nanovllm.quantization.fp8_weights import use_fp8
 from nanovllm.quantization.kv_cache import set_kv_scales
 from nanovllm.utils.checkpoint_files import read_headers
 from nanovllm.utils.context import Context
-from nanovllm.utils.kernels import has_kernels, kernels
+from nanovllm.utils.kernels import kernels
 from nanovllm.utils.memory import gpu_memory_in_use, to_device
 
 LATE_ROWS = 128  # whose logits are gathered at a time
-
-
-@torch.inference_mode()
-def load_libraries(device: torch.device, dtype: torch.dtype) -> None:
-    """Use a GPU for the first time: its context is made, and cuBLAS, torch's kernels and Triton's
-    compiler load. Other Python threads can run during most of this.
-    """
-    with torch.cuda.device(device):
-        ones = torch.ones(16, 16, dtype=dtype, device=device)
-        (ones @ ones).sum()
-        if has_kernels(ones):
-            kernels.embed(ones[0].int(), ones[0].long(), ones)
-        torch.cuda.synchronize()
 
 
 class ModelRunner:
@@ -108,17 +96,17 @@ class ModelRunner:
             self.logits = torch.empty(shape, dtype=config.torch_dtype, device=self.device)
         self.kv_cache = allocate_kv_cache(config, specs, num_blocks=1)  # for the warm-up
         self.compiler = self.make_compiler()
-        run_ahead = self._run_ahead(use_graphs) if self.compiler is not None else []
+        run_ahead = [] if self.compiler is None else compile_ahead(self, use_graphs)
         fill_weights(self.model, config, headers)  # while kernels are being compiled
         with self._kernels_on_demand():
-            step_bytes = self._warm_up(use_graphs) if self.on_gpu else 0
+            step_bytes = warm_up(self, use_graphs) if self.on_gpu else 0
         self.num_kvcache_blocks = config.num_kvcache_blocks or self.agree_on_blocks(
             num_fitting_blocks(config, specs, step_bytes, in_use_before)
         )
         self.kv_cache = allocate_kv_cache(config, specs, self.num_kvcache_blocks)
         self.graphs: CudaGraphs | None = None
         if use_graphs:
-            self.graphs = CudaGraphs(self.device, self._run, run_ahead)
+            self.graphs = CudaGraphs(self.device, self.run_shape, run_ahead)
             with self._kernels_on_demand():
                 self.graphs.capture(self.largest_decode_shape())
         self._edit_slots = EditSlots(config.max_num_seqs)
@@ -228,12 +216,23 @@ class ModelRunner:
             elif self.graphs is not None and not shape.is_prefill:
                 logits = self.graphs.run(shape)
             else:
-                logits = self._run(shape)
+                logits = self.run_shape(shape)
             if step.has_late_rows:
                 pending.logits = logits
             else:
                 self._finish(pending, logits)
             return pending
+
+    def run_shape(self, shape: StepShape) -> torch.Tensor:
+        """The step itself, on the device from its inputs to the sampled tokens: what a graph
+        captures. Returns the logits, [rows, vocab]."""
+        inputs = self.inputs.view(shape)
+        context = self._context(shape, inputs)
+        stream = self.model(inputs.input_ids, self.sampler.tokens, context)
+        out = None if self.logits is None else self.logits[: shape.rows]
+        logits = self.model.compute_logits(stream, out)
+        self._sample(logits, shape)
+        return logits
 
     def masks(self, number: int) -> np.ndarray:
         """[number, words] int32: to be filled before `sample_late`. The tokens of the steps before
@@ -301,17 +300,6 @@ class ModelRunner:
     def _kernels_on_demand(self) -> AbstractContextManager:
         return nullcontext() if self.compiler is None else self.compiler.on_demand()
 
-    def _run(self, shape: StepShape) -> torch.Tensor:
-        """The step itself, on the device from its inputs to the sampled tokens: what a graph
-        captures. Returns the logits, [rows, vocab]."""
-        inputs = self.inputs.view(shape)
-        context = self._context(shape, inputs)
-        stream = self.model(inputs.input_ids, self.sampler.tokens, context)
-        out = None if self.logits is None else self.logits[: shape.rows]
-        logits = self.model.compute_logits(stream, out)
-        self._sample(logits, shape)
-        return logits
-
     def _run_with_prompt_logprobs(
         self, shape: StepShape, wanted: PromptLogprobs, pending: PendingStep
     ) -> torch.Tensor:
@@ -378,84 +366,3 @@ class ModelRunner:
             decode_metadata=metadata,
             logits_indices=inputs.cu_seqlens_q[1:] - 1 if shape.is_prefill else None,
         )  # fmt: skip
-
-    def _largest_prefill_shape(self) -> StepShape:
-        config = self.config
-        length = min(config.max_num_batched_tokens, config.max_model_len - 1)
-        tokens = min(config.max_num_batched_tokens, config.max_num_seqs * length)
-        rows, width, context = -(-tokens // length), self.inputs.max_width, config.max_model_len
-        return StepShape(True, rows, tokens, width, length, context)
-
-    def _run_padding(self, shape: StepShape) -> torch.Tensor:
-        """Run a step of padding rows, which write nowhere."""
-        inputs = self.inputs.view(shape)
-        inputs.slot_mapping.fill_(-1)
-        inputs.context_lens.fill_(shape.max_seqlen_q)
-        starts = torch.arange(shape.rows + 1) * shape.max_seqlen_q
-        inputs.cu_seqlens_q.copy_(starts.clamp_(max=shape.tokens))
-        logits = self._run(shape)
-        self.inputs.device.zero_()
-        return logits
-
-    def _run_ahead(self, use_graphs: bool) -> list[StepShape]:
-        """Have the kernels of all steps compiled by other threads, those of the warm-up and of
-        single prompts first, and the library's products loaded. Returns the decode shapes.
-
-        Whatever the weights are by now: what is computed is of no use.
-        """
-        largest = self._largest_prefill_shape()
-        sizes = [*reversed(graph_sizes(self.config.max_num_seqs))]
-        decode = [self.inputs.decode_shape(rows) for rows in (sizes if use_graphs else sizes[:1])]
-        # What samples is the same kernels for all numbers of rows: one is enough.
-        with_truncation = [shape._replace(truncates=True) for shape in decode]
-        # So is what reads shared blocks.
-        all_decode = decode + with_truncation
-        with_sharing = [
-            shape._replace(shares=True) for shape in all_decode if self.inputs.may_share(shape.rows)
-        ]
-        # Prompts of a token. Their number may be odd, which kernels tell from multiples of 16.
-        prefill = [
-            largest._replace(rows=rows, tokens=rows, max_seqlen_q=1)
-            for rows in (3, 17, 33, 65, 129)
-            if rows < sizes[0]
-        ]
-        in_order = [
-            decode[0], largest, decode[-1], *decode[1:-1], with_truncation[0], *with_sharing[:1],
-            *prefill,
-        ]  # fmt: skip
-        decoder = self.model.model
-        layers = decoder.layers
-        decoder.layers = torch.nn.ModuleList([layers[0], layers[-1]])  # they are much alike
-        try:
-            with self.compiler.ahead():
-                for shape in in_order:
-                    self._run_padding(shape)
-        finally:
-            decoder.layers = layers
-        return all_decode + with_sharing
-
-    def _warm_up(self, use_graphs: bool) -> int:
-        """Run the largest steps of each kind once, on a cache of one block; returns the bytes that
-        a step needs at the most.
-
-        Libraries load, kernels compile, and the allocator learns the peak. Nothing is written: all
-        rows are padding as far as the KV cache is concerned.
-        """
-        prefill, decode = self._largest_prefill_shape(), self.largest_decode_shape()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        graph_bytes = 0  # of the first, a decode step
-        for shape in (decode, prefill, decode):
-            logits = self._run_padding(shape)
-            graph_bytes = graph_bytes or self._activation_bytes()
-        first_token = self.sampler.tokens[:1].expand(LOGPROB_ROWS)
-        k = 1 + (kernels.MOST_TOP if has_kernels(logits) else 0)  # the torch formula takes most
-        self.sampler.logprobs_of(logits[:1].expand(LOGPROB_ROWS, -1), first_token, k)
-        del logits
-        torch.cuda.synchronize(self.device)
-        # The graphs' own pool holds a decode step's memory once more.
-        step_bytes = self._activation_bytes() + (graph_bytes if use_graphs else 0)
-        return step_bytes + self.sampler.edits.num_bytes  # which are taken when they are needed
-
-    def _activation_bytes(self) -> int:
-        stats = torch.cuda.memory_stats(self.device)
-        return stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]

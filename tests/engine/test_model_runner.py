@@ -11,7 +11,7 @@ from helpers.checkpoints import Reference, edit_json, random_tokens
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, build, greedy
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import model_runner
-from nanovllm.engine.model_runner import load_libraries
+from nanovllm.engine.warm_up import load_libraries
 from nanovllm.models import CausalLM
 
 
@@ -66,7 +66,7 @@ def test_running_padding_rows_changes_no_other_slot_and_no_token(
         shape, words = runner.inputs.fill(batch, 8, False, {})
         runner.inputs.send(runner.inputs.buffer_index, words)
         inputs = runner.inputs.view(shape)
-        runner._run(shape)
+        runner.run_shape(shape)
         slots = (whole_cache(llm) != before).flatten(2, 3).flatten(3).any(dim=-1).any(dim=0)
         written = set(slots.any(dim=0).nonzero().flatten().tolist())
         assert written <= set(inputs.slot_mapping[:3].tolist())
