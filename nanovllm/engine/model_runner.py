@@ -275,7 +275,7 @@ class ModelRunner:
             finally:
                 if in_fp8:
                     set_kv_scales(self.model)
-                pack_weights(self.model)
+                pack_weights(self.model, self.config)
                 self.reset()  # a step may be launched by another stream
 
     def close(self) -> None:

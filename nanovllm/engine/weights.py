@@ -18,6 +18,7 @@ from nanovllm.quantization.kv_cache import (
 )
 from nanovllm.utils import loader
 from nanovllm.utils.checkpoint_files import Headers
+from nanovllm.utils.memory import available_host_memory
 
 
 def allocate_weights(model: CausalLM, config: Config, headers: Headers) -> None:
@@ -63,7 +64,7 @@ def fill_weights(model: CausalLM, config: Config, headers: Headers) -> None:
         loader.fill_with_noise(views, config.model_config.initializer_range, config.seed)
     if config.kv_cache_dtype == "fp8":
         set_kv_scales(model)
-    pack_weights(model)
+    pack_weights(model, config)
 
 
 def load_weights(model: CausalLM, config: Config, headers: Headers) -> None:
@@ -88,10 +89,16 @@ def update_weights(
     loader.update_weights(others, _views(model, config), model.ignored_tensors())
 
 
-def pack_weights(model: CausalLM) -> None:
-    """On a CPU, give filled weights the form in which its libraries multiply them fastest."""
-    for linear in _linears_of(model):
-        linear.pack()
+def pack_weights(model: CausalLM, config: Config) -> None:
+    """On a CPU, give filled weights the forms in which its libraries multiply them fastest: two,
+    for one row and for several, if the second takes no more than a quarter of the free memory."""
+    if config.torch_device.type != "cpu":
+        return
+    linears, embedding = _linears_of(model), model.model.embed_tokens.weight
+    num_bytes = sum(each.weight.nbytes for each in linears if each.weight is not embedding)
+    has_room = num_bytes <= available_host_memory() // 4 // config.tensor_parallel_size
+    for linear in linears:
+        linear.pack(keep_plain=has_room or linear.weight is embedding)
 
 
 def unpack_weights(model: CausalLM) -> None:

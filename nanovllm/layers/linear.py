@@ -6,7 +6,7 @@ from torch import nn
 
 from nanovllm.layers.activation import activate_and_mul
 from nanovllm.layers.deferred import Input, Normed, PendingSum, Product, values_of
-from nanovllm.layers.packed_weight import OneDnnWeight
+from nanovllm.layers.packed_weight import OneDnnWeight, one_row_product
 from nanovllm.quantization.fp8 import Fp8Weight, fp8_linear, stored_weight
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import View
@@ -79,24 +79,34 @@ class Linear(nn.Module):
         each output and so many inputs. Call it before there is memory."""
         self.weight, self.weight_scale = Fp8Weight.parameters_like(self.weight, group)
 
-    def pack(self) -> None:
-        """On a CPU, let oneDNN have the weight in its own layout, if it can. Call after loading."""
+    def pack(self, keep_plain: bool = False) -> None:
+        """On a CPU, let oneDNN have the weight in its own layout, if it can. Call after loading.
+
+        Args:
+            keep_plain: keep the plain one, too, with which a single row is faster.
+        """
         if not OneDnnWeight.serves(self.weight):
             return
         self._packed = OneDnnWeight(self.weight)
-        if self._packed.replaces_weight:
+        if self._packed.can_replace_weight and not keep_plain:
             # The old one may be the embedding's, too: it is dropped here, not emptied.
             self.weight = nn.Parameter(self.weight[:0].clone(), requires_grad=False)
 
     def unpack(self) -> None:
         """Undo `pack`, so that `weight` is there to be written to. One that was also the
-        embedding's is a copy then, until it is tied again."""
-        if self._packed is not None and self._packed.replaces_weight:
+        embedding's may be a copy then, until it is tied again."""
+        if self._packed is not None and not self._has_plain:
             self.weight = nn.Parameter(self._packed.unpack(), requires_grad=False)
         self._packed = None
 
+    @property
+    def _has_plain(self) -> bool:
+        return len(self.weight) > 0
+
     def _plain(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed is not None and (self._packed.replaces_weight or x.shape[0] > 1):
+        if self._packed is not None:
+            if len(x) == 1 and self._has_plain:
+                return one_row_product(x, self.weight, self.bias)
             return self._packed.multiply(x, self.bias)
         if isinstance(factor := self.factor, Fp8Weight):
             return fp8_linear(x, factor, self.bias)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from nanovllm.layers.deferred import Stream
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear, MergedLinear
-from nanovllm.layers.packed_weight import OneDnnWeight
+from nanovllm.layers.packed_weight import OneDnnWeight, one_row_product
 
 
 def filled(module: torch.nn.Module) -> torch.nn.Module:
@@ -16,9 +16,10 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+@pytest.mark.parametrize("keep_plain", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 70])
 @pytest.mark.parametrize("bias", [False, True])
-def test_packed_weights_give_the_plain_product(rows: int, bias: bool):
+def test_packed_weights_give_the_plain_product(rows: int, bias: bool, keep_plain: bool):
     torch.manual_seed(0)
     linear = filled(Linear(96, 40, bias).to(torch.bfloat16))
     if not OneDnnWeight.serves(linear.weight):
@@ -28,7 +29,7 @@ def test_packed_weights_give_the_plain_product(rows: int, bias: bool):
     expected = F.linear(norm(Stream(x)).values().double(), linear.weight.double())
     if bias:
         expected += linear.bias.double()
-    linear.pack()
+    linear.pack(keep_plain)
     out = linear(norm(Stream(x))).values()
     assert out.dtype == torch.bfloat16
     assert ((out.double() - expected).norm() / expected.norm()).item() < 1e-2
@@ -36,13 +37,28 @@ def test_packed_weights_give_the_plain_product(rows: int, bias: bool):
     assert ((total.x.double() - expected).norm() / expected.norm()).item() < 1e-2
 
 
-def test_a_weight_is_the_same_after_unpacking():
+@pytest.mark.parametrize("keep_plain", [False, True])
+def test_a_weight_is_the_same_after_unpacking(keep_plain: bool):
     linear = filled(Linear(96, 40).to(torch.bfloat16))
     before = linear.weight.clone()
-    linear.pack()
+    linear.pack(keep_plain)
     linear.unpack()
     assert torch.equal(linear.weight, before)
     assert linear._packed is None
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_the_product_of_one_row_leaves_the_switch_of_onednn_as_it_was(was_on: bool):
+    weight, x = torch.randn(40, 96).bfloat16(), torch.randn(1, 96).bfloat16()
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, was_on
+    try:
+        one_row_product(x, weight)
+        assert torch.backends.mkldnn.enabled == was_on
+        with pytest.raises(RuntimeError, match="shape"):
+            one_row_product(x, weight.T)
+        assert torch.backends.mkldnn.enabled == was_on
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def test_packing_a_head_leaves_the_embedding_that_it_shares_as_it_is():
