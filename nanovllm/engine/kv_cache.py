@@ -13,8 +13,8 @@ def allocate_kv_cache(
 ) -> list[LayerCache]:
     """Of each layer keys and values, each [num_blocks, block_size, num_kv_heads, head_dim].
 
-    On a CPU a block's memory goes head by head, as attention reads it there: the tensors are
-    transposed views.
+    On a CPU the memory goes head by head, and so the keys of a head in consecutive blocks are one
+    matrix, which attention can read where it is: the tensors are permuted views.
 
     Raises:
         RuntimeError: if there is no memory for it.
@@ -23,8 +23,9 @@ def allocate_kv_cache(
     assert all(spec == specs[0] for spec in specs), "all layers cache the same"
     block_size, device = config.kvcache_block_size, config.torch_device
     on_cpu = device.type == "cpu"
-    block = (num_kv_heads, block_size) if on_cpu else (block_size, num_kv_heads)
-    shape = (2, len(specs), num_blocks, *block, head_dim)
+    shape = (2, len(specs), num_blocks, block_size, num_kv_heads, head_dim)
+    if on_cpu:
+        shape = (2, len(specs), num_kv_heads, num_blocks, block_size, head_dim)
     try:
         cache = torch.empty(shape, dtype=config.kv_torch_dtype, device=device)
     except RuntimeError as error:
@@ -33,7 +34,7 @@ def allocate_kv_cache(
             "num_kvcache_blocks or kvcache_block_size"
         ) from error
     if on_cpu:
-        cache = cache.transpose(3, 4)
+        cache = cache.permute(0, 1, 3, 4, 2, 5)
     keys, values = cache
     return [*zip(keys, values, strict=True)]
 

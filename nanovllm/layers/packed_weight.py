@@ -65,9 +65,10 @@ def one_row_product(
     oneDNN is switched off, which is a switch of the process: what another thread computes in that
     moment is right, too.
     """
-    with _one_at_a_time:  # so that nobody takes the switch for the caller's own wish
-        was_on, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    onednn: Any = torch.backends.mkldnn
+    with _one_at_a_time:  # else one could take the other's switch for the caller's own wish
+        was_on, onednn.enabled = onednn.enabled, False
         try:
             return F.linear(x, weight, bias)
         finally:
-            torch.backends.mkldnn.enabled = was_on
+            onednn.enabled = was_on

@@ -140,13 +140,17 @@ def _gather(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """One sequence's keys or values, [num_kv_heads, context_len, head_dim]; those of a cache in fp8
-    times `scales` [num_kv_heads], in `dtype`."""
+    times `scales` [num_kv_heads], in `dtype`. Consecutive blocks are not copied: see
+    `engine.kv_cache.allocate_kv_cache`."""
     num_blocks = -(-context_len // cache.shape[1])
     stored = cache if scales is None else cache.view(torch.uint8)  # torch indexes no fp8
-    if num_blocks == 1:
-        tokens = stored[block_table[0], :context_len]
+    by_head = stored.permute(2, 0, 1, 3)
+    first, table = block_table[0], block_table[:num_blocks]
+    if table == [*range(first, first + num_blocks)]:
+        blocks = by_head[:, first : first + num_blocks]
     else:
-        tokens = stored[block_table[:num_blocks]].flatten(0, 1)[:context_len]
+        blocks = by_head.index_select(1, torch.tensor(table, device=cache.device))
+    tokens = blocks.flatten(1, 2)[:, :context_len]
     if scales is not None:
-        tokens = (tokens.view(torch.float8_e4m3fn).float() * scales[:, None]).to(dtype)
-    return tokens.transpose(0, 1)
+        tokens = (tokens.view(torch.float8_e4m3fn).float() * scales[:, None, None]).to(dtype)
+    return tokens
