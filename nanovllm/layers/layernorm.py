@@ -7,6 +7,10 @@ from torch import nn
 from nanovllm.layers.deferred import Normed, Stream
 from nanovllm.utils.kernels import has_kernels, kernels
 
+# On a CPU what is computed on the way should stay in its caches. Larger tensors come from the
+# system each time, page by page: 900 rows of 1024 took 3.7 ms in place of 0.5.
+ROWS_AT_A_TIME = 128
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension, of `size`."""
@@ -48,4 +52,7 @@ def rms_norm(
     """The formula in torch; see `RMSNorm.normalize`."""
     if partials is not None:
         x.copy_(x.float() + partials.sum(dim=0, dtype=torch.float32))
-    return F.rms_norm(x, weight.shape, weight, eps)
+    if len(x) <= ROWS_AT_A_TIME or not x.is_cpu:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    pieces = x.split(ROWS_AT_A_TIME)
+    return torch.cat([F.rms_norm(piece, weight.shape, weight, eps) for piece in pieces])

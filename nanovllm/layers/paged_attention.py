@@ -4,6 +4,7 @@ what the kernels are compared with."""
 import torch
 import torch.nn.functional as F
 
+from nanovllm.layers.layernorm import ROWS_AT_A_TIME
 from nanovllm.layers.rotary_embedding import rotate_
 
 _MASK_VALUES = 2**24
@@ -24,31 +25,51 @@ def norm_rope_store(
 ) -> torch.Tensor:
     """Queries ready for attention, [tokens, num_heads, head_dim]; keys and values are stored in the
     cache. The arguments are those of `kernels.qk_norm_rope_store`."""
-    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+    per_token = (qkv, cos_sin[positions], slot_mapping.long())
+    pieces = [
+        _norm_rope_store(x, rotations, slots, q_weight, k_weight, eps, k_cache, v_cache, kv_scales)
+        for x, rotations, slots in zip(*(each.split(ROWS_AT_A_TIME) for each in per_token))
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _norm_rope_store(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    slots: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_scales: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same of some tokens; `cos_sin` [tokens, head_dim] are those of their positions."""
+    num_kv_heads, head_dim = k_cache.shape[2:]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     num_heads = heads.shape[1] - 2 * num_kv_heads
     qk, v = heads.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
     if q_weight is not None and k_weight is not None:
-        weight = torch.cat((q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)))
-        rotated = F.rms_norm(qk.float(), (head_dim,), eps=eps).mul_(weight)
+        rotated = F.rms_norm(qk.float(), (head_dim,), eps=eps)
+        rotated[:, :num_heads].mul_(q_weight)
+        rotated[:, num_heads:].mul_(k_weight)
     else:
         rotated = qk.to(torch.float32, copy=True)  # it is rotated in place
-    rotate_(rotated, cos_sin[positions].unsqueeze(1))
+    rotate_(rotated, cos_sin.unsqueeze(1))
     q, k = rotated.split([num_heads, num_kv_heads], dim=1)
     q = q.to(qkv.dtype)
     if kv_scales is None:
         k = k.to(qkv.dtype)
     else:
         k, v = (in_fp8(x, own) for x, own in zip((k, v), kv_scales, strict=True))
-    slots = slot_mapping.long()
     if slots.min() < 0:
         k, v, slots = k[slots >= 0], v[slots >= 0], slots[slots >= 0]
-    places = slots // block_size, slots % block_size
     for cache, new in ((k_cache, k), (v_cache, v)):
+        stored = cache.view(-1, num_kv_heads, head_dim)
         if kv_scales is None:
-            cache[places] = new
+            stored[slots] = new
         else:
-            cache.view(torch.uint8)[places] = new.view(torch.uint8)
+            stored.view(torch.uint8)[slots] = new.view(torch.uint8)
     return q
 
 
