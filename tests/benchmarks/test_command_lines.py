@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, plot, profile, soak
+from benchmarks import cpu, gpu, plot, profile, soak
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,16 @@ def test_wrong_options_are_refused(
         main(argv)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_engine_is_named_with_its_installation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["cpu.py", "--engine", "llama.cpp"])
+    with pytest.raises(SystemExit):
+        cpu.main()
+    assert "pip install llama-cpp-python gguf" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
