@@ -241,7 +241,9 @@ class InputBuffers:
         self._launched = kept.seq_ids
         host.positions[:number] = starts
         host.slot_mapping[:number] = kept.slots()
-        host.block_tables[:number] = kept.tables[:, : shape.width]
+        width = min(shape.width, kept.tables.shape[1])
+        host.block_tables[:number, :width] = kept.tables[:, :width]
+        host.block_tables[:number, width:] = 0  # in use by no context, and a block all the same
         if padded_rows > number:
             self._fill_padding(host, number, kept.truncates)
         num_words, shares = self.backend.prepare_decode(

@@ -139,6 +139,22 @@ def test_padding_rows_point_at_no_slot_and_no_context(tiny: Path):
         assert ((inputs.input_ids[8:] >= 0) & (inputs.input_ids[8:] < VOCAB_SIZE)).all()
 
 
+@pytest.mark.parametrize("lengths", [[5], [5, 6], [5, 40, 33]])
+@torch.inference_mode()
+def test_block_tables_of_a_fixed_shape_are_as_wide_as_any(tiny: Path, lengths: list[int]):
+    """As flash-attn's CUDA Graphs have them. What no block is needed for is block 0."""
+    with build(tiny) as llm:
+        prefilled(llm, lengths)
+        inputs, batch = llm.model_runner.inputs, llm.scheduler.schedule()
+        for host in inputs.hosts:  # what a prefill step may have left
+            host.fill_(3000)
+        shape = fill_and_send(inputs, batch, len(lengths), fixed_shape=True)
+        assert shape == inputs.decode_shape(len(lengths))
+        for table, seq in zip(inputs.view(shape).block_tables.tolist(), batch.seqs, strict=True):
+            assert table[: len(seq.block_table)] == seq.block_table
+            assert not any(table[len(seq.block_table) :])
+
+
 # The decode plan
 
 
