@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _lock = threading.Lock()
-_num_open = 0
-_is_ours = False
+_open: set[object] = set()
+_is_ours = False  # what is frozen
 
 
 @contextmanager
@@ -16,19 +16,22 @@ def older_objects_spared() -> Iterator[None]:
 
     Each time there are many new objects, it would look through all of the process: 0.2 s with torch
     and transformers imported. It still finds garbage among the new ones, and among all of them
-    afterwards. Nothing happens if the program itself has frozen objects.
+    afterwards. Nothing happens if the program itself has frozen objects; any that it freezes
+    meanwhile are let go with the others.
     """
-    global _num_open, _is_ours
-    with _lock:
-        _num_open += 1
-        if _num_open == 1:
-            _is_ours = not gc.get_freeze_count()
-            if _is_ours:
+    global _is_ours
+    this = object()
+    try:  # from here on, since Ctrl-C may come anywhere
+        with _lock:
+            is_first = not _open
+            _open.add(this)
+            if is_first and not gc.get_freeze_count():
+                _is_ours = True
                 gc.freeze()
-    try:
         yield
     finally:
         with _lock:
-            _num_open -= 1
-            if not _num_open and _is_ours:
+            _open.discard(this)
+            if _is_ours and not _open:
+                _is_ours = False
                 gc.unfreeze()

@@ -57,6 +57,23 @@ def test_an_error_ends_it():
     assert gc.get_freeze_count() == 0
 
 
+def test_an_interrupt_while_it_begins_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch):
+    freeze = gc.freeze
+
+    def interrupted() -> None:
+        freeze()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gc, "freeze", interrupted)
+        with pytest.raises(KeyboardInterrupt), older_objects_spared():
+            pass
+    assert gc.get_freeze_count() == 0
+    with older_objects_spared():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+
+
 @pytest.mark.parametrize("number, spares", [(2, True), (1, False)])
 def test_generate_spares_older_objects_if_it_has_many_requests(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, number: int, spares: bool
