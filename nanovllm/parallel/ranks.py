@@ -138,8 +138,10 @@ class Ranks:
         if not isinstance(error, Exception):  # Ctrl-C, and its like
             self._fail(f"rank 0 of {self.size} was interrupted in a step")
             return error
-        deadline = time.monotonic() + 2
-        while self.failure is None and (self._is_looking or time.monotonic() < deadline):
+        since = time.monotonic()
+        while self.failure is None:
+            if time.monotonic() - since > (_PATIENCE if self._is_looking else 2):
+                break
             time.sleep(0.01)
         self._fail(f"rank 0 of {self.size} failed: {type(error).__name__}: {error}")
         return RuntimeError(self.failure)

@@ -95,6 +95,20 @@ def test_a_rank_that_ends_slowly_is_the_reason_all_the_same(
     assert_ended(ranks, processes)
 
 
+def test_who_looks_for_a_reason_and_finds_none_is_not_waited_for_for_ever(
+    ranks: LLM, monkeypatch: pytest.MonkeyPatch
+):
+    """As when the driver hangs in `abort`."""
+    watched, found = ranks.model_runner.ranks, list[BaseException]()
+    monkeypatch.setattr("nanovllm.parallel.ranks._PATIENCE", 3)
+    watched._is_looking = True
+    thread = threading.Thread(target=lambda: found.append(watched.fail_with(ValueError("own"))))
+    thread.daemon = True
+    thread.start()
+    thread.join(10)
+    assert found and "rank 0 of 2 failed: ValueError: own" in str(found[0])
+
+
 def test_an_error_of_a_rank_reaches_the_caller(ranks: LLM):
     """Here of a step that is none: whatever a rank raises takes this way."""
     processes, runner = pids(ranks), ranks.model_runner
