@@ -42,7 +42,7 @@ class StepInputs(NamedTuple):
     edit_slots: Any  # [rows] of `EditTables`, -1: none
     late_slots: Any  # [rows] of those that may be sampled late
     context_lens: Any  # [rows]
-    cu_seqlens_q: Any  # [rows + 1]
+    cu_seqlens_q: Any  # [rows + 1], in prefill
     buffer_index: Any  # [1], 0 or 1: which of the host's buffers the tokens go to
     input_ids: Any  # [tokens]; -1 - i stands for token i of the previous step
     positions: Any  # [tokens]
@@ -137,7 +137,6 @@ class InputBuffers:
         self.buffer_index = 0
         self._decode_rows = DecodeRows(rows, self.block_size)
         self._launched: list[int] = []  # seq_id of each row of the newest step of any kind
-        self._numbers = np.arange(rows + 1)
         self._arrays = [host.numpy() for host in self.hosts]
         self._views: list[tuple[tuple[int, ...], StepInputs] | None] = [None, None]  # of each
 
@@ -223,7 +222,7 @@ class InputBuffers:
         self, batch: Batch, padded_rows: int, fixed_shape: bool, edit_slots: dict[int, int]
     ) -> tuple[StepShape, int]:
         kept, number = self._decode_rows, len(batch.seqs)
-        is_after_decode = self._launched is kept.seq_ids
+        is_after_decode = self._launched is kept.seq_ids  # no prefill step since
         kept.update(batch)
         starts = kept.rows["start"]
         ends = starts + 1
@@ -236,7 +235,6 @@ class InputBuffers:
         self._fill_sampling(host, kept.rows, kept.truncates)
         edits = self._fill_edits(host, batch, edit_slots)
         host.context_lens[:number] = ends
-        host.cu_seqlens_q[: number + 1] = self._numbers[: number + 1]
         host.input_ids[:number] = self._newest_tokens(batch, is_after_decode)
         self._launched = kept.seq_ids
         host.positions[:number] = starts
