@@ -28,8 +28,9 @@ class DecodeRows:
 
     Most of them are those of the decode step before, each a token further on: then only the block
     tables of rows that begin a block change. Where sequences have ended or come, the others move. A
-    row is kept only if it ran in the step before, and there the token before: who was preempted
-    meanwhile has other blocks, and has run more tokens.
+    row is kept only if it ran in the step before, and there the token before. Who was preempted
+    meanwhile has other blocks: it has run more tokens, or else it begins a block, for want of which
+    it was preempted, and the whole of its table is written.
 
     Args:
         max_rows: of a step.
@@ -41,7 +42,7 @@ class DecodeRows:
         tables: [rows, width] int32; past the end of a row's table lie entries of older ones. No
             wider than was needed so far, to fit the processor's cache.
         places: [rows], where each was in the decode step before; -1: it was not.
-        goes_on: whether all were in the same places, with the same blocks.
+        goes_on: whether all is as it was, but each row a token further in the same block.
         truncates: whether any row does.
         borders: [rows]; None if all are 0.
     """

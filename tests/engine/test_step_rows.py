@@ -59,6 +59,15 @@ def test_who_was_preempted_between_two_decode_steps_has_other_blocks():
     assert not rows.goes_on
 
 
+def test_who_was_preempted_for_want_of_a_block_has_all_blocks_written_when_it_begins_one():
+    """All its tokens but the newest fitted into a prefill step: so it runs the next one here."""
+    rows, a = DecodeRows(4, BLOCK), sequence(1, [3, 4])
+    update(rows, (a, 31))
+    a.block_table = [7, 8, 9]
+    update(rows, (a, 32))
+    assert not rows.goes_on
+
+
 def test_a_new_row_takes_nothing_from_the_last_one():
     rows, a, b = DecodeRows(1, BLOCK), sequence(1, [3, 4]), sequence(2, [5, 6])
     update(rows, (a, 20))
