@@ -100,7 +100,7 @@ def test_who_looks_for_a_reason_and_finds_none_is_not_waited_for_for_ever(
 ):
     """As when the driver hangs in `abort`."""
     watched, found = ranks.model_runner.ranks, list[BaseException]()
-    monkeypatch.setattr("nanovllm.parallel.ranks._PATIENCE", 3)
+    monkeypatch.setattr("nanovllm.parallel.ranks._PATIENCE", 1)
     watched._is_looking = True
     thread = threading.Thread(target=lambda: found.append(watched.fail_with(ValueError("own"))))
     thread.daemon = True
