@@ -27,7 +27,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.collector import older_objects_spared
 from nanovllm.utils.interrupts import no_interrupt
 
-MANY_REQUESTS = 512  # whose objects are many for Python's garbage collector
+MANY_REQUESTS = 512  # from so many on, the garbage collector would look through everything
 
 
 class LLM(LLMEngine):

@@ -28,9 +28,11 @@ class DecodeRows:
 
     Most of them are those of the decode step before, each a token further on: then only the block
     tables of rows that begin a block change. Where sequences have ended or come, the others move. A
-    row is kept only if it ran in the step before, and there the token before. Who was preempted
-    meanwhile has other blocks: it has run more tokens, or else it begins a block, for want of which
-    it was preempted, and the whole of its table is written.
+    row is kept only if it ran in the step before, and there the token before.
+
+    A sequence that was preempted meanwhile has other blocks, and its whole table is written again:
+    either it has run more tokens since, and counts as new; or it begins a block, since it was
+    preempted for want of one.
 
     Args:
         max_rows: of a step.

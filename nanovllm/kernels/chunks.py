@@ -26,7 +26,7 @@ class Chunks(NamedTuple):
     is_last: np.ndarray
 
     def take(self, which: np.ndarray) -> "Chunks":
-        """Those of some numbers."""
+        """Some of them, by their numbers."""
         return Chunks(*[column.take(which) for column in self])
 
 

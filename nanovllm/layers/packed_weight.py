@@ -66,7 +66,8 @@ def one_row_product(
     moment is right, too.
     """
     onednn: Any = torch.backends.mkldnn
-    with _one_at_a_time:  # else one could take the other's switch for the caller's own wish
+    # Alone: another thread would take the switch, as it is now, for the program's own choice.
+    with _one_at_a_time:
         was_on, onednn.enabled = onednn.enabled, False
         try:
             return F.linear(x, weight, bias)

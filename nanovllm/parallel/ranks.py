@@ -206,8 +206,8 @@ class Ranks:
                 self._fail(f"a step has not ended after {TIMEOUT} s: some rank hangs")
 
     def _has_ended(self, rank: int) -> None:
-        # Rank 0 may get an error by it at once, and is to know this reason. A process that has a
-        # GPU may take a second or more to end.
+        # Rank 0 may get an error at once because of this. It waits until the reason is known, since
+        # a process that has a GPU may take a second or more to end.
         self._is_looking = True
         try:
             self.abort()  # before it is waited for: it may not end as long as a GPU waits for it
