@@ -23,7 +23,7 @@ _DTYPE_NAMES: dict[Any, str] = {
 }  # fmt: skip
 KV_CACHE_DTYPES = ("auto", "fp8")
 QUANTIZATIONS = (None, "fp8")
-ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "torch")
+ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "numba", "torch")
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
 
@@ -50,7 +50,7 @@ class Config:
         quantization: of the weights: "fp8" has those of the decoder layers' projections in e4m3,
             quantised as they are loaded (see `quantization.fp8_weights`). None: as the checkpoint
             has them, in fp8 too.
-        attention_backend: "auto", "flash-attn", "triton" or "torch".
+        attention_backend: "auto", "flash-attn", "triton", "numba" or "torch".
         load_format: "auto" or "safetensors"; "dummy" for random weights in the shape of
             config.json.
         seed: what the random choices of requests without a seed of their own are drawn from.

@@ -2,7 +2,8 @@
 
 "auto" takes what was measured to be the fastest that can run. On Hopper and later GPUs that is this
 project's Triton kernels; on an older GPU flash-attn where it is installed (bf16 or fp16, block size
-a multiple of 256, a head_dim it was built for), else Triton; without a GPU torch.
+a multiple of 256, a head_dim it was built for), else Triton; on a CPU loops compiled by numba where
+that is installed, else torch.
 
 Unless it is given, the size of a KV block is what suits the backend. Only full blocks are found in
 the prefix cache, so small ones reuse more: of a chat of short turns, blocks of 256 tokens reuse
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 
 from nanovllm.layers.paged_attention import decode_attention, norm_rope_store, prefill_attention
 from nanovllm.utils.context import AttentionSpec, Context, LayerCache
-from nanovllm.utils.kernels import has_kernels, kernels
+from nanovllm.utils.kernels import cpu_kernels_for, has_kernels, kernels
 
 try:
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
@@ -108,7 +109,7 @@ class AttentionBackend(ABC):
 
 
 class TorchBackend(AttentionBackend):
-    """Plain torch, sequence by sequence: the reference, and what runs on a CPU."""
+    """Plain torch, sequence by sequence: the reference, and what runs on any CPU."""
 
     name = "torch"
     can_capture = False  # it reads lengths on the host
@@ -124,6 +125,25 @@ class TorchBackend(AttentionBackend):
             out = prefill_attention(q, *cache, starts, lens, tables, spec.scale, spec.kv_scales)
         else:
             out = decode_attention(q, *cache, lens, tables, spec.scale, spec.kv_scales)
+        return out.flatten(1)
+
+
+class NumbaBackend(AttentionBackend):
+    """`layers.cpu_kernels`; attention of prompts is torch's, which is large products there."""
+
+    name = "numba"
+    can_capture = False
+
+    def attend(
+        self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
+    ) -> torch.Tensor:
+        own = cpu_kernels_for(qkv.device, qkv.dtype)
+        q = own.norm_rope_store(*_store_args(qkv, spec, cache, context))
+        lens, tables = context.context_lens, context.block_tables
+        if context.is_prefill:
+            out = prefill_attention(q, *cache, context.cu_seqlens_q, lens, tables, spec.scale)
+        else:
+            out = own.decode_attention(q, *cache, lens, tables, spec.scale)
         return out.flatten(1)
 
 
@@ -252,6 +272,8 @@ def make_backend(
         block_size = FLASH_BLOCK_SIZE if name == "flash-attn" else own
     if name == "triton":
         return TritonBackend(block_size, num_kv_heads, head_dim, device, fp8_cache)
+    if name == "numba":
+        return NumbaBackend(block_size)
     return FlashBackend(block_size) if name == "flash-attn" else TorchBackend(block_size)
 
 
@@ -271,9 +293,10 @@ def select_backend(
     obstacle_of = {
         "triton": lambda: _triton_obstacle(device, head_dim, fp8_cache),
         "flash-attn": lambda: _flash_obstacle(device, dtype, head_dim, block_size, fp8_cache),
+        "numba": lambda: _numba_obstacle(device, dtype, fp8_cache),
         "torch": lambda: None,
     }
-    order = ["triton", "flash-attn", "torch"]
+    order = ["triton", "flash-attn", "numba", "torch"]
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         order = ["flash-attn", "triton", "torch"]
     if name == "auto":
@@ -293,6 +316,18 @@ def _triton_obstacle(device: torch.device, head_dim: int, fp8_cache: bool) -> st
         return f"it has room for a head_dim of {kernels.MAX_HEAD_DIM} at most, got {head_dim}"
     if fp8_cache and torch.cuda.get_device_capability(device) < _FIRST_WITH_FP8:
         return "kv_cache_dtype='fp8' needs a GPU of compute capability 8.9 (Ada) or later"
+    return None
+
+
+def _numba_obstacle(device: torch.device, dtype: torch.dtype, fp8_cache: bool) -> str | None:
+    if device.type != "cpu":
+        return f"it needs a CPU, and device is {str(device)!r}"
+    if fp8_cache:
+        return "it reads no cache with kv_cache_dtype='fp8'"
+    if cpu_kernels_for(device, torch.float32) is None:
+        return "numba is not installed (pip install 'nanovllm[cpu]')"
+    if cpu_kernels_for(device, dtype) is None:
+        return f"it computes in float32 and bfloat16 only, and dtype is {dtype}"
     return None
 
 
