@@ -233,13 +233,14 @@ class LLM(LLMEngine):
         try:
             with (
                 self._running(call, requests),
-                tqdm(total=len(ids), desc="Generating", disable=not use_tqdm) as progress,
+                tqdm(total=len(ids), desc="Generating") if use_tqdm else nullcontext() as progress,
             ):
                 while call.pending:
                     if self._callers.must_step(call):
                         self.step()
-                    _show_rates(progress, self.stats.since(before))
-                    progress.update(len(call.outputs) - progress.n)
+                    if progress is not None:
+                        _show_rates(progress, self.stats.since(before))
+                        progress.update(len(call.outputs) - progress.n)
                 call.check()
             if aborted := [index for index, one in enumerate(ids) if one not in call.outputs]:
                 raise RuntimeError(f"aborted while generate() ran: prompts {reprlib.repr(aborted)}")

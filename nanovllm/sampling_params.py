@@ -114,7 +114,9 @@ class SamplingParams:
 
     def __post_init__(self, *others: Any) -> None:
         for (name, (values, way_out)), value in zip(_OTHERS.items(), others, strict=True):
-            is_nothing = value is None or (isinstance(value, (list, tuple, dict)) and not value)
+            if value is None:
+                continue
+            is_nothing = isinstance(value, (list, tuple, dict)) and not value
             is_n = name == "best_of" and value == self.n
             if not (is_nothing or is_n or value in values):
                 raise ValueError(f"{name}={value!r}: {way_out}")
@@ -160,7 +162,7 @@ class SamplingParams:
             if not word.strip():
                 raise ValueError(f"bad_words has {word!r}, which is only space: see logit_bias")
         self._structure()
-        self._checked = self._values()
+        self._checked = dict(vars(self))
 
     @property
     def effective_temperature(self) -> float:
@@ -194,14 +196,12 @@ class SamplingParams:
         Raises:
             TypeError, ValueError: for a value that cannot work.
         """
-        return self if self._values() == self._checked else self.clone()
+        is_as_checked = vars(self) == {**self._checked, "_checked": self._checked}
+        return self if is_as_checked else self.clone()
 
     def is_below_min_tokens(self, num_generated: int) -> bool:
         """Whether after so many generated tokens nothing may end the request yet."""
         return num_generated < self.min_tokens
-
-    def _values(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_checked"}
 
     def _set(self, name: str, value: Any) -> None:
         setattr(self, name, value)

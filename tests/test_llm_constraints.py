@@ -30,7 +30,7 @@ def constraints(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Allowed]]
     made: dict[int, Allowed] = {}
 
     def constrained(*args: Any) -> Sequence:
-        prompt = args[1]
+        prompt = args[1].tolist()
         index = next((i for i, own in enumerate(PROMPTS) if own == prompt), None)
         if index is None or STEPS[index] is None:
             return Sequence(*args)

@@ -175,7 +175,7 @@ def test_an_error_outside_of_a_step_ends_the_requests_of_its_call_only(
             raise OSError("the terminal is gone")
 
     monkeypatch.setattr("nanovllm.llm._show_rates", fail)
-    failing.append(Thread(greedy, llm, [MANY[5]], ENDLESS))
+    failing.append(Thread(llm.generate, [MANY[5]], ENDLESS))
     wait_until(lambda: num_unfinished(llm) == 1)
     assert greedy(llm, PROMPTS) == [tiny_reference.tokens(prompt, 12) for prompt in PROMPTS]
     with pytest.raises(OSError, match="the terminal is gone"):

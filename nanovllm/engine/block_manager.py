@@ -17,6 +17,7 @@ import xxhash
 from nanovllm.engine.sequence import Sequence
 
 EMPTY_PREFIX = 0  # the hash and the content id of no tokens; blocks that hold none have them, too
+_NO_TOKENS = array("I")
 
 
 class Block:
@@ -41,12 +42,12 @@ class Block:
 
     def forget(self) -> None:
         self.hash = self.content_id = self.parent_id = EMPTY_PREFIX
-        self.token_ids: list[int] = []
+        self.token_ids = _NO_TOKENS
 
 
-def hash_block(prefix_hash: int, token_ids: list[int]) -> int:
+def hash_block(prefix_hash: int, token_ids: array) -> int:
     """xxh64 of a block's tokens, chained with the hash of everything before it."""
-    return xxhash.xxh64_intdigest(array("q", token_ids).tobytes(), seed=prefix_hash)
+    return xxhash.xxh64_intdigest(token_ids, seed=prefix_hash)
 
 
 class BlockManager:

@@ -4,9 +4,12 @@ import collections.abc
 import random
 import reprlib
 import time
+from array import array
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, TypeAlias
+
+import numpy as np
 
 from nanovllm.config import Config
 from nanovllm.engine.constraints import ConstraintMaker, MakeConstraint
@@ -22,7 +25,7 @@ Prompts: TypeAlias = Prompt | collections.abc.Sequence[Prompt]
 Params: TypeAlias = SamplingParams | collections.abc.Sequence[SamplingParams | None] | None
 
 
-@dataclass
+@dataclass(slots=True)
 class Request:
     """A prompt and its completions, a sequence each; the first one's id is the request's."""
 
@@ -60,10 +63,10 @@ def params_list(params: Params, num_prompts: int) -> list[SamplingParams]:
     Raises:
         TypeError, ValueError: for something else, or a wrong number of them.
     """
-    many: list[Any] = [params] * num_prompts
-    if isinstance(params, (list, tuple)):
+    many: list[Any] = [params]
+    if is_list := isinstance(params, (list, tuple)):
         many = list(params)
-    if len(many) != num_prompts:
+    if is_list and len(many) != num_prompts:
         raise ValueError(
             f"{num_prompts} prompts need as many sampling_params (or a single one for all), got "
             f"{len(many)}"
@@ -71,7 +74,8 @@ def params_list(params: Params, num_prompts: int) -> list[SamplingParams]:
     for index, one in enumerate(many):
         if one is not None and not isinstance(one, SamplingParams):
             raise TypeError(f"prompt {index}: sampling_params must be SamplingParams, got {one!r}")
-    return [SamplingParams() if one is None else one.checked() for one in many]
+    checked = [SamplingParams() if one is None else one.checked() for one in many]
+    return checked if is_list else checked * num_prompts
 
 
 def nth_seed(seed: int, index: int) -> int:
@@ -100,14 +104,13 @@ class InputProcessor:
         self,
         config: Config,
         tokenizer: Tokenizer | None,
-        eos_token_ids: set[int],
+        eos_token_ids: frozenset[int],
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
-        self._constraints = ConstraintMaker(
-            tokenizer, eos_token_ids, config.model_config.vocab_size
-        )
+        self.vocab_size = config.model_config.vocab_size
+        self._constraints = ConstraintMaker(tokenizer, eos_token_ids, self.vocab_size)
         self._ids = count()
         self._seeds = random.Random(config.seed)
 
@@ -118,22 +121,23 @@ class InputProcessor:
             TypeError, ValueError: for one that cannot work, by its place in the list.
             ImportError: for structured outputs without their library.
         """
-        checked = []
+        texts, contents = [], []
         encoded = self._encode_texts(prompts)
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
             name = f"prompt {index}"
             content = _unwrapped(prompt, name)
-            token_ids = self._token_ids(content, name, encoded.get(index))
+            texts.append(content if isinstance(content, str) else None)
+            contents.append(self._token_ids(content, name, encoded.get(index)))
             try:
                 self._check_params(param)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-            checked.append((content if isinstance(content, str) else None, token_ids, param))
+        packed = self._packed(contents)
         makers = self._constraints.prepare(params)
         now = time.time()
         return [
             Request(text, self._sequences(ids, param, make_constraint), now)
-            for (text, ids, param), make_constraint in zip(checked, makers)
+            for text, ids, param, make_constraint in zip(texts, packed, params, makers)
         ]
 
     def _encode_texts(self, prompts: list[Prompt]) -> dict[int, list[int] | None]:
@@ -142,7 +146,7 @@ class InputProcessor:
         return dict(zip(texts, encode_many(self.tokenizer, [*texts.values()]), strict=True))
 
     def _sequences(
-        self, token_ids: list[int], params: SamplingParams, make_constraint: MakeConstraint
+        self, token_ids: array, params: SamplingParams, make_constraint: MakeConstraint
     ) -> list[Sequence]:
         drawn = self._seeds.getrandbits(63)  # in any case: seeds of later requests stay the same
         seed = drawn if params.seed is None else params.seed
@@ -164,7 +168,7 @@ class InputProcessor:
 
     def _check_params(self, params: SamplingParams) -> None:
         """What cannot be known without the model."""
-        vocab_size = self.config.model_config.vocab_size
+        vocab_size = self.vocab_size
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token_id in getattr(params, name) or ():
                 if not 0 <= token_id < vocab_size:
@@ -191,9 +195,9 @@ class InputProcessor:
 
     def _token_ids(
         self, prompt: str | TokenIds, name: str, encoded: list[int] | None = None
-    ) -> list[int]:
-        """The tokens of a prompt, checked against the model; `encoded` are those of a text, if they
-        are known."""
+    ) -> TokenIds:
+        """The tokens of a prompt, as many as the model takes; `encoded` are those of a text, if
+        they are known."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(
@@ -201,26 +205,17 @@ class InputProcessor:
                     "ids, or add the checkpoint's tokenizer files"
                 )
             try:
-                token_ids = self.tokenizer.encode(prompt) if encoded is None else encoded
+                token_ids: TokenIds = self.tokenizer.encode(prompt) if encoded is None else encoded
             except (TypeError, UnicodeError) as error:
                 raise ValueError(f"{name} is not valid Unicode text: {error}") from error
         elif isinstance(prompt, (list, tuple)):
-            token_ids = list(prompt)
-            # First the fast check of all at once: one by one takes 0.5 us a token.
-            if set(map(type, token_ids)) != {int}:
-                token_ids = [as_integer(f"{name}, token {i}", t) for i, t in enumerate(prompt)]
+            token_ids = prompt
         else:
             raise TypeError(
                 f"{name} must be a string or a list of token ids, got {reprlib.repr(prompt)}"
             )
         if not token_ids:
             raise ValueError(f"{name} is empty: it needs at least one token")
-        vocab_size = self.config.model_config.vocab_size
-        for token_id in (min(token_ids), max(token_ids)):
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(
-                    f"{name} has token id {token_id}, outside the vocabulary of {vocab_size}"
-                )
         if len(token_ids) >= self.config.max_model_len:
             raise ValueError(
                 f"{name} has {len(token_ids)} tokens, and at most {self.config.max_model_len - 1} "
@@ -229,6 +224,38 @@ class InputProcessor:
                 "max_model_len or num_kvcache_blocks if the model allows"
             )
         return token_ids
+
+    def _packed(self, prompts: list[TokenIds]) -> list[array]:
+        """Each prompt's token ids as `Sequence` has them, checked: integers, of the vocabulary.
+
+        A look at each token takes 0.5 us, so all are checked at once, and one by one only those
+        that may be wrong.
+        """
+        packed = []
+        for index, token_ids in enumerate(prompts):
+            try:
+                packed.append(array("I", token_ids))  # takes integers alone, but True as 1
+            except (TypeError, OverflowError):
+                for place, token_id in enumerate(token_ids):
+                    self._check_token(token_id, index, place)
+                raise
+        values = np.frombuffer(b"".join(packed), np.uint32)
+        starts = np.cumsum([0, *map(len, packed)])
+        maybe_wrong = np.flatnonzero((values <= 1) | (values >= self.vocab_size))
+        indices = np.searchsorted(starts, maybe_wrong, side="right") - 1
+        places = maybe_wrong - starts[indices]
+        for index, place in zip(indices.tolist(), places.tolist()):
+            token_id = prompts[index][place]
+            if token_id > 1 or type(token_id) is not int:
+                self._check_token(token_id, index, place)
+        return packed
+
+    def _check_token(self, token_id: int, index: int, place: int) -> None:
+        if not 0 <= as_integer(f"prompt {index}, token {place}", token_id) < self.vocab_size:
+            raise ValueError(
+                f"prompt {index} has token id {token_id}, outside the vocabulary of "
+                f"{self.vocab_size}"
+            )
 
 
 def _as_list(value: Any) -> Any:

@@ -420,12 +420,12 @@ class LLMEngine:
                 stacklevel=3,
             )
 
-    def _eos_token_ids(self) -> set[int]:
+    def _eos_token_ids(self) -> frozenset[int]:
         eos = set(self.config.eos_token_ids)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             eos.add(self.tokenizer.eos_token_id)
         vocab_size = self.config.model_config.vocab_size
-        return {token_id for token_id in eos if 0 <= token_id < vocab_size}
+        return frozenset(token_id for token_id in eos if 0 <= token_id < vocab_size)
 
     def _check_open(self) -> None:
         if self.is_closed:

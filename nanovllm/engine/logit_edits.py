@@ -1,6 +1,7 @@
 """What a request changes in its logits, and the slots on the device where it is written."""
 
 import math
+from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ class LogitEdits:
         return self.changes_all or self.params.is_below_min_tokens(num_generated)
 
     def contents(
-        self, slot: int, prompt: list[int], generated: list[int], num_generated: int
+        self, slot: int, prompt: array, generated: array, num_generated: int
     ) -> SlotContents:
         """For the slot of a request that has generated `num_generated` tokens.
 
@@ -65,7 +66,7 @@ class LogitEdits:
         return Bias(default, token_ids, np.fromiter(values.values(), np.float32, len(values)))
 
 
-def _seen(prompt: list[int], generated: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _seen(prompt: array, generated: array) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and their entries of `EditTables.seen`."""
     in_prompt = np.unique(np.array(prompt, dtype=np.int64))
     token_ids, times = np.unique(np.array(generated, dtype=np.int64), return_counts=True)
@@ -116,8 +117,9 @@ class EditSlots:
             withholds = edits.params.is_below_min_tokens(num_generated)
             if is_new or withholds is not self._withholds[slot]:
                 num_counted = num_tokens - (not batch.is_prefill)
+                prompt = seq.token_ids[: seq.num_prompt_tokens]
                 generated = seq.token_ids[seq.num_prompt_tokens : num_counted]
-                one = edits.contents(slot, seq.prompt_token_ids, generated, num_generated)
+                one = edits.contents(slot, prompt, generated, num_generated)
                 contents.append(one if is_new else one._replace(seen=None))
             self._withholds[slot] = withholds
             slots[row] = slot

@@ -114,7 +114,7 @@ class OutputProcessor:
     def _take_prompt_logprobs(self, batch: Batch, step: PendingStep) -> None:
         for row, position, logprobs in step.prompt_logprobs:
             seq = batch.seqs[row]
-            token_ids = seq.token_ids[position : position + len(logprobs.ranks)]
+            token_ids = seq.token_ids[position : position + len(logprobs.ranks)].tolist()
             ks = [seq.sampling_params.prompt_logprobs or 0] * len(token_ids)
             entries = self._entries(token_ids, ks, logprobs)
             # The first of them may be known already, if the sequence was preempted.
@@ -204,7 +204,7 @@ class OutputStream:
             end = len(self._detokenizer.text) if seq.is_finished else self._detokenizer.num_safe
             text = self._detokenizer.text[self._num_characters : end]
         start = seq.num_prompt_tokens + self._num_tokens
-        token_ids = seq.token_ids[start:]
+        token_ids = seq.token_ids[start:].tolist()
         if not (text or token_ids or seq.is_finished):
             return None
         logprobs = None

@@ -1,8 +1,9 @@
 """One completion of a request on its way through the engine."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from array import array
+from collections.abc import Collection, Iterable
 from enum import Enum, auto
+from typing import NamedTuple
 
 from nanovllm.engine.constraints import TokenConstraint
 from nanovllm.engine.logit_edits import LogitEdits
@@ -19,8 +20,7 @@ class SequenceStatus(Enum):
     FINISHED = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class RowSampling:
+class RowSampling(NamedTuple):
     """What a step has to do for a sequence's row: resolved once, when the request is queued.
 
     Attributes:
@@ -58,7 +58,8 @@ class Sequence:
         constraint: which tokens may come next, besides what the parameters allow; None: any.
 
     Attributes:
-        token_ids: prompt and generated tokens known so far.
+        token_ids: prompt and generated tokens known so far. An `array("I")`, since bytes are copied
+            and hashed faster than Python's integers.
         sampling: what a step has to do for its row.
         has_wishes: whether it has edits or a constraint, or wants log probabilities.
         ending_token_ids: the tokens that end it: those of `eos_token_ids` silently, the others as
@@ -81,7 +82,7 @@ class Sequence:
     def __init__(
         self,
         seq_id: int,
-        prompt_token_ids: list[int],
+        prompt_token_ids: Iterable[int],
         sampling_params: SamplingParams,
         max_len: int,
         seed: int,
@@ -91,8 +92,8 @@ class Sequence:
         params = sampling_params
         self.seq_id = seq_id
         self.status = SequenceStatus.WAITING
-        self.token_ids = list(prompt_token_ids)
-        self.num_prompt_tokens = len(prompt_token_ids)
+        self.token_ids = array("I", prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
         self.has_siblings = params.n > 1
         self.sampling_params = params
         self.max_len = max_len
@@ -106,8 +107,7 @@ class Sequence:
             seed, params.effective_temperature, min(params.top_k, 2**31 - 1), params.top_p,
             params.min_p, params.truncates, edits, params.logprobs,
         )  # fmt: skip
-        wishes = edits, params.logprobs, constraint
-        self.has_wishes = any(wish is not None for wish in wishes)
+        self.has_wishes = (edits, params.logprobs, constraint) != (None, None, None)
         self.num_pending_tokens = 0
         self.num_computed_tokens = 0
         self.num_found_tokens = 0
@@ -146,11 +146,11 @@ class Sequence:
 
     @property
     def prompt_token_ids(self) -> list[int]:
-        return self.token_ids[: self.num_prompt_tokens]
+        return self.token_ids[: self.num_prompt_tokens].tolist()
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
+        return self.token_ids[self.num_prompt_tokens :].tolist()
 
     @property
     def ended_by_token(self) -> bool:

@@ -118,7 +118,7 @@ def prompt_logprobs(batch: Batch) -> PromptLogprobs | None:
         num_tokens = min(length, seq.num_prompt_tokens - 1 - start)
         num_top = seq.sampling_params.prompt_logprobs
         if seq.needs_prompt_logprobs and num_top is not None and num_tokens > 0:
-            token_ids = seq.token_ids[start + 1 : start + 1 + num_tokens]
+            token_ids = seq.token_ids[start + 1 : start + 1 + num_tokens].tolist()
             found.spans.append(PromptSpan(row, num_top, len(found.kept), start + 1, token_ids))
             found.kept.extend(range(first, first + num_tokens))
         first += length

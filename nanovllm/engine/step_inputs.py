@@ -1,6 +1,5 @@
 """What the device needs to know of a step: filled in with NumPy, sent in one copy."""
 
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,7 +185,7 @@ class InputBuffers:
     def _fill_prefill(self, batch: Batch, edit_slots: dict[int, int]) -> tuple[StepShape, int]:
         seqs = batch.seqs
         width = max(len(seq.block_table) for seq in seqs)
-        starts, lengths = np.array(batch.starts), np.array(batch.lengths)
+        starts, lengths = (np.array(one, np.int32) for one in (batch.starts, batch.lengths))
         ends = starts + lengths
         shape = StepShape(
             True, len(seqs), batch.num_tokens, width, max(batch.lengths), int(ends.max())
@@ -202,18 +201,18 @@ class InputBuffers:
         host.block_tables[:] = 0
         for table, seq in zip(host.block_tables, seqs):
             table[: len(seq.block_table)] = seq.block_table
-        host.input_ids[:] = list(
-            chain.from_iterable(
-                seq.token_ids[start:end] for seq, start, end in zip(seqs, batch.starts, ends)
-            )
-        )
-        row_of_token = np.repeat(np.arange(len(seqs)), lengths)
-        positions = np.arange(shape.tokens) + (starts - host.cu_seqlens_q[:-1])[row_of_token]
+        spans = zip(seqs, batch.starts, batch.lengths)
+        pieces = (seq.token_ids[start : start + length] for seq, start, length in spans)
+        host.input_ids[:] = np.frombuffer(b"".join(pieces), np.uint32)
+        places = np.arange(shape.tokens, dtype=np.int32)
+        positions = places + np.repeat(starts - host.cu_seqlens_q[:-1], lengths)
         host.positions[:] = positions
-        blocks = host.block_tables[row_of_token, positions // self.block_size]
-        slots = blocks * self.block_size + positions % self.block_size
-        found = np.array([seq.num_found_tokens for seq in seqs])
-        slots[positions < found[row_of_token]] = -1
+        columns = positions // self.block_size
+        tables = np.arange(len(seqs), dtype=np.int32) * width  # where each begins
+        blocks = host.block_tables.take(columns + np.repeat(tables, lengths))
+        slots = blocks * self.block_size + (positions - columns * self.block_size)
+        found = np.array([seq.num_found_tokens for seq in seqs], np.int32)
+        slots[positions < np.repeat(found, lengths)] = -1
         host.slot_mapping[:] = slots
         used = len(self._arrays[self.buffer_index]) - len(host.rest)
         return shape._replace(truncates=truncates, edits=edits), used

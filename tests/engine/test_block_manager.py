@@ -1,5 +1,6 @@
 """The block manager against an independent account of what each block holds."""
 
+from array import array
 from collections.abc import Callable
 from unittest.mock import patch
 
@@ -163,7 +164,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             assert tuple(block.token_ids) == content[-size:]
             expected = 0
             for start in range(0, len(content), size):
-                tokens = list(content[start : start + size])
+                tokens = array("I", content[start : start + size])
                 expected = block_manager_module.hash_block(expected, tokens)
             assert key == expected
         for block_id, content in self.contents.items():
@@ -208,7 +209,7 @@ class CollidingMachine(BlockManagerMachine):
     """The same with three hash values in all."""
 
     @staticmethod
-    def hash_block(prefix_hash: int, token_ids: list[int]) -> int:
+    def hash_block(prefix_hash: int, token_ids: array) -> int:
         return hash_block(prefix_hash, token_ids) % 3
 
 
@@ -216,7 +217,7 @@ class PrefixBlindMachine(BlockManagerMachine):
     """The same with a hash of a block's own tokens: other prefixes collide, other tokens do not."""
 
     @staticmethod
-    def hash_block(prefix_hash: int, token_ids: list[int]) -> int:
+    def hash_block(prefix_hash: int, token_ids: array) -> int:
         return hash_block(0, token_ids)
 
 
@@ -236,7 +237,7 @@ HASHES = {
 
 @pytest.mark.parametrize("colliding", HASHES.values(), ids=HASHES.keys())
 def test_equal_hashes_of_other_contents_are_told_apart(
-    monkeypatch: pytest.MonkeyPatch, colliding: Callable[[int, list[int]], int]
+    monkeypatch: pytest.MonkeyPatch, colliding: Callable[[int, array], int]
 ):
     monkeypatch.setattr(block_manager_module, "hash_block", colliding)
     manager = BlockManager(num_blocks=16, block_size=2)
@@ -326,4 +327,4 @@ def test_headroom_counts_free_blocks_after_the_shared_ones():
 @pytest.mark.parametrize("bits", [0, 1, 63, 64])
 def test_hash_takes_any_chained_hash(bits: int):
     """A hash has 64 bits, and is the seed of the next."""
-    assert 0 <= hash_block((1 << bits) - 1, [0, 2**31, 151_935]) < 2**64
+    assert 0 <= hash_block((1 << bits) - 1, array("I", [0, 2**31, 151_935])) < 2**64

@@ -168,9 +168,29 @@ def test_tokenizer_that_fails_on_a_prompt_queues_nothing(llm: LLM, monkeypatch):
     assert_empty(llm)
 
 
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (True, TypeError, "must be an integer, got True"),
+        (False, TypeError, "must be an integer, got False"),
+        (VOCAB_SIZE, ValueError, "token id 128, outside"),
+    ],
+)
+def test_one_bad_token_among_good_zeros_and_ones_is_found(
+    llm: LLM, place: int, bad: object, error: type, message: str
+):
+    prompts: list[list[object]] = [[0, 1, 5, 1], [1, 7, 0, 0], [9]]
+    prompts[1][place] = bad
+    named = f"prompt 1, token {place}" if error is TypeError else "prompt 1 has"
+    with pytest.raises(error, match=f"{named} {message}"):
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+
+
 def test_numpy_integers_are_tokens(llm: LLM, tiny_reference: Reference):
     (output,) = llm.generate([np.int64(token) for token in GOOD], GREEDY, use_tqdm=False)
     assert output["token_ids"] == tiny_reference.tokens(GOOD, 8)
+    assert {type(token) for token in output["prompt_token_ids"]} == {int}
 
 
 # The room for a prompt and its answer

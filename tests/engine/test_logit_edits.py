@@ -44,7 +44,7 @@ def test_rows_that_change_nothing_have_none():
 def test_who_was_preempted_writes_its_slot_anew_with_all_its_tokens():
     slots, seq = EditSlots(2), sequence(0, presence_penalty=1)
     slots.of_batch(batch(seq, is_prefill=True))
-    seq.token_ids += [7, 7, 2]
+    seq.token_ids.extend([7, 7, 2])
     _, (contents,) = slots.of_batch(batch(seq, is_prefill=True))
     tokens, entries = contents.seen
     prompt = -(2**15)

@@ -18,7 +18,7 @@ def sequence(**options: Any) -> Sequence:
 def test_tokens_of_the_prompt_and_those_that_follow():
     prompt = list(PROMPT)
     seq = Sequence(3, prompt, SamplingParams(), MAX_LEN, seed=0)
-    seq.token_ids += [8, 9]
+    seq.token_ids.extend([8, 9])
     seq.num_pending_tokens = 1
     assert prompt == PROMPT, "the caller's list is its own"
     assert (seq.prompt_token_ids, seq.output_token_ids) == (PROMPT, [8, 9])

@@ -91,7 +91,7 @@ def test_decode_runs_the_newest_token_at_its_own_position_and_slot(tiny: Path, l
         batch = llm.scheduler.schedule()
         (seq,) = batch.seqs
         shape, inputs = send(llm, batch, padded_rows=1)
-        assert seq.token_ids[length:] == [inputs.input_ids.item()]
+        assert seq.token_ids[length:].tolist() == [inputs.input_ids.item()]
         assert inputs.positions.tolist() == [length]
         block_id = seq.block_table[length // BLOCK]
         assert inputs.slot_mapping.tolist() == [block_id * BLOCK + length % BLOCK]

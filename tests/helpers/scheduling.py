@@ -42,8 +42,9 @@ class FakeDevice:
         """Write all rows, then read all rows, as a layer does; returns a token a row."""
         written: set[int] = set()
         for seq, start, length in zip(batch.seqs, batch.starts, batch.lengths, strict=True):
-            known = self.token_ids.setdefault(seq.seq_id, list(seq.token_ids))
-            assert known[: len(seq.token_ids)] == seq.token_ids
+            token_ids = seq.token_ids.tolist()
+            known = self.token_ids.setdefault(seq.seq_id, list(token_ids))
+            assert known[: len(token_ids)] == token_ids
             assert start + length <= len(known), "a row runs a token that nobody has sampled"
             for position in range(start, start + length):
                 block_id = seq.block_table[position // self.manager.block_size]
