@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.layers.deferred import Product
+from nanovllm.utils.kernels import cpu_kernels_for
 
 # By the names that config.json has for them.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -30,6 +31,9 @@ class ActivationAndMul(nn.Module):
 
 
 def activate_and_mul(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    """The formula in torch: [tokens, 2 n] -> [tokens, n]."""
+    """[tokens, 2 n] -> [tokens, n], in torch, or for few tokens on a CPU in one loop."""
+    own = cpu_kernels_for(gate_up.device, gate_up.dtype) if activation == "silu" else None
+    if own is not None and gate_up.numel() <= own.MAX_VALUES:
+        return own.silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate).mul_(up)

@@ -138,12 +138,13 @@ class NumbaBackend(AttentionBackend):
         self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
     ) -> torch.Tensor:
         own = cpu_kernels_for(qkv.device, qkv.dtype)
-        q = own.norm_rope_store(*_store_args(qkv, spec, cache, context))
-        lens, tables = context.context_lens, context.block_tables
-        if context.is_prefill:
-            out = prefill_attention(q, *cache, context.cu_seqlens_q, lens, tables, spec.scale)
+        args = _store_args(qkv, spec, cache, context)
+        where = context.context_lens, context.block_tables
+        if not context.is_prefill:
+            out = own.decode(*args, *where, spec.scale)
         else:
-            out = own.decode_attention(q, *cache, lens, tables, spec.scale)
+            q = own.norm_rope_store(*args)
+            out = prefill_attention(q, *cache, context.cu_seqlens_q, *where, spec.scale)
         return out.flatten(1)
 
 

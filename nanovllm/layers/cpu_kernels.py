@@ -8,7 +8,6 @@ twins in plain torch are `layers.paged_attention` and `layers.layernorm.rms_norm
 All sums are in float32. A row is computed in one order, whichever rows are beside it.
 """
 
-import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +20,12 @@ from numba.extending import intrinsic, overload
 
 _BITS = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
 DTYPES = tuple(_BITS)
-MAX_NORM_VALUES = 2**16  # of more, torch's threads together are faster than one loop
+MAX_VALUES = 2**16  # of more, torch's threads together are faster than one loop
 _VALUES_OF_A_THREAD = 2**18  # some 40 us
 _MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+_num_torch_threads = torch.get_num_threads()
+numba.get_num_threads()  # starts them, and may set torch's number, too, as both may have one OpenMP
+torch.set_num_threads(_num_torch_threads)
 _one_at_a_time = threading.Lock()  # not all of numba's thread pools may be used by two at once
 
 
@@ -38,6 +40,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         _BITS[dtype], num_tokens, size, eps,
         _address(x, dtype), _address(weight, dtype), _address(out, dtype),
     )  # fmt: skip
+    return out
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, [tokens, size]; by one thread.
+
+    Args:
+        gate_up: [tokens, 2 * size], contiguous.
+    """
+    (num_tokens, width), dtype = gate_up.shape, gate_up.dtype
+    out = gate_up.new_empty(num_tokens, width // 2)
+    _silu_and_mul(
+        _BITS[dtype], num_tokens, width // 2, _address(gate_up, dtype), _address(out, dtype)
+    )
     return out
 
 
@@ -68,21 +84,34 @@ def norm_rope_store(
     return q
 
 
-def decode_attention(
-    q: torch.Tensor,
+def decode(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
     context_lens: torch.Tensor,
     block_tables: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """See `layers.paged_attention.decode_attention`; the cache as in `norm_rope_store`."""
-    dtype, out = q.dtype, torch.empty_like(q)
-    num_values = 2 * int(context_lens.sum()) * k_cache.shape[2] * k_cache.shape[3]
+    """`norm_rope_store`, and `layers.paged_attention.decode_attention` with its result: one call,
+    since some 40 us pass from Python to a kernel while the CPU's caches are cold."""
+    _, block_size, num_kv_heads, head_dim = k_cache.shape
+    dtype, num_heads = qkv.dtype, qkv.shape[1] // head_dim - 2 * num_kv_heads
+    out = qkv.new_empty(len(qkv), num_heads, head_dim)
+    has_norm = q_weight is not None and k_weight is not None
+    weights = [_address(w, dtype) if w is not None else 0 for w in (q_weight, k_weight)]
+    num_values = 2 * block_tables.numel() * block_size * num_kv_heads * head_dim  # at the most
     _by_threads(
-        num_values, _decode_attention, _BITS[dtype], len(q), q.shape[1], block_tables.shape[1],
-        tuple(k_cache.shape), scale, _address(q, dtype), _cache_address(k_cache, dtype),
-        _cache_address(v_cache, dtype), _address(context_lens, torch.int32),
+        num_values, _decode, _BITS[dtype], len(qkv), num_heads, block_tables.shape[1],
+        tuple(k_cache.shape), eps, has_norm, scale, _address(qkv, dtype), *weights,
+        _address(cos_sin, torch.float32), _address(positions, torch.int32),
+        _cache_address(k_cache, dtype), _cache_address(v_cache, dtype),
+        _address(slot_mapping, torch.int32), _address(context_lens, torch.int32),
         _address(block_tables, torch.int32), _address(out, dtype),
     )  # fmt: skip
     return out
@@ -188,6 +217,30 @@ def _rms_norm(
             out[token, i] = _narrow(_widen(x[token, i]) * factor * _widen(weight[i]), out)
 
 
+@_compiled()
+def _silu_and_mul(bits: Any, num_tokens: int, size: int, gate_up_at: int, out_at: int) -> None:
+    gate_up = carray(_memory(gate_up_at), (num_tokens, 2, size), bits.dtype)
+    out = carray(_memory(out_at), (num_tokens, size), bits.dtype)
+    for token in range(num_tokens):
+        for i in range(size):
+            gate, up = _widen(gate_up[token, 0, i]), _widen(gate_up[token, 1, i])
+            out[token, i] = _narrow(gate / (np.float32(1) + _exp(-gate)) * up, out)
+
+
+@_compiled()
+def _exp(x: Any) -> Any:
+    """e^x, of -20 to 20 within 2e-6 of it: 2^n 2^f, the latter by its Taylor series. It is made of
+    operations that are done for all lanes of a vector at once, as the library's function is not."""
+    exponent = min(max(x * np.float32(1.4426950408889634), np.float32(-126)), np.float32(127))
+    whole = np.floor(exponent + np.float32(0.5))
+    ln2_f = (exponent - whole) * np.float32(0.6931471805599453)
+    power = np.float32(1)
+    for k in (6, 5, 4, 3, 2, 1):
+        power = np.float32(1) + power * ln2_f * np.float32(1 / k)
+    bits = np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23))
+    return power * bits.view(np.float32)
+
+
 @_compiled(parallel=True)
 def _norm_rope_store(
     bits: Any, num_tokens: int, num_heads: int, cache_shape: tuple[int, int, int, int], eps: float,
@@ -235,6 +288,24 @@ def _norm_rope(x: Any, has_norm: bool, weight: Any, eps: float, rotation: Any, o
         cos, sin = rotation[i], rotation[half + i]
         out[i] = _narrow(first * cos - second * sin, out)
         out[half + i] = _narrow(second * cos + first * sin, out)
+
+
+@_compiled()
+def _decode(
+    bits: Any, num_rows: int, num_heads: int, table_width: int,
+    cache_shape: tuple[int, int, int, int], eps: float, has_norm: bool, scale: float, qkv_at: int,
+    q_weight_at: int, k_weight_at: int, cos_sin_at: int, positions_at: int, k_cache_at: int,
+    v_cache_at: int, slots_at: int, lens_at: int, tables_at: int, out_at: int,
+) -> None:  # fmt: skip
+    q = np.empty((num_rows, num_heads, cache_shape[3]), bits.dtype)
+    _norm_rope_store(
+        bits, num_rows, num_heads, cache_shape, eps, has_norm, qkv_at, q_weight_at, k_weight_at,
+        cos_sin_at, positions_at, k_cache_at, v_cache_at, slots_at, q.ctypes.data,
+    )  # fmt: skip
+    _decode_attention(
+        bits, num_rows, num_heads, table_width, cache_shape, scale, q.ctypes.data, k_cache_at,
+        v_cache_at, lens_at, tables_at, out_at,
+    )  # fmt: skip
 
 
 @_compiled(parallel=True)
@@ -289,7 +360,7 @@ def _softmax(scores: Any) -> None:
     for i in range(scores.shape[0]):
         largest = max(largest, scores[i])
     for i in range(scores.shape[0]):
-        scores[i] = math.exp(scores[i] - largest)
+        scores[i] = _exp(scores[i] - largest)
         total += scores[i]
     for i in range(scores.shape[0]):
         scores[i] /= total
@@ -297,9 +368,18 @@ def _softmax(scores: Any) -> None:
 
 @_compiled()
 def _weighted_sum(weights: Any, values: Any, table: Any, sums: Any) -> None:
-    block_size = values.shape[1]
-    for token in range(weights.shape[1]):
-        value = values[table[token // block_size], token % block_size]
+    block_size, num_tokens = values.shape[1], weights.shape[1]
+    for start in range(0, num_tokens, block_size):
+        block = values[table[start // block_size]]
+        end = min(block_size, num_tokens - start)
         for g in range(sums.shape[0]):
-            for i in range(sums.shape[1]):
-                sums[g, i] += weights[g, token] * _widen(value[i])
+            own = weights[g, start : start + end]
+            for t in range(0, end - 3, 4):  # four at a time, so that sums are stored less often
+                w0, w1, w2, w3 = own[t], own[t + 1], own[t + 2], own[t + 3]
+                for i in range(sums.shape[1]):
+                    first = w0 * _widen(block[t, i]) + w1 * _widen(block[t + 1, i])
+                    second = w2 * _widen(block[t + 2, i]) + w3 * _widen(block[t + 3, i])
+                    sums[g, i] += first + second
+            for t in range(end // 4 * 4, end):
+                for i in range(sums.shape[1]):
+                    sums[g, i] += own[t] * _widen(block[t, i])

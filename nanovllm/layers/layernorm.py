@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
         if has_kernels(x):
             return kernels.rms_norm(x, self.weight, self.eps, partials, out)
         own = cpu_kernels_for(x.device, x.dtype) if partials is None else None
-        if own is not None and x.numel() <= own.MAX_NORM_VALUES:
+        if own is not None and x.numel() <= own.MAX_VALUES:
             y = own.rms_norm(x, self.weight, self.eps)
         else:
             y = rms_norm(x, self.weight, self.eps, partials)

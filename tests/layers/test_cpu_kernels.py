@@ -1,5 +1,6 @@
 """The loops that numba compiles for a CPU, against float64 and their twins in torch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("numba")
 
@@ -27,6 +29,7 @@ from helpers.kernel_inputs import (
     rms_norm_float64,
 )  # fmt: skip
 from nanovllm.layers import cpu_kernels, paged_attention
+from nanovllm.layers.activation import ACTIVATIONS, activate_and_mul
 from nanovllm.layers.attention_backends import make_backend, select_backend
 from nanovllm.layers.layernorm import RMSNorm, rms_norm
 from nanovllm.utils import kernels as utils_kernels
@@ -59,11 +62,13 @@ def new_tokens(context_lens: list[int], sizes: Sizes, dtype: torch.dtype, **opti
     return batch, args, caches
 
 
-def attend(batch: DecodeBatch, q: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:
-    after = batch.after
-    return cpu_kernels.decode_attention(
-        q, *caches, after.context_lens, after.block_tables, after.scale
-    )
+def decode(batch: DecodeBatch, args: tuple, rows: slice = slice(None)) -> torch.Tensor:
+    qkv, q_weight, k_weight, eps, cos_sin, positions, k_cache, v_cache, slots = args
+    lens, tables = batch.after.context_lens[rows], batch.after.block_tables[rows]
+    return cpu_kernels.decode(
+        qkv[rows], q_weight, k_weight, eps, cos_sin, positions[rows], k_cache, v_cache,
+        slots[rows], lens, tables, batch.after.scale,
+    )  # fmt: skip
 
 
 @dtypes
@@ -75,14 +80,13 @@ def test_new_tokens_are_stored_and_attend_to_their_contexts(
     sizes: Sizes, dtype: torch.dtype, num_threads: int, qk_norm: bool
 ):
     batch, args, caches = new_tokens([1, 100, 64, 65, 0], sizes, dtype, qk_norm=qk_norm)
-    q = cpu_kernels.norm_rope_store(*args)
+    found = decode(batch, args)
+    assert relative_error(found, batch.after.expected()) < TOLERANCE[dtype]
     written = batch.after.k_cache.isfinite()
-    assert relative_error(q, batch.after.q) < TOLERANCE[dtype]
     for cache, expected in zip(caches, (batch.after.k_cache, batch.after.v_cache)):
         assert torch.equal(cache.isfinite(), written), "what nobody wrote stays as it was"
         cache, expected = (each.masked_fill(~written, 0.0) for each in (cache, expected))
         assert relative_error(cache.flatten(0, 2), expected.flatten(0, 2)) < TOLERANCE[dtype]
-    assert relative_error(attend(batch, q, caches), batch.after.expected()) < TOLERANCE[dtype]
 
 
 @dtypes
@@ -109,24 +113,19 @@ def test_a_prompt_is_stored_as_by_torch(dtype: torch.dtype, num_threads: int):
 
 @dtypes
 def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype):
-    batch, args, caches = new_tokens([70, 3, 65, 200], (16, 4, 2, 64), dtype)
-    q = cpu_kernels.norm_rope_store(*args)
-    together = attend(batch, q, caches)
+    batch, args, _ = new_tokens([70, 3, 65, 200], (16, 4, 2, 64), dtype)
+    together = decode(batch, args)
     for row in range(4):
         own = slice(row, row + 1)
-        alone = cpu_kernels.decode_attention(
-            q[own], *caches, batch.after.context_lens[own], batch.after.block_tables[own],
-            batch.after.scale,
-        )  # fmt: skip
-        assert torch.equal(alone, together[own])
+        assert torch.equal(decode(batch, args, own), together[own])
 
 
 @dtypes
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so_and_in_its_row(dtype: torch.dtype, value: float):
-    batch, args, caches = new_tokens([70, 80], (16, 4, 2, 64), dtype)
+    batch, args, _ = new_tokens([70, 80], (16, 4, 2, 64), dtype)
     args[0][1, :64] = value  # the first query of the second row
-    out = attend(batch, cpu_kernels.norm_rope_store(*args), caches)
+    out = decode(batch, args)
     assert out[0].isfinite().all() and out[1, 1:].isfinite().all()
     assert out[1, 0].isnan().all()
 
@@ -139,6 +138,27 @@ def test_norm(dtype: torch.dtype, shape: tuple[int, int]):
     found = cpu_kernels.rms_norm(x, weight, EPS)
     assert relative_error(found, rms_norm_float64(x, weight, EPS)) < TOLERANCE[dtype] / 2
     torch.testing.assert_close(found, rms_norm(x, weight, EPS))
+
+
+@dtypes
+def test_gate(dtype: torch.dtype):
+    gate = torch.cat((torch.linspace(-100, 100, 5001), torch.tensor([torch.inf, torch.nan])))
+    gate_up = torch.stack((gate, normal(5003, dtype=FP32))).view(1, -1).to(dtype)
+    found = cpu_kernels.silu_and_mul(gate_up)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    rtol = 1e-5 if dtype == FP32 else 2**-8
+    expected = F.silu(gate) * up
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-35, equal_nan=True)
+
+
+def test_a_gate_takes_the_loop_for_few_rows_of_silu(monkeypatch: pytest.MonkeyPatch):
+    seen, loop = [], cpu_kernels.silu_and_mul
+    monkeypatch.setattr(cpu_kernels, "silu_and_mul", lambda x: seen.append(len(x)) or loop(x))
+    for rows, activation in ((1, "silu"), (16, "silu"), (17, "silu"), (1, "gelu")):
+        gate, up = (gate_up := normal(rows, 4096, dtype=FP32)).chunk(2, dim=-1)
+        expected = ACTIVATIONS[activation](gate) * up
+        torch.testing.assert_close(activate_and_mul(gate_up, activation), expected)
+    assert seen == [1, 16]
 
 
 def test_a_norm_takes_the_loop_for_few_rows_in_its_dtypes(monkeypatch: pytest.MonkeyPatch):
@@ -170,6 +190,17 @@ def test_rounding_to_bf16_is_that_of_torch():
     narrow(x.numpy(), found.view(torch.uint16).numpy())
     same = found.view(torch.int16) == expected.view(torch.int16)
     assert (same | (found.isnan() & expected.isnan())).all()
+
+
+def test_torch_keeps_its_threads():
+    """numba's and torch's may be those of one OpenMP, whose number numba sets at its start."""
+    code = (
+        "import torch; torch.set_num_threads(1); from nanovllm.layers import cpu_kernels as own; "
+        "own._by_threads(2**30, lambda: None); assert torch.get_num_threads() == 1"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "4"}
+    )
 
 
 def test_small_work_is_done_by_one_thread(monkeypatch: pytest.MonkeyPatch):
