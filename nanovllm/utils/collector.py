@@ -5,9 +5,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+COLLECT_EVERY = 16  # times that objects were spared
 _lock = threading.Lock()
 _open: set[object] = set()
 _is_ours = False  # what is frozen
+_num_times = 0
 
 
 @contextmanager
@@ -15,12 +17,16 @@ def older_objects_spared() -> Iterator[None]:
     """While this is open, the collector leaves alone all objects that there are already.
 
     Each time there are many new objects, it would look through all of the process: 0.2 s with torch
-    and transformers imported. It still finds garbage among the new ones, and among all of them
-    afterwards. Nothing happens if the program itself has frozen objects; any that it freezes
-    meanwhile are let go with the others.
+    and transformers imported. It still finds garbage among the new ones. Nothing happens if the
+    program itself has frozen objects; any that it freezes meanwhile are let go with the others.
+
+    The collector takes all objects that were spared for old ones. So garbage among the youngest is
+    collected before, and every sixteenth time among all: it would stay for ever in a program that
+    does little else.
     """
-    global _is_ours
+    global _is_ours, _num_times
     this = object()
+    gc.collect(1)
     try:  # from here on, since Ctrl-C may come anywhere
         with _lock:
             is_first = not _open
@@ -30,8 +36,13 @@ def older_objects_spared() -> Iterator[None]:
                 gc.freeze()
         yield
     finally:
+        is_due = False
         with _lock:
             _open.discard(this)
             if _is_ours and not _open:
                 _is_ours = False
                 gc.unfreeze()
+                _num_times += 1
+                is_due = _num_times % COLLECT_EVERY == 0
+        if is_due:
+            gc.collect()

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.engines import GREEDY, build
 from nanovllm import llm as llm_module
-from nanovllm.utils.collector import older_objects_spared
+from nanovllm.utils.collector import COLLECT_EVERY, older_objects_spared
 
 
 class Cycle:
@@ -41,6 +41,19 @@ def test_older_objects_are_left_alone_until_the_last_block_ends():
             assert is_collected(new_cycle) and not is_collected(old_cycle)
         assert not is_collected(old_cycle)
     assert is_collected(old_cycle)
+
+
+def test_a_program_that_does_nothing_else_keeps_no_garbage():
+    cycles, old = [], Cycle()
+    for index in range(2 * COLLECT_EVERY):
+        with older_objects_spared():
+            made = [[number] for number in range(2000)]
+        del made
+        if index == COLLECT_EVERY // 2:
+            cycles.append(weakref.ref(old))
+            del old
+        cycles.append(weakref.ref(Cycle()))
+    assert sum(cycle() is not None for cycle in cycles) <= 1
 
 
 def test_what_the_program_has_frozen_stays_frozen():
