@@ -102,12 +102,13 @@ def decode(
     since some 40 us pass from Python to a kernel while the CPU's caches are cold."""
     _, block_size, num_kv_heads, head_dim = k_cache.shape
     dtype, num_heads = qkv.dtype, qkv.shape[1] // head_dim - 2 * num_kv_heads
-    out = qkv.new_empty(len(qkv), num_heads, head_dim)
+    num_rows = qkv.shape[0]
+    out = qkv.new_empty(num_rows, num_heads, head_dim)
     has_norm = q_weight is not None and k_weight is not None
     weights = [_address(w, dtype) if w is not None else 0 for w in (q_weight, k_weight)]
     num_values = 2 * block_tables.numel() * block_size * num_kv_heads * head_dim  # at the most
     _by_threads(
-        num_values, _decode, _BITS[dtype], len(qkv), num_heads, block_tables.shape[1],
+        num_values, _decode, _BITS[dtype], num_rows, num_heads, block_tables.shape[1],
         tuple(k_cache.shape), eps, has_norm, scale, _address(qkv, dtype), *weights,
         _address(cos_sin, torch.float32), _address(positions, torch.int32),
         _cache_address(k_cache, dtype), _cache_address(v_cache, dtype),

@@ -195,7 +195,7 @@ class Normed:
             return
         if self._values is None:
             self._values = self.norm.normalize(x, self.stream.take_partials())
-        yield slice(len(x)), self._values
+        yield slice(x.shape[0]), self._values
 
 
 class Product:

@@ -101,11 +101,11 @@ class Linear(nn.Module):
 
     @property
     def _has_plain(self) -> bool:
-        return len(self.weight) > 0
+        return self.weight.shape[0] > 0
 
     def _plain(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed is not None:
-            if len(x) == 1 and self._has_plain:
+            if x.shape[0] == 1 and self._has_plain:
                 return one_row_product(x, self.weight, self.bias)
             return self._packed.multiply(x, self.bias)
         if isinstance(factor := self.factor, Fp8Weight):
