@@ -177,7 +177,8 @@ def test_an_error_outside_of_a_step_ends_the_requests_of_its_call_only(
     monkeypatch.setattr("nanovllm.llm._show_rates", fail)
     failing.append(Thread(llm.generate, [MANY[5]], ENDLESS))
     wait_until(lambda: num_unfinished(llm) == 1)
-    assert greedy(llm, PROMPTS) == [tiny_reference.tokens(prompt, 12) for prompt in PROMPTS]
+    while failing[0].is_alive():  # one call may have all steps of another's requests
+        assert greedy(llm, PROMPTS) == [tiny_reference.tokens(prompt, 12) for prompt in PROMPTS]
     with pytest.raises(OSError, match="the terminal is gone"):
         failing[0].result()
     assert_empty(llm)
