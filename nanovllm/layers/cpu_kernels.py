@@ -297,28 +297,29 @@ def _decode(
     q_weight_at: int, k_weight_at: int, cos_sin_at: int, positions_at: int, k_cache_at: int,
     v_cache_at: int, slots_at: int, lens_at: int, tables_at: int, out_at: int,
 ) -> None:  # fmt: skip
-    q = np.empty((num_rows, num_heads, cache_shape[3]), bits.dtype)
+    # Queries lie where their outputs will be. An array of their own could be freed too early: numba
+    # does not know that an address is in use.
     _norm_rope_store(
         bits, num_rows, num_heads, cache_shape, eps, has_norm, qkv_at, q_weight_at, k_weight_at,
-        cos_sin_at, positions_at, k_cache_at, v_cache_at, slots_at, q.ctypes.data,
+        cos_sin_at, positions_at, k_cache_at, v_cache_at, slots_at, out_at,
     )  # fmt: skip
     _decode_attention(
-        bits, num_rows, num_heads, table_width, cache_shape, scale, q.ctypes.data, k_cache_at,
-        v_cache_at, lens_at, tables_at, out_at,
+        bits, num_rows, num_heads, table_width, cache_shape, scale, k_cache_at, v_cache_at, lens_at,
+        tables_at, out_at,
     )  # fmt: skip
 
 
 @_compiled(parallel=True)
 def _decode_attention(
     bits: Any, num_rows: int, num_heads: int, table_width: int,
-    cache_shape: tuple[int, int, int, int], scale: float, q_at: int, k_cache_at: int,
-    v_cache_at: int, lens_at: int, tables_at: int, out_at: int,
+    cache_shape: tuple[int, int, int, int], scale: float, k_cache_at: int, v_cache_at: int,
+    lens_at: int, tables_at: int, out_at: int,
 ) -> None:  # fmt: skip
+    """At `out_at` are the queries, and then what they have read."""
     num_blocks, block_size, num_kv_heads, head_dim = cache_shape
     by_head = (num_kv_heads, num_blocks, block_size, head_dim)
     group = num_heads // num_kv_heads
     by_group = (num_rows, num_kv_heads, group, head_dim)
-    q = carray(_memory(q_at), by_group, bits.dtype)
     k_cache = carray(_memory(k_cache_at), by_head, bits.dtype)
     v_cache = carray(_memory(v_cache_at), by_head, bits.dtype)
     lens = carray(_memory(lens_at), num_rows, np.int32)
@@ -331,7 +332,7 @@ def _decode_attention(
         sums = np.zeros((group, head_dim), np.float32)
         for g in range(group):
             for i in range(head_dim):
-                queries[g, i] = _widen(q[row, kv_head, g, i]) * np.float32(scale)
+                queries[g, i] = _widen(out[row, kv_head, g, i]) * np.float32(scale)
         _scores(queries, k_cache[kv_head], tables[row], weights)
         for g in range(group):
             _softmax(weights[g])

@@ -213,6 +213,16 @@ def test_small_work_is_done_by_one_thread(monkeypatch: pytest.MonkeyPatch):
     assert taken == [1, 1, 2, 3]
 
 
+@pytest.mark.slow
+def test_no_memory_is_freed_while_it_is_read(tmp_path: Path):
+    """By default numba happens to free arrays late; its compiled code may do so after their last
+    use by name."""
+    names = "test_new_tokens_are_stored_and_attend_to_their_contexts or test_without_numba"
+    early = {"NUMBA_LLVM_REFPRUNE_PASS": "0", "NUMBA_CACHE_DIR": str(tmp_path)}
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
+    subprocess.run(run, check=True, env=os.environ | early, cwd=Path(__file__).parents[2])
+
+
 def test_code_is_compiled_where_nothing_may_be_kept(monkeypatch: pytest.MonkeyPatch):
     compile_function, calls = cpu_kernels.njit, []
 
