@@ -118,11 +118,16 @@ def decode(
 
 
 def _by_threads(num_values: int, kernel: Callable[..., None], *args: Any) -> None:
-    """Call a kernel that reads so many values, by as many threads as pay, at most torch's."""
+    """Call a kernel that reads so many values, by as many threads as pay, at most torch's. How many
+    the caller's own numba code takes stays as it is."""
     wanted = min(num_values // _VALUES_OF_A_THREAD, torch.get_num_threads(), _MOST_THREADS)
     with _one_at_a_time:
+        before = numba.get_num_threads()
         numba.set_num_threads(max(wanted, 1))
-        kernel(*args)
+        try:
+            kernel(*args)
+        finally:
+            numba.set_num_threads(before)
 
 
 def _address(x: torch.Tensor, dtype: torch.dtype) -> int:

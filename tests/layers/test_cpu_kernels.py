@@ -203,14 +203,15 @@ def test_torch_keeps_its_threads():
     )
 
 
-def test_small_work_is_done_by_one_thread(monkeypatch: pytest.MonkeyPatch):
+def test_small_work_is_done_by_one_thread_and_numbas_number_stays(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(cpu_kernels, "_MOST_THREADS", 8)
     taken: list[int] = []
     monkeypatch.setattr(numba, "set_num_threads", taken.append)
+    monkeypatch.setattr(numba, "get_num_threads", lambda: 7)
     for num_values in (1, 2**19 - 1, 2**19, 2**30):
         cpu_kernels._by_threads(num_values, lambda: None)
-    assert taken == [1, 1, 2, 3]
+    assert taken == [1, 7, 1, 7, 2, 7, 3, 7]
 
 
 @pytest.mark.slow
