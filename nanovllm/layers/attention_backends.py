@@ -326,7 +326,7 @@ def _numba_obstacle(device: torch.device, dtype: torch.dtype, fp8_cache: bool) -
     if fp8_cache:
         return "it reads no cache with kv_cache_dtype='fp8'"
     if cpu_kernels_for(device, torch.float32) is None:
-        return "numba is not installed (pip install 'nanovllm[cpu]')"
+        return "numba is not installed (pip install 'nanovllm[cpu]'), or cannot run here"
     if cpu_kernels_for(device, dtype) is None:
         return f"it computes in float32 and bfloat16 only, and dtype is {dtype}"
     return None

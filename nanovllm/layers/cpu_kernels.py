@@ -24,8 +24,14 @@ MAX_VALUES = 2**16  # of more, torch's threads together are faster than one loop
 _VALUES_OF_A_THREAD = 2**18  # some 40 us
 _MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 _num_torch_threads = torch.get_num_threads()
-numba.get_num_threads()  # starts them, and may set torch's number, too, as both may have one OpenMP
-torch.set_num_threads(_num_torch_threads)
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise ImportError("NUMBA_DISABLE_JIT is set, and these loops only run when compiled")
+try:
+    numba.get_num_threads()  # starts them
+except ValueError as error:  # NUMBA_THREADING_LAYER names one that is not installed
+    raise ImportError(f"numba has no threads: {error}") from error
+finally:  # numba may set torch's number, too, as both may have one OpenMP
+    torch.set_num_threads(_num_torch_threads)
 _one_at_a_time = threading.Lock()  # not all of numba's thread pools may be used by two at once
 
 

@@ -18,7 +18,7 @@ def has_kernels(tensor: torch.Tensor) -> bool:
 
 
 def cpu_kernels_for(device: torch.device, dtype: torch.dtype) -> Any:
-    """`layers.cpu_kernels`, or None if they cannot work on such tensors, or without numba."""
+    """`layers.cpu_kernels`, or None if they cannot work on such tensors, or numba not at all."""
     if device.type != "cpu" or (found := _import_cpu_kernels()) is None:
         return None
     return found if dtype in found.DTYPES else None

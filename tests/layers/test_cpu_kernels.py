@@ -203,6 +203,20 @@ def test_torch_keeps_its_threads():
     )
 
 
+@pytest.mark.parametrize(
+    "setting", [{"NUMBA_DISABLE_JIT": "1"}, {"NUMBA_THREADING_LAYER": "tbb"}], ids=str
+)
+def test_numba_that_cannot_run_is_none(setting: dict[str, str]):
+    code = (
+        "import sys; sys.modules['numba.np.ufunc.tbbpool'] = None; import torch; "
+        "from nanovllm.layers.attention_backends import select_backend; "
+        "print(select_backend('auto', torch.device('cpu'), torch.float32, 64, 64))"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, check=True, env=os.environ | setting, stdout=subprocess.PIPE)
+    assert result.stdout.split() == [b"torch"]
+
+
 def test_small_work_is_done_by_one_thread_and_numbas_number_stays(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(cpu_kernels, "_MOST_THREADS", 8)
