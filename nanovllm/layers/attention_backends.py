@@ -128,16 +128,17 @@ class TorchBackend(AttentionBackend):
         return out.flatten(1)
 
 
-class NumbaBackend(AttentionBackend):
-    """`layers.cpu_kernels`; attention of prompts is torch's, which is large products there."""
+class NumbaBackend(TorchBackend):
+    """`layers.cpu_kernels`; attention of prompts is torch's, which is large products there, and so
+    is all of it in a forked process."""
 
     name = "numba"
-    can_capture = False
 
     def attend(
         self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
     ) -> torch.Tensor:
-        own = cpu_kernels_for(qkv.device, qkv.dtype)
+        if (own := cpu_kernels_for(qkv.device, qkv.dtype)) is None:
+            return super().attend(qkv, spec, cache, context)
         args = _store_args(qkv, spec, cache, context)
         where = context.context_lens, context.block_tables
         if not context.is_prefill:

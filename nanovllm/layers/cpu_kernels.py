@@ -8,6 +8,7 @@ twins in plain torch are `layers.paged_attention` and `layers.layernorm.rms_norm
 All sums are in float32. A row is computed in one order, whichever rows are beside it.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from numba.extending import intrinsic, overload
 
 _BITS = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
 DTYPES = tuple(_BITS)
+PROCESS_ID = os.getpid()  # that has numba's threads
 MAX_VALUES = 2**16  # of more, torch's threads together are faster than one loop
 _VALUES_OF_A_THREAD = 2**18  # some 40 us
 _MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]

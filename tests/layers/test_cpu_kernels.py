@@ -14,6 +14,7 @@ pytest.importorskip("numba")
 
 import numba
 
+from helpers.checkpoints import Reference
 from helpers.engines import GREEDY, build
 from helpers.kernel_inputs import (
     BF16,
@@ -276,6 +277,30 @@ def test_without_numba_torch_computes_the_same(tiny: Path, monkeypatch: pytest.M
     with build(tiny) as llm:
         assert llm.model_runner.attention_backend == "torch"
         assert [o["token_ids"] for o in llm.generate(prompts, GREEDY, use_tqdm=False)] == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_goes_on_with_torch(tiny: Path, tiny_reference: Reference):
+    """Where torch has one thread, it can; numba's threads cannot."""
+    code = """
+import os, sys, torch
+from nanovllm import LLM, SamplingParams
+torch.set_num_threads(1)
+llm = LLM(sys.argv[1], device="cpu", num_kvcache_blocks=4)
+greedy = SamplingParams(temperature=0, max_tokens=12)
+llm.generate([5, 6, 7], greedy, use_tqdm=False)
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(*llm.generate([5, 6, 7], greedy, use_tqdm=False)[0]["token_ids"], flush=True)
+again = LLM(sys.argv[1], device="cpu", num_kvcache_blocks=4)
+print(again.model_runner.attention_backend, flush=True)
+os._exit(0)
+"""
+    command = [sys.executable, "-c", code, str(tiny)]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120)
+    tokens, backend = result.stdout.splitlines()
+    assert [int(token) for token in tokens.split()] == tiny_reference.tokens([5, 6, 7], 12)
+    assert backend == "torch"
 
 
 def test_numba_is_imported_by_who_needs_it():
