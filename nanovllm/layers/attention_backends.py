@@ -128,16 +128,17 @@ class TorchBackend(AttentionBackend):
         return out.flatten(1)
 
 
-class NumbaBackend(AttentionBackend):
-    """`layers.cpu_kernels`; attention of prompts is torch's, which is large products there."""
+class NumbaBackend(TorchBackend):
+    """`layers.cpu_kernels`; attention of prompts is torch's, which is large products there, and so
+    is all of it in a forked process."""
 
     name = "numba"
-    can_capture = False
 
     def attend(
         self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
     ) -> torch.Tensor:
-        own = cpu_kernels_for(qkv.device, qkv.dtype)
+        if (own := cpu_kernels_for(qkv.device, qkv.dtype)) is None:
+            return super().attend(qkv, spec, cache, context)
         args = _store_args(qkv, spec, cache, context)
         where = context.context_lens, context.block_tables
         if not context.is_prefill:
@@ -326,7 +327,7 @@ def _numba_obstacle(device: torch.device, dtype: torch.dtype, fp8_cache: bool) -
     if fp8_cache:
         return "it reads no cache with kv_cache_dtype='fp8'"
     if cpu_kernels_for(device, torch.float32) is None:
-        return "numba is not installed (pip install 'nanovllm[cpu]')"
+        return "numba is not installed (pip install 'nanovllm[cpu]'), or cannot run here"
     if cpu_kernels_for(device, dtype) is None:
         return f"it computes in float32 and bfloat16 only, and dtype is {dtype}"
     return None

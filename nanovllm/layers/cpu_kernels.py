@@ -8,6 +8,7 @@ twins in plain torch are `layers.paged_attention` and `layers.layernorm.rms_norm
 All sums are in float32. A row is computed in one order, whichever rows are beside it.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +21,19 @@ from numba.extending import intrinsic, overload
 
 _BITS = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
 DTYPES = tuple(_BITS)
+PROCESS_ID = os.getpid()  # that has numba's threads
 MAX_VALUES = 2**16  # of more, torch's threads together are faster than one loop
 _VALUES_OF_A_THREAD = 2**18  # some 40 us
 _MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 _num_torch_threads = torch.get_num_threads()
-numba.get_num_threads()  # starts them, and may set torch's number, too, as both may have one OpenMP
-torch.set_num_threads(_num_torch_threads)
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise ImportError("NUMBA_DISABLE_JIT is set, and these loops only run when compiled")
+try:
+    numba.get_num_threads()  # starts them
+except ValueError as error:  # NUMBA_THREADING_LAYER names one that is not installed
+    raise ImportError(f"numba has no threads: {error}") from error
+finally:  # numba may set torch's number, too, as both may have one OpenMP
+    torch.set_num_threads(_num_torch_threads)
 _one_at_a_time = threading.Lock()  # not all of numba's thread pools may be used by two at once
 
 
@@ -119,11 +127,16 @@ def decode(
 
 
 def _by_threads(num_values: int, kernel: Callable[..., None], *args: Any) -> None:
-    """Call a kernel that reads so many values, by as many threads as pay, at most torch's."""
+    """Call a kernel that reads so many values, by as many threads as pay, at most torch's. How many
+    the caller's own numba code takes stays as it is."""
     wanted = min(num_values // _VALUES_OF_A_THREAD, torch.get_num_threads(), _MOST_THREADS)
     with _one_at_a_time:
+        before = numba.get_num_threads()
         numba.set_num_threads(max(wanted, 1))
-        kernel(*args)
+        try:
+            kernel(*args)
+        finally:
+            numba.set_num_threads(before)
 
 
 def _address(x: torch.Tensor, dtype: torch.dtype) -> int:
@@ -298,28 +311,29 @@ def _decode(
     q_weight_at: int, k_weight_at: int, cos_sin_at: int, positions_at: int, k_cache_at: int,
     v_cache_at: int, slots_at: int, lens_at: int, tables_at: int, out_at: int,
 ) -> None:  # fmt: skip
-    q = np.empty((num_rows, num_heads, cache_shape[3]), bits.dtype)
+    # Queries lie where their outputs will be. An array of their own could be freed too early: numba
+    # does not know that an address is in use.
     _norm_rope_store(
         bits, num_rows, num_heads, cache_shape, eps, has_norm, qkv_at, q_weight_at, k_weight_at,
-        cos_sin_at, positions_at, k_cache_at, v_cache_at, slots_at, q.ctypes.data,
+        cos_sin_at, positions_at, k_cache_at, v_cache_at, slots_at, out_at,
     )  # fmt: skip
     _decode_attention(
-        bits, num_rows, num_heads, table_width, cache_shape, scale, q.ctypes.data, k_cache_at,
-        v_cache_at, lens_at, tables_at, out_at,
+        bits, num_rows, num_heads, table_width, cache_shape, scale, k_cache_at, v_cache_at, lens_at,
+        tables_at, out_at,
     )  # fmt: skip
 
 
 @_compiled(parallel=True)
 def _decode_attention(
     bits: Any, num_rows: int, num_heads: int, table_width: int,
-    cache_shape: tuple[int, int, int, int], scale: float, q_at: int, k_cache_at: int,
-    v_cache_at: int, lens_at: int, tables_at: int, out_at: int,
+    cache_shape: tuple[int, int, int, int], scale: float, k_cache_at: int, v_cache_at: int,
+    lens_at: int, tables_at: int, out_at: int,
 ) -> None:  # fmt: skip
+    """At `out_at` are the queries, and then what they have read."""
     num_blocks, block_size, num_kv_heads, head_dim = cache_shape
     by_head = (num_kv_heads, num_blocks, block_size, head_dim)
     group = num_heads // num_kv_heads
     by_group = (num_rows, num_kv_heads, group, head_dim)
-    q = carray(_memory(q_at), by_group, bits.dtype)
     k_cache = carray(_memory(k_cache_at), by_head, bits.dtype)
     v_cache = carray(_memory(v_cache_at), by_head, bits.dtype)
     lens = carray(_memory(lens_at), num_rows, np.int32)
@@ -332,7 +346,7 @@ def _decode_attention(
         sums = np.zeros((group, head_dim), np.float32)
         for g in range(group):
             for i in range(head_dim):
-                queries[g, i] = _widen(q[row, kv_head, g, i]) * np.float32(scale)
+                queries[g, i] = _widen(out[row, kv_head, g, i]) * np.float32(scale)
         _scores(queries, k_cache[kv_head], tables[row], weights)
         for g in range(group):
             _softmax(weights[g])

@@ -1,5 +1,5 @@
-"""Attention over the paged KV cache in plain torch, sequence by sequence: what runs on a CPU, and
-what the kernels are compared with."""
+"""Attention over the paged KV cache in plain torch, sequence by sequence: what runs anywhere, and
+what the kernels, and the loops for a CPU, are compared with."""
 
 import torch
 import torch.nn.functional as F

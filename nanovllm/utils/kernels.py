@@ -1,5 +1,6 @@
 """The kernels, where they can be imported: the one place that asks."""
 
+import os
 from functools import cache
 from typing import Any
 
@@ -18,10 +19,11 @@ def has_kernels(tensor: torch.Tensor) -> bool:
 
 
 def cpu_kernels_for(device: torch.device, dtype: torch.dtype) -> Any:
-    """`layers.cpu_kernels`, or None if they cannot work on such tensors, or without numba."""
+    """`layers.cpu_kernels`, or None if they cannot work on such tensors, or numba not at all: it
+    ends a process that was forked from one with its threads."""
     if device.type != "cpu" or (found := _import_cpu_kernels()) is None:
         return None
-    return found if dtype in found.DTYPES else None
+    return found if dtype in found.DTYPES and os.getpid() == found.PROCESS_ID else None
 
 
 @cache

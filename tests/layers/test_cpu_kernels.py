@@ -14,6 +14,7 @@ pytest.importorskip("numba")
 
 import numba
 
+from helpers.checkpoints import Reference
 from helpers.engines import GREEDY, build
 from helpers.kernel_inputs import (
     BF16,
@@ -203,14 +204,39 @@ def test_torch_keeps_its_threads():
     )
 
 
-def test_small_work_is_done_by_one_thread(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "setting", [{"NUMBA_DISABLE_JIT": "1"}, {"NUMBA_THREADING_LAYER": "tbb"}], ids=str
+)
+def test_numba_that_cannot_run_is_none(setting: dict[str, str]):
+    code = (
+        "import sys; sys.modules['numba.np.ufunc.tbbpool'] = None; import torch; "
+        "from nanovllm.layers.attention_backends import select_backend; "
+        "print(select_backend('auto', torch.device('cpu'), torch.float32, 64, 64))"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, check=True, env=os.environ | setting, stdout=subprocess.PIPE)
+    assert result.stdout.split() == [b"torch"]
+
+
+def test_small_work_is_done_by_one_thread_and_numbas_number_stays(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(cpu_kernels, "_MOST_THREADS", 8)
     taken: list[int] = []
     monkeypatch.setattr(numba, "set_num_threads", taken.append)
+    monkeypatch.setattr(numba, "get_num_threads", lambda: 7)
     for num_values in (1, 2**19 - 1, 2**19, 2**30):
         cpu_kernels._by_threads(num_values, lambda: None)
-    assert taken == [1, 1, 2, 3]
+    assert taken == [1, 7, 1, 7, 2, 7, 3, 7]
+
+
+@pytest.mark.slow
+def test_no_memory_is_freed_while_it_is_read(tmp_path: Path):
+    """By default numba happens to free arrays late; its compiled code may do so after their last
+    use by name."""
+    names = "test_new_tokens_are_stored_and_attend_to_their_contexts or test_without_numba"
+    early = {"NUMBA_LLVM_REFPRUNE_PASS": "0", "NUMBA_CACHE_DIR": str(tmp_path)}
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
+    subprocess.run(run, check=True, env=os.environ | early, cwd=Path(__file__).parents[2])
 
 
 def test_code_is_compiled_where_nothing_may_be_kept(monkeypatch: pytest.MonkeyPatch):
@@ -251,6 +277,30 @@ def test_without_numba_torch_computes_the_same(tiny: Path, monkeypatch: pytest.M
     with build(tiny) as llm:
         assert llm.model_runner.attention_backend == "torch"
         assert [o["token_ids"] for o in llm.generate(prompts, GREEDY, use_tqdm=False)] == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_goes_on_with_torch(tiny: Path, tiny_reference: Reference):
+    """Where torch has one thread, it can; numba's threads cannot."""
+    code = """
+import os, sys, torch
+from nanovllm import LLM, SamplingParams
+torch.set_num_threads(1)
+llm = LLM(sys.argv[1], device="cpu", num_kvcache_blocks=4)
+greedy = SamplingParams(temperature=0, max_tokens=12)
+llm.generate([5, 6, 7], greedy, use_tqdm=False)
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(*llm.generate([5, 6, 7], greedy, use_tqdm=False)[0]["token_ids"], flush=True)
+again = LLM(sys.argv[1], device="cpu", num_kvcache_blocks=4)
+print(again.model_runner.attention_backend, flush=True)
+os._exit(0)
+"""
+    command = [sys.executable, "-c", code, str(tiny)]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120)
+    tokens, backend = result.stdout.splitlines()
+    assert [int(token) for token in tokens.split()] == tiny_reference.tokens([5, 6, 7], 12)
+    assert backend == "torch"
 
 
 def test_numba_is_imported_by_who_needs_it():
