@@ -1,9 +1,9 @@
 """What a CPU computes between the products of a layer, in loops that numba compiles.
 
 A torch operation costs some 5 us, and three times as much after a product that has emptied the
-CPU's caches; a layer had sixty of them. Here a norm is one loop, and so is all that lies between
-the projection to q/k/v and the one back, twice: QK-norm, RoPE and the store, then attention. The
-twins in plain torch are `layers.paged_attention` and `layers.layernorm.rms_norm`.
+CPU's caches; a layer in plain torch has sixty of them. Here a norm is one call, a gate another, and
+all that lies between the projection to q/k/v and the one back a third. Their twins in plain torch
+are in `layers.layernorm`, `layers.activation` and `layers.paged_attention`.
 
 All sums are in float32. A row is computed in one order, whichever rows are beside it.
 """
@@ -81,13 +81,12 @@ def norm_rope_store(
     num_kv_heads, head_dim = k_cache.shape[2:]
     dtype, num_heads = qkv.dtype, qkv.shape[1] // head_dim - 2 * num_kv_heads
     q = qkv.new_empty(len(qkv), num_heads, head_dim)
-    has_norm = q_weight is not None and k_weight is not None
-    weights = [_address(w, dtype) if w is not None else 0 for w in (q_weight, k_weight)]
     _by_threads(
         qkv.numel(), _norm_rope_store, _BITS[dtype], len(qkv), num_heads, tuple(k_cache.shape), eps,
-        has_norm, _address(qkv, dtype), *weights, _address(cos_sin, torch.float32),
-        _address(positions, torch.int32), _cache_address(k_cache, dtype),
-        _cache_address(v_cache, dtype), _address(slot_mapping, torch.int32), _address(q, dtype),
+        *_norm_addresses(q_weight, k_weight, dtype), _address(qkv, dtype),
+        _address(cos_sin, torch.float32), _address(positions, torch.int32),
+        _cache_address(k_cache, dtype), _cache_address(v_cache, dtype),
+        _address(slot_mapping, torch.int32), _address(q, dtype),
     )  # fmt: skip
     return q
 
@@ -112,13 +111,11 @@ def decode(
     dtype, num_heads = qkv.dtype, qkv.shape[1] // head_dim - 2 * num_kv_heads
     num_rows = qkv.shape[0]
     out = qkv.new_empty(num_rows, num_heads, head_dim)
-    has_norm = q_weight is not None and k_weight is not None
-    weights = [_address(w, dtype) if w is not None else 0 for w in (q_weight, k_weight)]
     num_values = 2 * block_tables.numel() * block_size * num_kv_heads * head_dim  # at the most
     _by_threads(
         num_values, _decode, _BITS[dtype], num_rows, num_heads, block_tables.shape[1],
-        tuple(k_cache.shape), eps, has_norm, scale, _address(qkv, dtype), *weights,
-        _address(cos_sin, torch.float32), _address(positions, torch.int32),
+        tuple(k_cache.shape), scale, eps, *_norm_addresses(q_weight, k_weight, dtype),
+        _address(qkv, dtype), _address(cos_sin, torch.float32), _address(positions, torch.int32),
         _cache_address(k_cache, dtype), _cache_address(v_cache, dtype),
         _address(slot_mapping, torch.int32), _address(context_lens, torch.int32),
         _address(block_tables, torch.int32), _address(out, dtype),
@@ -143,6 +140,15 @@ def _address(x: torch.Tensor, dtype: torch.dtype) -> int:
     """What a kernel gets of a tensor: numba takes 2 us to look at an array, cold 6."""
     assert x.dtype == dtype and x.is_contiguous()
     return x.data_ptr()
+
+
+def _norm_addresses(
+    q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[bool, int, int]:
+    """Whether heads are normalised, and the addresses of the weights."""
+    if q_weight is None or k_weight is None:
+        return False, 0, 0
+    return True, _address(q_weight, dtype), _address(k_weight, dtype)
 
 
 def _cache_address(cache: torch.Tensor, dtype: torch.dtype) -> int:
@@ -258,7 +264,7 @@ def _exp(x: Any) -> Any:
 @_compiled(parallel=True)
 def _norm_rope_store(
     bits: Any, num_tokens: int, num_heads: int, cache_shape: tuple[int, int, int, int], eps: float,
-    has_norm: bool, qkv_at: int, q_weight_at: int, k_weight_at: int, cos_sin_at: int,
+    has_norm: bool, q_weight_at: int, k_weight_at: int, qkv_at: int, cos_sin_at: int,
     positions_at: int, k_cache_at: int, v_cache_at: int, slots_at: int, q_at: int,
 ) -> None:  # fmt: skip
     num_blocks, block_size, num_kv_heads, head_dim = cache_shape
@@ -307,14 +313,14 @@ def _norm_rope(x: Any, has_norm: bool, weight: Any, eps: float, rotation: Any, o
 @_compiled()
 def _decode(
     bits: Any, num_rows: int, num_heads: int, table_width: int,
-    cache_shape: tuple[int, int, int, int], eps: float, has_norm: bool, scale: float, qkv_at: int,
-    q_weight_at: int, k_weight_at: int, cos_sin_at: int, positions_at: int, k_cache_at: int,
+    cache_shape: tuple[int, int, int, int], scale: float, eps: float, has_norm: bool,
+    q_weight_at: int, k_weight_at: int, qkv_at: int, cos_sin_at: int, positions_at: int, k_cache_at: int,
     v_cache_at: int, slots_at: int, lens_at: int, tables_at: int, out_at: int,
 ) -> None:  # fmt: skip
     # Queries lie where their outputs will be. An array of their own could be freed too early: numba
     # does not know that an address is in use.
     _norm_rope_store(
-        bits, num_rows, num_heads, cache_shape, eps, has_norm, qkv_at, q_weight_at, k_weight_at,
+        bits, num_rows, num_heads, cache_shape, eps, has_norm, q_weight_at, k_weight_at, qkv_at,
         cos_sin_at, positions_at, k_cache_at, v_cache_at, slots_at, out_at,
     )  # fmt: skip
     _decode_attention(
