@@ -314,8 +314,8 @@ def _norm_rope(x: Any, has_norm: bool, weight: Any, eps: float, rotation: Any, o
 def _decode(
     bits: Any, num_rows: int, num_heads: int, table_width: int,
     cache_shape: tuple[int, int, int, int], scale: float, eps: float, has_norm: bool,
-    q_weight_at: int, k_weight_at: int, qkv_at: int, cos_sin_at: int, positions_at: int, k_cache_at: int,
-    v_cache_at: int, slots_at: int, lens_at: int, tables_at: int, out_at: int,
+    q_weight_at: int, k_weight_at: int, qkv_at: int, cos_sin_at: int, positions_at: int,
+    k_cache_at: int, v_cache_at: int, slots_at: int, lens_at: int, tables_at: int, out_at: int,
 ) -> None:  # fmt: skip
     # Queries lie where their outputs will be. An array of their own could be freed too early: numba
     # does not know that an address is in use.
