@@ -129,8 +129,8 @@ class TorchBackend(AttentionBackend):
 
 
 class NumbaBackend(TorchBackend):
-    """`layers.cpu_kernels`; attention of prompts is torch's, which is large products there, and so
-    is all of it in a forked process."""
+    """`layers.cpu_kernels`, for decode steps. A prompt's attention is made of large products, which
+    torch makes. In a forked process torch does all."""
 
     name = "numba"
 

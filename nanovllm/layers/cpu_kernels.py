@@ -19,22 +19,26 @@ import torch
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic, overload
 
+# Empty arrays, whose dtype says what lies at a kernel's addresses. numba knows no bf16: its bits do.
 _BITS = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
 DTYPES = tuple(_BITS)
-PROCESS_ID = os.getpid()  # that has numba's threads
-MAX_VALUES = 2**16  # of more, torch's threads together are faster than one loop
+MAX_VALUES = 2**16  # of norms and gates; more are left to torch, whose operations have threads
 _VALUES_OF_A_THREAD = 2**18  # some 40 us
 _MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-_num_torch_threads = torch.get_num_threads()
+
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("NUMBA_DISABLE_JIT is set, and these loops only run when compiled")
+PROCESS_ID = os.getpid()  # that has numba's threads
+_num_torch_threads = torch.get_num_threads()
 try:
     numba.get_num_threads()  # starts them
 except ValueError as error:  # NUMBA_THREADING_LAYER names one that is not installed
     raise ImportError(f"numba has no threads: {error}") from error
 finally:  # numba may set torch's number, too, as both may have one OpenMP
     torch.set_num_threads(_num_torch_threads)
-_one_at_a_time = threading.Lock()  # not all of numba's thread pools may be used by two at once
+_one_at_a_time = (
+    threading.Lock()
+)  # some of numba's thread pools end the process if two threads use them
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -137,7 +141,8 @@ def _by_threads(num_values: int, kernel: Callable[..., None], *args: Any) -> Non
 
 
 def _address(x: torch.Tensor, dtype: torch.dtype) -> int:
-    """What a kernel gets of a tensor: numba takes 2 us to look at an array, cold 6."""
+    """What a kernel is given in place of an array, which numba takes 2 us to look at, or 6 when the
+    CPU's caches are cold."""
     assert x.dtype == dtype and x.is_contiguous()
     return x.data_ptr()
 

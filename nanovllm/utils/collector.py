@@ -20,9 +20,9 @@ def older_objects_spared() -> Iterator[None]:
     and transformers imported. It still finds garbage among the new ones. Nothing happens if the
     program itself has frozen objects; any that it freezes meanwhile are let go with the others.
 
-    The collector takes all objects that were spared for old ones. So garbage among the youngest is
-    collected before, and every sixteenth time among all: it would stay for ever in a program that
-    does little else.
+    Afterwards the collector counts all of them as old, and it seldom looks at old ones. So the
+    youngest are looked at before, and every sixteenth time all are: else the garbage of a program
+    that calls this again and again would stay for ever.
     """
     global _is_ours, _num_times
     this = object()

@@ -19,8 +19,8 @@ def has_kernels(tensor: torch.Tensor) -> bool:
 
 
 def cpu_kernels_for(device: torch.device, dtype: torch.dtype) -> Any:
-    """`layers.cpu_kernels`, or None if they cannot work on such tensors, or numba not at all: it
-    ends a process that was forked from one with its threads."""
+    """`layers.cpu_kernels`, or None if they cannot work on such tensors or without numba, and in a
+    process that was forked from one with numba's threads: numba would end it."""
     if device.type != "cpu" or (found := _import_cpu_kernels()) is None:
         return None
     return found if dtype in found.DTYPES and os.getpid() == found.PROCESS_ID else None

@@ -28,7 +28,7 @@ from helpers.kernel_inputs import (
     normal,
     relative_error,
     rms_norm_float64,
-)  # fmt: skip
+)
 from nanovllm.layers import cpu_kernels, paged_attention
 from nanovllm.layers.activation import ACTIVATIONS, activate_and_mul
 from nanovllm.layers.attention_backends import make_backend, select_backend
@@ -99,8 +99,8 @@ def test_a_prompt_is_stored_as_by_torch(dtype: torch.dtype, num_threads: int):
     slots[[3, 299]] = -1
     stored = {}
     for kernels in (cpu_kernels, paged_attention):
-        caches = [by_head(torch.zeros(20, block_size, num_kv_heads, head_dim, dtype=dtype))] * 2
-        caches[1] = by_head(torch.zeros_like(caches[0]))
+        shape = (20, block_size, num_kv_heads, head_dim)
+        caches = [by_head(torch.zeros(shape, dtype=dtype)) for _ in range(2)]
         q = kernels.norm_rope_store(
             normal(tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype),
             *(normal(head_dim, dtype=dtype, seed=seed) for seed in (2, 3)), EPS,
