@@ -19,7 +19,7 @@ import torch
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic, overload
 
-# Empty arrays, whose dtype says what lies at a kernel's addresses. numba knows no bf16: its bits do.
+# Empty arrays, whose dtype says what lies at a kernel's addresses: of bf16 the bits.
 _BITS = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
 DTYPES = tuple(_BITS)
 MAX_VALUES = 2**16  # of norms and gates; more are left to torch, whose operations have threads
