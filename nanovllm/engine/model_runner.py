@@ -354,8 +354,10 @@ class ModelRunner:
             pending.done.record()
 
     def _context(self, shape: StepShape, inputs: StepInputs) -> Context:
-        metadata = None
-        if not shape.is_prefill:
+        if shape.is_prefill:
+            sizes = shape.rows, shape.tokens, shape.max_seqlen_q, shape.max_context_len
+            metadata = self.backend.prefill_metadata(inputs.rest, *sizes)
+        else:
             metadata = self.backend.decode_metadata(inputs.rest, shape.rows, shape.shares)
         return Context(
             backend=self.backend, kv_cache=self.kv_cache, cos_sin=self.cos_sin,
@@ -363,6 +365,6 @@ class ModelRunner:
             slot_mapping=inputs.slot_mapping, context_lens=inputs.context_lens,
             block_tables=inputs.block_tables, cu_seqlens_q=inputs.cu_seqlens_q,
             max_seqlen_q=shape.max_seqlen_q, max_context_len=shape.max_context_len,
-            decode_metadata=metadata,
+            metadata=metadata,
             logits_indices=inputs.cu_seqlens_q[1:] - 1 if shape.is_prefill else None,
         )  # fmt: skip

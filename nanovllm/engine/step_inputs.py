@@ -47,7 +47,7 @@ class StepInputs(NamedTuple):
     positions: Any  # [tokens]
     slot_mapping: Any  # [tokens]
     block_tables: Any  # [rows, width]
-    rest: Any  # of the buffer; in decode steps it begins with the attention backend's metadata
+    rest: Any  # of the buffer; it begins with the attention backend's metadata
 
     @staticmethod
     def layout(shape: StepShape) -> list[tuple[int, str]]:
@@ -128,6 +128,7 @@ class InputBuffers:
         prefill_size, decode_size = (
             StepInputs.words(shape) for shape in (prefill, self.decode_shape(rows))
         )
+        prefill_size += backend.max_prefill_words(rows, tokens)
         decode_size += backend.max_metadata_words(rows, self.max_model_len)
         size = max(prefill_size, decode_size)
         on_gpu = config.torch_device.type == "cuda"
@@ -214,7 +215,8 @@ class InputBuffers:
         found = np.array([seq.num_found_tokens for seq in seqs], np.int32)
         slots[positions < np.repeat(found, lengths)] = -1
         host.slot_mapping[:] = slots
-        used = len(self._arrays[self.buffer_index]) - len(host.rest)
+        num_words = self.backend.prepare_prefill(host.rest, starts, lengths, shape.max_context_len)
+        used = len(self._arrays[self.buffer_index]) - len(host.rest) + num_words
         return shape._replace(truncates=truncates, edits=edits), used
 
     def _fill_decode(

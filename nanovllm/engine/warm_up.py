@@ -3,6 +3,7 @@ learns what a step needs at the most."""
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from nanovllm.engine.cuda_graphs import graph_sizes
@@ -48,6 +49,12 @@ def compile_ahead(runner: "ModelRunner", use_graphs: bool) -> list[StepShape]:
         largest._replace(rows=rows, tokens=rows, max_seqlen_q=1)
         for rows in (3, 17, 33, 65, 129)
         if rows < sizes[0]
+    ]
+    # Longer ones, whose attention is another kernel or has tiles of other sizes.
+    prefill += [
+        largest._replace(rows=3, tokens=3 * length, max_seqlen_q=length, max_context_len=length)
+        for length in (64, 1024)
+        if length <= largest.max_seqlen_q and 3 * length <= largest.tokens and sizes[0] >= 3
     ]
     in_order = [
         decode[0], largest, decode[-1], *decode[1:-1], with_truncation[0], *with_sharing[:1],
@@ -103,6 +110,11 @@ def _run_padding(runner: "ModelRunner", shape: StepShape) -> torch.Tensor:
     inputs.context_lens.fill_(shape.max_seqlen_q)
     starts = torch.arange(shape.rows + 1) * shape.max_seqlen_q
     inputs.cu_seqlens_q.copy_(starts.clamp_(max=shape.tokens))
+    if shape.is_prefill:
+        lengths = starts.diff().numpy()
+        words = np.zeros(runner.backend.max_prefill_words(shape.rows, shape.tokens), np.int32)
+        used = runner.backend.prepare_prefill(words, 0 * lengths, lengths, shape.max_context_len)
+        inputs.rest[:used].copy_(torch.from_numpy(words[:used]))
     logits = runner.run_shape(shape)
     runner.inputs.device.zero_()
     return logits

@@ -40,15 +40,17 @@ from nanovllm.kernels.linear import add_matmul, gated_matmul, matmul, summands
 from nanovllm.kernels.logprobs import MOST_TOP, token_logprobs
 from nanovllm.kernels.paged_cache import MAX_HEAD_DIM
 from nanovllm.kernels.prefill_attention import paged_prefill
+from nanovllm.kernels.prefill_plan import PrefillPlan, max_prefill_words
 from nanovllm.kernels.rope_store import qk_norm_rope_store
 from nanovllm.kernels.route import route
 from nanovllm.kernels.truncate import truncation_thresholds
 
 __all__ = [
     "FUSED_ROWS", "MAX_HEAD_DIM", "MOST_TOP", "PUSH_BLOCK", "PUSH_SLOTS", "Compiler", "DecodePlan",
-    "PlanWords", "add_matmul", "all_reduce", "all_reduce_add", "apply_experts", "best_of_ranks",
-    "decode_tile", "edit_logits", "embed", "gated_matmul", "gumbel_sample", "gumbel_winners",
-    "matmul", "max_plan_words", "num_decode_ranges", "num_spans", "paged_decode", "paged_prefill",
-    "plan_decode", "qk_norm_rope_store", "quantize_rows", "rms_norm", "rms_norm_in_fp8", "route",
-    "silu_and_mul", "summands", "token_logprobs", "truncation_thresholds", "wait_for",
+    "PlanWords", "PrefillPlan", "add_matmul", "all_reduce", "all_reduce_add", "apply_experts",
+    "best_of_ranks", "decode_tile", "edit_logits", "embed", "gated_matmul", "gumbel_sample",
+    "gumbel_winners", "matmul", "max_plan_words", "max_prefill_words", "num_decode_ranges",
+    "num_spans", "paged_decode", "paged_prefill", "plan_decode", "qk_norm_rope_store",
+    "quantize_rows", "rms_norm", "rms_norm_in_fp8", "route", "silu_and_mul", "summands",
+    "token_logprobs", "truncation_thresholds", "wait_for",
 ]  # fmt: skip

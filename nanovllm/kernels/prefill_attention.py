@@ -2,30 +2,41 @@
 
 FlashAttention-style online softmax (Dao 2023, arXiv:2307.08691) in base 2, with keys and values
 read tile by tile through the block table; a tile never crosses a KV block. Queries are the last
-`query_len` tokens of their sequence (the rest was cached or computed before), causal.
+tokens of their sequence (the rest was cached or computed before), causal.
 
-Grid: (query tile of up to 64, query head, sequence), longest rows first. Tiles of keys that every
-query sees come first and need no mask. Bound by arithmetic: 4 * head_dim operations a query, key
-and head.
+Grid: (query head, tile of up to 64 queries), see `prefill_plan`. Tiles of keys that every query
+sees come first and need no mask. Bound by arithmetic: 4 * head_dim operations a query, key and
+head. Long prompts have a kernel of their own on Hopper, `prefill_hopper`.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.launch import cdiv, launch_dependents, next_power_of_2, pdl, wait
+from nanovllm.kernels.launch import (
+    Gpu,
+    gpu_with,
+    launch_dependents,
+    next_power_of_2,
+    pdl,
+    wait,
+)
 from nanovllm.kernels.paged_cache import LOG2_E, dot_type, tile_tokens
+from nanovllm.kernels.prefill_plan import SHORT_TILE, TILE, WORDS, PrefillPlan
+
+# Gluon, the language of `prefill_hopper`, is a new part of Triton that still changes: versions that
+# the kernel was compiled with.
+_HAS_GLUON = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
+_MIN_TOKENS, _MIN_SEQLEN = 2048, 256  # of a step and of its longest row
 
 
 def paged_prefill(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    context_lens: torch.Tensor,
+    plan: PrefillPlan,
     block_tables: torch.Tensor,
     scale: float,
-    max_seqlen_q: int,
     kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of ragged prompts, each query to all tokens of its sequence up to itself.
@@ -33,57 +44,76 @@ def paged_prefill(
     Args:
         q: [tokens, num_heads, head_dim], the sequences' new tokens one after the other.
         k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], new tokens stored.
-        cu_seqlens_q: [sequences + 1] int32, where each sequence's queries begin in `q`.
-        context_lens: [sequences] int32, cached and new tokens together.
+        plan: of the sequences and their tokens.
         block_tables: [sequences, width] int32.
         scale: applied to the scores, usually head_dim ** -0.5.
-        max_seqlen_q: the most new tokens of a sequence.
         kv_scales: [2, num_kv_heads] float32, of keys and values, for a cache in fp8.
 
     Returns:
         Like `q`.
     """
+    if suits_hopper(q.shape, q.dtype, k_cache, plan, gpu_with(q)):
+        from nanovllm.kernels.prefill_hopper import prefill_on_hopper
+
+        return prefill_on_hopper(q, k_cache, v_cache, plan, block_tables, scale)
     out = torch.empty_like(q)
     _, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     wide = q.element_size() == 2
-    block_m = 64 if max_seqlen_q > 16 else 16
     stages = 3 if head_dim <= 128 else 2
-    grid = (cdiv(max_seqlen_q, block_m), num_heads, context_lens.shape[0])
-    _prefill_kernel[grid](
-        q, k_cache, v_cache, out, cu_seqlens_q, context_lens, block_tables,
+    _prefill_kernel[(num_heads, len(plan.tiles))](
+        q, k_cache, v_cache, out, plan.tiles, block_tables,
         scale * LOG2_E, kv_scales, block_tables.stride(0), block_size,
-        num_heads, num_kv_heads, head_dim, DTYPE=dot_type(q.dtype, k_cache),
-        BLOCK_D=next_power_of_2(head_dim), BLOCK_M=block_m,
+        num_heads, num_kv_heads, head_dim, WORDS, DTYPE=dot_type(q.dtype, k_cache),
+        BLOCK_D=next_power_of_2(head_dim), BLOCK_M=plan.tile,
         BLOCK_N=tile_tokens(block_size, head_dim, 64 if wide else 16),
         PRECISION="tf32" if wide else "ieee",
-        num_warps=4 if wide or block_m == 16 else 8, num_stages=stages if wide else 1, **pdl(q),
+        num_warps=4 if wide or plan.tile == SHORT_TILE else 8, num_stages=stages if wide else 1,
+        **pdl(q),
     )  # fmt: skip
     return out
 
 
+def suits_hopper(
+    q_shape: torch.Size,
+    dtype: torch.dtype,
+    k_cache: torch.Tensor,
+    plan: PrefillPlan,
+    gpu: Gpu | None,
+) -> bool:
+    """Whether `prefill_hopper` computes this, and sooner. Its launch takes the host 0.08 ms, and a
+    tile's beginning takes long."""
+    if gpu is None or gpu.capability[0] != 9 or not _HAS_GLUON:
+        return False
+    (tokens, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q_shape, k_cache.shape
+    fits = dtype.itemsize == 2 and k_cache.dtype == dtype and head_dim == 128
+    in_pairs = num_heads // num_kv_heads % 2 == 0 and block_size % TILE == 0
+    is_long = tokens >= _MIN_TOKENS and plan.max_seqlen_q >= _MIN_SEQLEN
+    return fits and in_pairs and is_long
+
+
 @triton.jit(do_not_specialize=["table_stride"])
 def _prefill_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, context_lens_ptr, block_tables_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, tiles_ptr, block_tables_ptr,
     scale_log2, kv_scales_ptr, table_stride, block_size: tl.constexpr, num_heads: tl.constexpr,
-    num_kv_heads: tl.constexpr, head_dim: tl.constexpr, DTYPE: tl.constexpr,
+    num_kv_heads: tl.constexpr, head_dim: tl.constexpr, WORDS: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
+    head = tl.program_id(0)
+    tiles_ptr += tl.program_id(1) * WORDS
+    first_query, num_queries = tl.load(tiles_ptr), tl.load(tiles_ptr + 1)
+    first_position, seq = tl.load(tiles_ptr + 2), tl.load(tiles_ptr + 3)
+    context_len = tl.load(tiles_ptr + 4)
     wait(PDL)
-    seq, head = tl.program_id(2), tl.program_id(1)
-    query_start = tl.load(cu_seqlens_ptr + seq)
-    query_len = tl.load(cu_seqlens_ptr + seq + 1) - query_start
-    context_len = tl.load(context_lens_ptr + seq)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    if tile * BLOCK_M < query_len:
-        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    if num_queries > 0:
+        rows = tl.arange(0, BLOCK_M)
         dims = tl.arange(0, BLOCK_D)
-        offsets = ((query_start + rows).to(tl.int64) * num_heads + head) * head_dim
-        q_mask = (rows < query_len)[:, None] & (dims < head_dim)[None, :]
+        offsets = ((first_query + rows).to(tl.int64) * num_heads + head) * head_dim
+        q_mask = (rows < num_queries)[:, None] & (dims < head_dim)[None, :]
         q = tl.load(q_ptr + offsets[:, None] + dims[None, :], mask=q_mask, other=0.0).to(DTYPE)
-        positions = context_len - query_len + rows
+        positions = first_position + rows
         kv_head = head // (num_heads // num_kv_heads)
         if kv_scales_ptr is not None:
             scale_log2 *= tl.load(kv_scales_ptr + kv_head)
@@ -94,9 +124,8 @@ def _prefill_kernel(
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        first_position = context_len - query_len + tile * BLOCK_M
         all_see = (first_position + 1) // BLOCK_N * BLOCK_N  # keys before it
-        some_see = tl.minimum(first_position + BLOCK_M, context_len)
+        some_see = first_position + num_queries
         m, l, acc = _attend(
             q, k_ptr, v_ptr, block_tables_ptr, 0, all_see, positions, context_len, scale_log2,
             m, l, acc, block_size, num_kv_heads * head_dim, head_dim,

@@ -107,6 +107,38 @@ class AttentionBackend(ABC):
         """Whether rows of a decode step may read blocks that they share together."""
         return False
 
+    def max_prefill_words(self, rows: int, tokens: int) -> int:
+        """The most int32 words that `prepare_prefill` fills in for so many rows and tokens."""
+        return 0
+
+    def prepare_prefill(
+        self,
+        buffer: np.ndarray,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        max_context_len: int,
+    ) -> int:
+        """Write the metadata of a prefill step into a host buffer; returns the words used.
+
+        Args:
+            buffer: int32, of at least `max_prefill_words`.
+            starts: [rows], where in its sequence each row's new tokens begin.
+            lengths: [rows], how many there are.
+            max_context_len: the greatest sum of both.
+        """
+        return 0
+
+    def prefill_metadata(
+        self,
+        buffer: torch.Tensor,
+        rows: int,
+        tokens: int,
+        max_seqlen_q: int,
+        max_context_len: int,
+    ) -> Any:
+        """What `prepare_prefill` wrote, as it lies in the device's copy of the buffer."""
+        return None
+
 
 class TorchBackend(AttentionBackend):
     """Plain torch, sequence by sequence: the reference, and what runs on any CPU."""
@@ -150,8 +182,8 @@ class NumbaBackend(TorchBackend):
 
 
 class TritonBackend(AttentionBackend):
-    """This project's kernels. A decode step's metadata is the work list of
-    `kernels.decode_plan`."""
+    """This project's kernels. A step's metadata is the work list of `kernels.decode_plan` or of
+    `kernels.prefill_plan`."""
 
     name = "triton"
     reads_tables_in_decode = False
@@ -175,13 +207,11 @@ class TritonBackend(AttentionBackend):
     ) -> torch.Tensor:
         args = _store_args(qkv, spec, cache, context)
         if not context.is_prefill:
-            out = kernels.paged_decode(*args, context.decode_metadata, spec.scale, spec.kv_scales)
+            out = kernels.paged_decode(*args, context.metadata, spec.scale, spec.kv_scales)
         else:
             q = kernels.qk_norm_rope_store(*args, spec.kv_scales)
-            out = kernels.paged_prefill(
-                q, *cache, context.cu_seqlens_q, context.context_lens,
-                context.block_tables, spec.scale, context.max_seqlen_q, spec.kv_scales,
-            )  # fmt: skip
+            where = context.metadata, context.block_tables
+            out = kernels.paged_prefill(q, *cache, *where, spec.scale, spec.kv_scales)
         return out.flatten(1)
 
     def max_metadata_words(self, rows: int, max_context_len: int) -> int:
@@ -220,6 +250,22 @@ class TritonBackend(AttentionBackend):
 
     def may_share(self, padded_rows: int) -> bool:
         return padded_rows > kernels.FUSED_ROWS
+
+    def max_prefill_words(self, rows: int, tokens: int) -> int:
+        words: int = kernels.max_prefill_words(rows, tokens)
+        return words
+
+    def prepare_prefill(
+        self, buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, max_context_len: int
+    ) -> int:
+        sizes = len(lengths), int(lengths.sum()), int(lengths.max()), max_context_len
+        plan = kernels.PrefillPlan.views(buffer, *sizes)
+        plan.fill(starts, lengths)
+        size: int = plan.tiles.size
+        return size
+
+    def prefill_metadata(self, buffer: Any, *sizes: int) -> Any:
+        return kernels.PrefillPlan.views(buffer, *sizes)
 
 
 class FlashBackend(AttentionBackend):

@@ -55,7 +55,7 @@ class Context:
         cu_seqlens_q: [rows + 1] int32, prefill only: where each row's tokens begin.
         max_seqlen_q: the longest row's new tokens (1 in decode).
         max_context_len: no row's context is longer.
-        decode_metadata: what the backend prepared for a decode step.
+        metadata: what the backend prepared for the step.
         logits_indices: [any number], prefill only: the tokens whose logits are wanted, mostly each
             row's last; None wants them of all.
         output_indices: the tokens that go on after attention; None: all.
@@ -72,7 +72,7 @@ class Context:
     cu_seqlens_q: torch.Tensor
     max_seqlen_q: int
     max_context_len: int
-    decode_metadata: Any = None
+    metadata: Any = None
     logits_indices: torch.Tensor | None = None
     output_indices: torch.Tensor | None = None
 

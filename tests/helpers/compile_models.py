@@ -149,8 +149,10 @@ def launches_of(step: Step) -> list[CompiledLaunch]:
             is_prefill=is_prefill, positions=inputs.positions, slot_mapping=inputs.slot_mapping,
             context_lens=inputs.context_lens, block_tables=inputs.block_tables,
             cu_seqlens_q=inputs.cu_seqlens_q, max_seqlen_q=length, max_context_len=MAX_MODEL_LEN,
-            decode_metadata=(
-                None if is_prefill else backend.decode_metadata(inputs.rest, rows, shape.shares)
+            metadata=(
+                backend.prefill_metadata(inputs.rest, rows, shape.tokens, length, MAX_MODEL_LEN)
+                if is_prefill
+                else backend.decode_metadata(inputs.rest, rows, shape.shares)
             ),
             logits_indices=inputs.cu_seqlens_q[1:] - 1 if is_prefill else None,
         )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from helpers.attention import prefill
 from helpers.compile_launches import run_compiler
 from helpers.kernel_inputs import (
     BF16,
@@ -106,11 +107,7 @@ def check_prefill(function, sizes: Sizes, dtype: torch.dtype, device: str = "cpu
     plain = paged_batch([1, 17, 40, 64], [1, 40, 40, 200], sizes, dtype, device)
     scales = scales_of(sizes[2], device)
     batch = in_fp8_cache(plain, scales)
-    longest = (batch.max_seqlen_q,) if function is paged_prefill else ()
-    out = function(
-        batch.q, batch.k_cache, batch.v_cache, batch.cu_seqlens_q, batch.context_lens,
-        batch.block_tables, batch.scale, *longest, kv_scales=scales,
-    )  # fmt: skip
+    out = prefill(function, batch, kv_scales=scales)
     assert out.dtype == dtype
     assert relative_error(out, widened(batch, scales).expected()) < TOLERANCE[dtype]
 
@@ -213,6 +210,7 @@ from helpers.compile_launches import CARDS, launches
 from nanovllm.kernels.decode_attention import paged_decode
 from nanovllm.kernels.decode_plan import DecodePlan
 from nanovllm.kernels.prefill_attention import paged_prefill
+from nanovllm.kernels.prefill_plan import PrefillPlan
 
 def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -223,8 +221,9 @@ for card in CARDS:
     if card.capability < (8, 9):
         continue
     found = launches(
-        paged_prefill, empty(300, 16, 128), cache, cache, empty(5, dtype=int32),
-        empty(4, dtype=int32), empty(4, 64, dtype=int32), 0.088, 128, scales, card=card,
+        paged_prefill, empty(300, 16, 128), cache, cache,
+        PrefillPlan(empty(8, 5, dtype=int32), 64, 128, 4096), empty(4, 64, dtype=int32), 0.088,
+        scales, card=card,
     )
     for rows in (1, 64):
         plan = DecodePlan(

@@ -4,6 +4,7 @@ from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,9 +50,14 @@ def test_backends_agree_gpu(head_dim: int, dtype: torch.dtype, qk_norm: bool) ->
                 for i in range(count)
             ]
             slots = [tables[row, p // 256].item() * 256 + p % 256 for row, p in rows]
-            host = torch.zeros(backend.max_metadata_words(5, 5005), dtype=torch.int32)
-            metadata = None
-            if not is_prefill:
+            words = max(backend.max_metadata_words(5, 5005), backend.max_prefill_words(5, tokens))
+            host = torch.zeros(words, dtype=torch.int32)
+            if is_prefill:
+                lengths = np.array(query_lens, np.int32)
+                backend.prepare_prefill(host.numpy(), lens.cpu().numpy() - lengths, lengths, 5005)
+                sizes = 5, tokens, max(query_lens), 5005
+                metadata = backend.prefill_metadata(host.to(device), *sizes)
+            else:
                 host_tables = tables.cpu().numpy()
                 backend.prepare_decode(host.numpy(), lens.cpu().numpy(), host_tables, 5)
                 metadata = backend.decode_metadata(host.to(device), 5)
@@ -67,7 +73,7 @@ def test_backends_agree_gpu(head_dim: int, dtype: torch.dtype, qk_norm: bool) ->
                 cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], device=device).int(),
                 max_seqlen_q=max(query_lens),
                 max_context_len=5005,
-                decode_metadata=metadata,
+                metadata=metadata,
             )
             qkv = normal(tokens, 32 * head_dim, dtype=dtype, device="cuda", seed=3)
             spec = AttentionSpec(
