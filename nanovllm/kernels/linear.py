@@ -7,6 +7,7 @@ that. So the kernel goes by the number of rows:
   residual add after;
 - up to 128, with large weights up to 64: `kernels.split_k`;
 - 129 to 256, with small weights: `kernels.tiled_gemm`;
+- from `gated_gemm.MIN_ROWS` on, gate and up of the MLP: `kernels.gated_gemm`, with the gate inside;
 - else cuBLAS.
 
 With a weight in fp8 (see `quantization.fp8`) it goes by rows in the same way: to
@@ -21,12 +22,14 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import fp8_gemv as fp8_gemv_kernel
+from nanovllm.kernels import gated_gemm as gated_gemm_kernel
 from nanovllm.kernels import gemv as gemv_kernel
 from nanovllm.kernels import split_k as split_k_kernel
 from nanovllm.kernels import tiled_gemm as tiled_gemm_kernel
 from nanovllm.kernels.activation import silu_and_mul
 from nanovllm.kernels.fp8_gemv import fp8_gemv
 from nanovllm.kernels.fp8_linear import Gated, NormedInput, fp8_partial_sums, fp8_product
+from nanovllm.kernels.gated_gemm import gated_gemm
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.launch import Gpu, gpu_with
 from nanovllm.kernels.split_k import num_splits, split_k
@@ -48,6 +51,7 @@ class Kernel(Enum):
     GEMV = "gemv"
     SPLIT_K = "split_k"
     TILED_GEMM = "tiled_gemm"
+    GATED_GEMM = "gated_gemm"
     FP8_GEMM = "fp8_gemm"
     LIBRARY = "library"
 
@@ -105,10 +109,16 @@ def choose_kernel(product: ProductShape, gpu: Gpu) -> Kernel:
         return Kernel.LIBRARY
     if rows <= max_rows:
         return Kernel.SPLIT_K
-    # It adds no bias; its loads want rows of whole 16 bytes.
-    can_tile = not product.has_bias and k % 8 == 0 and k * n <= _MAX_TILED
-    if can_tile and tiled_gemm_kernel.MIN_ROWS <= rows <= tiled_gemm_kernel.MAX_ROWS:
+    # The two that follow add no bias; their loads want rows of whole 16 bytes.
+    if product.has_bias or k % 8 != 0:
+        return Kernel.LIBRARY
+    is_few = tiled_gemm_kernel.MIN_ROWS <= rows <= tiled_gemm_kernel.MAX_ROWS
+    if is_few and k * n <= _MAX_TILED:
         return Kernel.TILED_GEMM
+    # So does the next one's store, of rows of n / 2.
+    can_gate = product.use is Use.GATED and n % 16 == 0
+    if can_gate and rows >= gated_gemm_kernel.MIN_ROWS:
+        return Kernel.GATED_GEMM
     return Kernel.LIBRARY
 
 
@@ -185,6 +195,8 @@ def gated_matmul(
         return split_k(x, weight, bias, gated=True)
     if kernel is Kernel.TILED_GEMM:
         return tiled_gemm(x, weight, gated=True)
+    if kernel is Kernel.GATED_GEMM:
+        return gated_gemm(x, weight)
     return silu_and_mul(F.linear(x, weight, bias))
 
 

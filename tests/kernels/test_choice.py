@@ -10,12 +10,15 @@ import torch
 from helpers.cases import slow
 from helpers.compile_launches import run_compiler
 from helpers.kernel_inputs import interpreted
+from nanovllm.kernels.gated_gemm import MIN_ROWS
 from nanovllm.kernels.launch import Gpu
 from nanovllm.kernels.linear import Kernel, ProductShape, Use, choose_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GEMV, SPLIT_K, LIBRARY = Kernel.GEMV, Kernel.SPLIT_K, Kernel.LIBRARY
 TILED_GEMM, FP8_GEMM = Kernel.TILED_GEMM, Kernel.FP8_GEMM
+GATED_GEMM = Kernel.GATED_GEMM
+LETTERS = {kernel: kernel.value[0] for kernel in Kernel} | {GATED_GEMM: "G"}
 KIB = 1024
 GPUS = {
     "A100": Gpu((8, 0), 163 * KIB, 164 * KIB, 108),
@@ -62,7 +65,7 @@ MODELS = {
 NAMES = ("qkv", "output", "gate_up", "down", "head")
 
 # On Hopper in bf16: rows, then the kernels of the five products in the order of NAMES, by their
-# first letters (g: GEMV, s: split K, t: tiled GEMM, l: library).
+# LETTERS (g: GEMV, s: split K, t: tiled GEMM, l: library).
 ON_HOPPER = [
     (
         "Qwen3-0.6B",
@@ -104,7 +107,7 @@ def chosen(model: str, gpu: str, rows: int, **options: Any) -> str:
     for name in NAMES:
         k, n, use, has_norm = products[name]
         product = ProductShape(rows, k, n, use=use, has_norm=has_norm, **options)
-        kernels.append(choose_kernel(product, GPUS[gpu]).value[0])
+        kernels.append(LETTERS[choose_kernel(product, GPUS[gpu])])
     return "".join(kernels)
 
 
@@ -115,7 +118,10 @@ def test_products_of_published_models_on_hopper(
     model: str, table: dict[int, str], gpu: str, dtype: torch.dtype
 ):
     assert {rows: chosen(model, gpu, rows, dtype=dtype) for rows in table} == table
-    assert chosen(model, gpu, 257, dtype=dtype) == "lllll"
+    for rows in (257, MIN_ROWS - 1):
+        assert chosen(model, gpu, rows, dtype=dtype) == "lllll"
+    for rows in (MIN_ROWS, 16384):
+        assert chosen(model, gpu, rows, dtype=dtype) == "llGll"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -125,7 +131,7 @@ def test_other_gpus_have_gemv_and_the_library(model: str, gpu: str):
     on_hopper = dict(ON_HOPPER)[model]
     for rows in (1, 2):
         assert chosen(model, gpu, rows) == on_hopper[rows].replace("s", "l")
-    for rows in (3, 64, 128, 129):
+    for rows in (3, 64, 128, 129, MIN_ROWS):
         assert chosen(model, gpu, rows) == "lllll"
 
 
@@ -135,7 +141,7 @@ def test_float32_has_gemv_and_the_library(model: str, gpu: str):
     on_hopper = dict(ON_HOPPER)[model]
     for rows in (1, 2):
         assert chosen(model, gpu, rows, dtype=FP32) == on_hopper[rows].replace("s", "l")
-    for rows in (3, 64):
+    for rows in (3, 64, MIN_ROWS):
         assert chosen(model, gpu, rows, dtype=FP32) == "lllll"
 
 
@@ -165,6 +171,15 @@ def test_tiled_gemm_adds_no_bias_and_wants_whole_loads(use: Use):
     assert choose_kernel(product._replace(in_features=1020), GPUS["H100"]) is LIBRARY
 
 
+def test_gated_gemm_adds_no_bias_and_wants_whole_loads_and_stores():
+    product = ProductShape(MIN_ROWS, 1024, 6144, BF16, Use.GATED)
+    assert choose_kernel(product, GPUS["H100"]) is GATED_GEMM
+    normed = product._replace(has_norm=True, has_partials=True)
+    assert choose_kernel(normed, GPUS["H100"]) is GATED_GEMM  # the norm comes first
+    for change in ({"has_bias": True}, {"in_features": 1020}, {"out_features": 6136}):
+        assert choose_kernel(product._replace(**change), GPUS["H100"]) is LIBRARY
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 64])
 def test_a_bias_changes_nothing_in_small_batches(rows: int):
     for name, (k, n, use, has_norm) in MODELS["Qwen2.5-0.5B"].products().items():
@@ -192,7 +207,7 @@ def test_products_in_fp8_on_hopper(
 @pytest.mark.parametrize("gpu", ["L4", "RTX 5090"])
 def test_products_in_fp8_on_other_gpus(model: str, gpu: str) -> None:
     assert chosen(model, gpu, 1, in_fp8=True)[:4] == "gggg"
-    for rows in (3, 64, 1000):
+    for rows in (3, 64, 1000, MIN_ROWS):
         assert chosen(model, gpu, rows, in_fp8=True)[:4] == "ffff"
 
 

@@ -64,6 +64,11 @@ def test_a_product_of_some_tokens_leaves_a_stream_of_these():
     torch.testing.assert_close(out.x, x[tokens] + x[tokens] @ linear.weight.T)
 
 
+# Weights in fp8 are in tests/kernels/test_fp8_linear.py.
+PLAIN_KERNELS = [kernel for kernel in Kernel if kernel is not Kernel.FP8_GEMM]
+NO_BIAS = (Kernel.TILED_GEMM, Kernel.GATED_GEMM)  # see tests/kernels/test_choice.py
+
+
 class StandInKernels:
     """The kernels' interface over plain torch, each product made as the kernel chosen would."""
 
@@ -123,7 +128,7 @@ def test_any_kernel_may_follow_any_other(monkeypatch: pytest.MonkeyPatch, bias: 
     assert len(shapes) == 4
     for module in (layers_linear, layers_layernorm):
         monkeypatch.setattr(module, "has_kernels", lambda tensor: True)
-    for chosen in product(Kernel, repeat=4):
+    for chosen in product(PLAIN_KERNELS, repeat=4):
         kernels = StandInKernels(dict(zip(shapes, chosen, strict=True)))
         for module in (layers_linear, layers_layernorm):
             monkeypatch.setattr(module, "kernels", kernels)
@@ -144,10 +149,6 @@ def test_an_activation_that_no_kernel_has_takes_the_plain_path(monkeypatch: pyte
     torch.testing.assert_close(linear(x).gated("gelu"), expected)
 
 
-# Weights in fp8 are in tests/kernels/test_fp8_linear.py.
-PLAIN_KERNELS = [kernel for kernel in Kernel if kernel is not Kernel.FP8_GEMM]
-
-
 class Recorder:
     """Notes which kernel was called, with what."""
 
@@ -165,6 +166,10 @@ class Recorder:
         self.calls.append(("tiled_gemm", facts))
         return torch.zeros(x.shape[0], weight.shape[0])
 
+    def gated_gemm(self, x, weight):
+        self.calls.append(("gated_gemm", {}))
+        return torch.zeros(x.shape[0], weight.shape[0] // 2)
+
     def split_k(self, x, weight, bias=None, splits=None, gated=False, out=None):
         facts = {"bias": bias is not None, "splits": splits is not None, "gated": gated}
         self.calls.append(("split_k", facts))
@@ -177,12 +182,13 @@ def test_the_kernel_that_is_chosen_gets_all_that_is_asked(
     monkeypatch: pytest.MonkeyPatch, kernel: Kernel, bias: bool
 ):
     """A bias, a norm, a gate, a residual: nothing is dropped on the way to a kernel."""
-    if kernel is Kernel.TILED_GEMM and bias:
-        pytest.skip("it is not chosen: see tests/kernels/test_choice.py")
+    if kernel in NO_BIAS and bias:
+        pytest.skip("it is not chosen")
     recorder = Recorder()
     monkeypatch.setattr(kernels_linear, "gemv", recorder.gemv)
     monkeypatch.setattr(kernels_linear, "split_k", recorder.split_k)
     monkeypatch.setattr(kernels_linear, "tiled_gemm", recorder.tiled_gemm)
+    monkeypatch.setattr(kernels_linear, "gated_gemm", recorder.gated_gemm)
     monkeypatch.setattr(kernels_linear, "_choose", lambda *_: kernel)
     monkeypatch.setattr(
         kernels_linear, "silu_and_mul", lambda y: F.silu(y[:, :4]) * y[:, 4:]
@@ -199,12 +205,16 @@ def test_the_kernel_that_is_chosen_gets_all_that_is_asked(
     gated = kernels_linear.gated_matmul(norm(Stream(x)), *args)
     added = stream.clone()
     partials = kernels_linear.add_matmul(added, x, *args)
-    if kernel is Kernel.LIBRARY:
+    if kernel in (Kernel.LIBRARY, Kernel.GATED_GEMM):
         torch.testing.assert_close(values, expected)
         torch.testing.assert_close(out, expected)
-        torch.testing.assert_close(gated, F.silu(expected[:, :4]) * expected[:, 4:])
         torch.testing.assert_close(added, stream + F.linear(x, *args))
-        assert partials is None and not recorder.calls
+        assert partials is None
+        if kernel is Kernel.GATED_GEMM:
+            assert recorder.calls == [("gated_gemm", {})]
+        else:
+            torch.testing.assert_close(gated, F.silu(expected[:, :4]) * expected[:, 4:])
+            assert not recorder.calls
         return
     if kernel is Kernel.GEMV:
         expected_calls = [
@@ -230,8 +240,8 @@ def test_the_kernel_that_is_chosen_gets_all_that_is_asked(
 def test_a_ranks_summand_has_the_bias_and_no_stream(
     monkeypatch: pytest.MonkeyPatch, kernel: Kernel, bias: bool
 ):
-    if kernel is Kernel.TILED_GEMM and bias:
-        pytest.skip("it is not chosen: see tests/kernels/test_choice.py")
+    if kernel in NO_BIAS and bias:
+        pytest.skip("it is not chosen")
     recorder = Recorder()
     for name in ("gemv", "split_k", "tiled_gemm"):
         monkeypatch.setattr(kernels_linear, name, getattr(recorder, name))
@@ -241,7 +251,7 @@ def test_a_ranks_summand_has_the_bias_and_no_stream(
         parameter.normal_()
     x = torch.randn(2, 8)
     found = kernels_linear.summands(x, linear.weight, linear.bias)
-    if kernel is Kernel.LIBRARY:
+    if kernel in (Kernel.LIBRARY, Kernel.GATED_GEMM):
         torch.testing.assert_close(found, F.linear(x, linear.weight, linear.bias))
     elif kernel is Kernel.GEMV:
         assert recorder.calls == [("gemv", {"bias": bias, "norm": False})]
