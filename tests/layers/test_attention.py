@@ -55,8 +55,8 @@ def test_backends_agree_gpu(head_dim: int, dtype: torch.dtype, qk_norm: bool) ->
             if is_prefill:
                 lengths = np.array(query_lens, np.int32)
                 backend.prepare_prefill(host.numpy(), lens.cpu().numpy() - lengths, lengths, 5005)
-                sizes = 5, tokens, max(query_lens), 5005
-                metadata = backend.prefill_metadata(host.to(device), *sizes)
+                step = 5, tokens, max(query_lens), 5005
+                metadata = backend.prefill_metadata(host.to(device), *step)
             else:
                 host_tables = tables.cpu().numpy()
                 backend.prepare_decode(host.numpy(), lens.cpu().numpy(), host_tables, 5)
