@@ -7,6 +7,7 @@ that. So the kernel goes by the number of rows:
   residual add after;
 - up to 128, with large weights up to 64: `kernels.split_k`;
 - 129 to 256, with small weights: `kernels.tiled_gemm`;
+- of q/k/v, from some thousand on: `kernels.qkv_gemm`, which also does what comes before attention;
 - else cuBLAS.
 
 With a weight in fp8 (see `quantization.fp8`) it goes by rows in the same way: to
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 
 from nanovllm.kernels import fp8_gemv as fp8_gemv_kernel
 from nanovllm.kernels import gemv as gemv_kernel
+from nanovllm.kernels import qkv_gemm as qkv_gemm_kernel
 from nanovllm.kernels import split_k as split_k_kernel
 from nanovllm.kernels import tiled_gemm as tiled_gemm_kernel
 from nanovllm.kernels.activation import silu_and_mul
@@ -29,6 +31,8 @@ from nanovllm.kernels.fp8_gemv import fp8_gemv
 from nanovllm.kernels.fp8_linear import Gated, NormedInput, fp8_partial_sums, fp8_product
 from nanovllm.kernels.gemv import gemv
 from nanovllm.kernels.launch import Gpu, gpu_with
+from nanovllm.kernels.qkv_gemm import qkv_gemm
+from nanovllm.kernels.rope_store import qk_norm_rope_store
 from nanovllm.kernels.split_k import num_splits, split_k
 from nanovllm.kernels.tiled_gemm import SPLITS, tiled_gemm
 from nanovllm.quantization.fp8 import Fp8Weight
@@ -49,16 +53,18 @@ class Kernel(Enum):
     SPLIT_K = "split_k"
     TILED_GEMM = "tiled_gemm"
     FP8_GEMM = "fp8_gemm"
+    QKV_GEMM = "qkv_gemm"
     LIBRARY = "library"
 
 
 class Use(Enum):
-    """What becomes of a product: its values are wanted, its halves are gate and up of an MLP, or it
-    is added to the residual stream."""
+    """What becomes of a product: its values are wanted, its halves are gate and up of an MLP, it is
+    added to the residual stream, or it is queries, keys and values, and the last two are stored."""
 
     VALUES = "values"
     GATED = "gated"
     ADDED = "added"
+    STORED = "stored"
 
 
 class ProductShape(NamedTuple):
@@ -74,6 +80,8 @@ class ProductShape(NamedTuple):
         has_partials: and before that, partial sums have to be added to it.
         in_fp8: W is, and x is to be.
         has_groups: their scales are those of groups of inputs.
+        head_dim, num_kv_heads: of a product that is stored.
+        in_fp8_cache: it is stored in fp8.
     """
 
     rows: int
@@ -86,6 +94,9 @@ class ProductShape(NamedTuple):
     has_partials: bool = False
     in_fp8: bool = False
     has_groups: bool = False
+    head_dim: int = 0
+    num_kv_heads: int = 0
+    in_fp8_cache: bool = False
 
 
 def choose_kernel(product: ProductShape, gpu: Gpu) -> Kernel:
@@ -109,7 +120,19 @@ def choose_kernel(product: ProductShape, gpu: Gpu) -> Kernel:
     can_tile = not product.has_bias and k % 8 == 0 and k * n <= _MAX_TILED
     if can_tile and tiled_gemm_kernel.MIN_ROWS <= rows <= tiled_gemm_kernel.MAX_ROWS:
         return Kernel.TILED_GEMM
+    if product.use is Use.STORED and _can_store(product):
+        return Kernel.QKV_GEMM
     return Kernel.LIBRARY
+
+
+def _can_store(product: ProductShape) -> bool:
+    """Whether `qkv_gemm` serves: it adds no bias, and a tile of it has whole heads of one kind."""
+    head_dim, tile = product.head_dim, qkv_gemm_kernel.TILING.outputs
+    kv_outputs = product.num_kv_heads * head_dim
+    has_tiles = head_dim in qkv_gemm_kernel.HEAD_DIMS and product.out_features % tile == 0
+    fits = has_tiles and kv_outputs % tile == 0 and product.in_features % 8 == 0
+    is_plain = not product.has_bias and not product.in_fp8_cache
+    return fits and is_plain and product.rows >= qkv_gemm_kernel.MIN_ROWS
 
 
 def _choose_in_fp8(product: ProductShape, gpu: Gpu) -> Kernel:
@@ -142,7 +165,16 @@ def matmul(
         bias: [out].
         out: [rows, out], the memory of the result if it is to be a given one.
     """
-    kernel = _choose(x, weight, bias, Use.VALUES)
+    return _matmul(_choose(x, weight, bias, Use.VALUES), x, weight, bias, out)
+
+
+def _matmul(
+    kernel: Kernel,
+    x: torch.Tensor | NormedInput,
+    weight: torch.Tensor | Fp8Weight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     if isinstance(weight, Fp8Weight):
         return _in_fp8(kernel, x, weight, bias, out=out)
     if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):  # it is chosen for no other x
@@ -156,6 +188,38 @@ def matmul(
         return F.linear(x, weight, bias)
     torch.mm(x, weight.t(), out=out)
     return out if bias is None else out.add_(bias)
+
+
+def store_matmul(
+    x: torch.Tensor | NormedInput,
+    weight: torch.Tensor | Fp8Weight,
+    bias: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`qk_norm_rope_store` of x W^T + b.
+
+    Args:
+        x: [tokens, in], or what has still to be normalised to that.
+        weight: [(num_heads + 2 * num_kv_heads) * head_dim, in].
+        bias: [(num_heads + 2 * num_kv_heads) * head_dim].
+
+    The others, and what is returned, are those of `qk_norm_rope_store`.
+    """
+    norms = q_weight, k_weight, eps
+    where = cos_sin, positions, k_cache, v_cache, slot_mapping
+    kernel = _choose(x, weight, bias, Use.STORED, k_cache)
+    if kernel is Kernel.QKV_GEMM:
+        assert isinstance(weight, torch.Tensor), "it is chosen for no weight in fp8"
+        return qkv_gemm(_values(x), weight, *norms, *where)
+    return qk_norm_rope_store(_matmul(kernel, x, weight, bias), *norms, *where, kv_scales)
 
 
 def gated_matmul(
@@ -281,6 +345,7 @@ def _choose(
     weight: torch.Tensor | Fp8Weight,
     bias: torch.Tensor | None,
     use: Use,
+    k_cache: torch.Tensor | None = None,
 ) -> Kernel:
     normed = None if isinstance(x, torch.Tensor) else x
     values = x if isinstance(x, torch.Tensor) else x.x
@@ -291,6 +356,12 @@ def _choose(
         values.shape[0], weight.shape[1], weight.shape[0], values.dtype, use, bias is not None,
         normed is not None, normed is not None and normed.partials is not None, in_fp8, has_groups,
     )  # fmt: skip
+    if k_cache is not None:
+        num_kv_heads, head_dim = k_cache.shape[-2:]
+        product = product._replace(
+            head_dim=head_dim, num_kv_heads=num_kv_heads,
+            in_fp8_cache=k_cache.dtype != values.dtype,
+        )  # fmt: skip
     gpu = gpu_with(weight)
     assert gpu is not None, "kernels run on a GPU"
     return choose_kernel(product, gpu)

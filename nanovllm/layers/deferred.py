@@ -13,7 +13,7 @@ elsewhere.
 """
 
 from collections.abc import Iterator
-from typing import Protocol, Union
+from typing import Any, Protocol, Union
 
 import torch
 
@@ -48,6 +48,8 @@ class Multiplier(Protocol):
     def multiply(self, x: Input, out: torch.Tensor | None = None) -> torch.Tensor: ...
 
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor: ...
+
+    def multiply_store(self, x: Input, *where: Any) -> torch.Tensor: ...
 
     def multiply_add(
         self, x: Input, stream: torch.Tensor
@@ -221,6 +223,12 @@ class Product:
     def gated(self, activation: str) -> torch.Tensor:
         """activation(gate) * up, [tokens, out / 2], gate and up being its halves."""
         return self.multiplier.multiply_gated(self.x, activation)
+
+    def stored(self, *where: Any) -> torch.Tensor:
+        """Queries ready for attention, [tokens, num_heads, head_dim]; it being queries, keys and
+        values, of which the last two are stored. `where`: what `kernels.qk_norm_rope_store` takes
+        besides."""
+        return self.multiplier.multiply_store(self.x, *where)
 
 
 def values_of(x: Input) -> torch.Tensor:
