@@ -36,7 +36,7 @@ from nanovllm.kernels.experts import apply_experts
 from nanovllm.kernels.fp8_rows import quantize_rows
 from nanovllm.kernels.gumbel import gumbel_sample, gumbel_winners
 from nanovllm.kernels.layernorm import rms_norm, rms_norm_in_fp8
-from nanovllm.kernels.linear import add_matmul, gated_matmul, matmul, summands
+from nanovllm.kernels.linear import add_matmul, gated_matmul, matmul, store_matmul, summands
 from nanovllm.kernels.logprobs import MOST_TOP, token_logprobs
 from nanovllm.kernels.paged_cache import MAX_HEAD_DIM
 from nanovllm.kernels.prefill_attention import paged_prefill
@@ -51,6 +51,6 @@ __all__ = [
     "best_of_ranks", "decode_tile", "edit_logits", "embed", "gated_matmul", "gumbel_sample",
     "gumbel_winners", "matmul", "max_plan_words", "max_prefill_words", "num_decode_ranges",
     "num_spans", "paged_decode", "paged_prefill", "plan_decode", "qk_norm_rope_store",
-    "quantize_rows", "rms_norm", "rms_norm_in_fp8", "route", "silu_and_mul", "summands",
-    "token_logprobs", "truncation_thresholds", "wait_for",
+    "quantize_rows", "rms_norm", "rms_norm_in_fp8", "route", "silu_and_mul",
+    "store_matmul", "summands", "token_logprobs", "truncation_thresholds", "wait_for",
 ]  # fmt: skip

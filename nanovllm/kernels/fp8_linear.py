@@ -1,4 +1,4 @@
-"""Products of weights in fp8, by the kernel that `kernels.linear` has chosen.
+"""Products of weights in fp8, by the kernel that `kernels.choice` names.
 
 A GEMV rounds its input to fp8 itself; for the others the norm or the gate before does, or else a
 kernel between.

@@ -1,141 +1,21 @@
-"""What serves a matrix product: the one place where a kernel is chosen.
-
-With few rows a product takes as long as its weight takes to be read, and cuBLAS is not made for
-that. So the kernel goes by the number of rows:
-
-- 1, and with small weights 2: `kernels.gemv`, which also does the norm before, and the gate or the
-  residual add after;
-- up to 128, with large weights up to 64: `kernels.split_k`;
-- 129 to 256, with small weights: `kernels.tiled_gemm`;
-- from `gated_gemm.MIN_ROWS` on, gate and up of the MLP: `kernels.gated_gemm`, with the gate inside;
-- else cuBLAS.
-
-With a weight in fp8 (see `quantization.fp8`) it goes by rows in the same way: to
-`kernels.fp8_gemv` with small weights, `kernels.split_k`, the library's `torch._scaled_mm`, and
-`kernels.fp8_gemm` where these do not serve.
-"""
-
-from enum import Enum
-from typing import NamedTuple
+"""Matrix products, each by the kernel that `kernels.choice` names: plain, gated, added to the
+residual stream, or stored as keys and values."""
 
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import fp8_gemv as fp8_gemv_kernel
-from nanovllm.kernels import gated_gemm as gated_gemm_kernel
-from nanovllm.kernels import gemv as gemv_kernel
-from nanovllm.kernels import split_k as split_k_kernel
-from nanovllm.kernels import tiled_gemm as tiled_gemm_kernel
 from nanovllm.kernels.activation import silu_and_mul
+from nanovllm.kernels.choice import Kernel, ProductShape, Use, choose_kernel
 from nanovllm.kernels.fp8_gemv import fp8_gemv
 from nanovllm.kernels.fp8_linear import Gated, NormedInput, fp8_partial_sums, fp8_product
 from nanovllm.kernels.gated_gemm import gated_gemm
 from nanovllm.kernels.gemv import gemv
-from nanovllm.kernels.launch import Gpu, gpu_with
+from nanovllm.kernels.launch import gpu_with
+from nanovllm.kernels.qkv_gemm import qkv_gemm
+from nanovllm.kernels.rope_store import qk_norm_rope_store
 from nanovllm.kernels.split_k import num_splits, split_k
 from nanovllm.kernels.tiled_gemm import SPLITS, tiled_gemm
 from nanovllm.quantization.fp8 import Fp8Weight
-
-# In-features of GEMVs, with a norm and without: of more, registers spill.
-_MAX_NORMED, _MAX_PLAIN = 4096, 27648
-_MAX_FP8 = 27648
-_SHORT_ROW, _SMALL = 2048, 2**23  # in-features and elements with which GEMV takes two rows
-_LARGE = 2**25  # elements of a weight with which cuBLAS is faster past 64 rows
-_MAX_ROWS_OF_LARGE = 64
-_MAX_TILED = 2**23  # elements of a weight that tiled_gemm takes
-
-
-class Kernel(Enum):
-    """What can make a product."""
-
-    GEMV = "gemv"
-    SPLIT_K = "split_k"
-    TILED_GEMM = "tiled_gemm"
-    GATED_GEMM = "gated_gemm"
-    FP8_GEMM = "fp8_gemm"
-    LIBRARY = "library"
-
-
-class Use(Enum):
-    """What becomes of a product: its values are wanted, its halves are gate and up of an MLP, or it
-    is added to the residual stream."""
-
-    VALUES = "values"
-    GATED = "gated"
-    ADDED = "added"
-
-
-class ProductShape(NamedTuple):
-    """A product x W^T + b, as far as the choice of its kernel goes.
-
-    Attributes:
-        rows: of x.
-        in_features, out_features: the weight is [out_features, in_features], gate and up together.
-        dtype: of x, and of W unless that is in fp8.
-        use: what becomes of it.
-        has_bias: there is a b.
-        has_norm: x has still to be normalised.
-        has_partials: and before that, partial sums have to be added to it.
-        in_fp8: W is, and x is to be.
-        has_groups: their scales are those of groups of inputs.
-    """
-
-    rows: int
-    in_features: int
-    out_features: int
-    dtype: torch.dtype
-    use: Use = Use.VALUES
-    has_bias: bool = False
-    has_norm: bool = False
-    has_partials: bool = False
-    in_fp8: bool = False
-    has_groups: bool = False
-
-
-def choose_kernel(product: ProductShape, gpu: Gpu) -> Kernel:
-    """The kernel that makes a product on a GPU."""
-    if product.in_fp8:
-        return _choose_in_fp8(product, gpu)
-    rows, k, n = product.rows, product.in_features, product.out_features
-    # GEMV pays by the norm or the addition that it takes along. It knows no partial sums.
-    pays = product.has_norm or product.use is Use.ADDED
-    fits = k <= (_MAX_NORMED if product.has_norm else _MAX_PLAIN) and not product.has_partials
-    is_small = k <= _SHORT_ROW or k * n <= _SMALL
-    if pays and fits and (rows == 1 or (rows == gemv_kernel.MAX_ROWS and is_small)):
-        return Kernel.GEMV
-    is_large = k * n > _LARGE and product.use is not Use.ADDED
-    max_rows = _MAX_ROWS_OF_LARGE if is_large else split_k_kernel.MAX_ROWS
-    if not gpu.is_hopper_class or product.dtype.itemsize != 2:
-        return Kernel.LIBRARY
-    if rows <= max_rows:
-        return Kernel.SPLIT_K
-    # The two that follow add no bias; their loads want rows of whole 16 bytes.
-    if product.has_bias or k % 8 != 0:
-        return Kernel.LIBRARY
-    is_few = tiled_gemm_kernel.MIN_ROWS <= rows <= tiled_gemm_kernel.MAX_ROWS
-    if is_few and k * n <= _MAX_TILED:
-        return Kernel.TILED_GEMM
-    # So does the next one's store, of rows of n / 2.
-    can_gate = product.use is Use.GATED and n % 16 == 0
-    if can_gate and rows >= gated_gemm_kernel.MIN_ROWS:
-        return Kernel.GATED_GEMM
-    return Kernel.LIBRARY
-
-
-def _choose_in_fp8(product: ProductShape, gpu: Gpu) -> Kernel:
-    rows, k, n = product.rows, product.in_features, product.out_features
-    is_small = k <= _SHORT_ROW or k * n <= _SMALL
-    fits = k <= _MAX_FP8 and not product.has_partials
-    if fits and is_small and rows <= fp8_gemv_kernel.MAX_ROWS:
-        return Kernel.GEMV
-    if not gpu.is_hopper_class:
-        return Kernel.GEMV if fits and rows == 1 else Kernel.FP8_GEMM
-    is_large = k * n > _LARGE and product.use is not Use.ADDED
-    max_rows = _MAX_ROWS_OF_LARGE if is_large else split_k_kernel.MAX_ROWS
-    if rows <= max_rows:
-        return Kernel.SPLIT_K
-    has_scaled_mm = product.dtype == torch.bfloat16 and k % 16 == n % 16 == 0
-    return Kernel.LIBRARY if has_scaled_mm and not product.has_groups else Kernel.FP8_GEMM
 
 
 def matmul(
@@ -152,7 +32,16 @@ def matmul(
         bias: [out].
         out: [rows, out], the memory of the result if it is to be a given one.
     """
-    kernel = _choose(x, weight, bias, Use.VALUES)
+    return _matmul(_choose(x, weight, bias, Use.VALUES), x, weight, bias, out)
+
+
+def _matmul(
+    kernel: Kernel,
+    x: torch.Tensor | NormedInput,
+    weight: torch.Tensor | Fp8Weight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     if isinstance(weight, Fp8Weight):
         return _in_fp8(kernel, x, weight, bias, out=out)
     if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):  # it is chosen for no other x
@@ -166,6 +55,38 @@ def matmul(
         return F.linear(x, weight, bias)
     torch.mm(x, weight.t(), out=out)
     return out if bias is None else out.add_(bias)
+
+
+def store_matmul(
+    x: torch.Tensor | NormedInput,
+    weight: torch.Tensor | Fp8Weight,
+    bias: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`qk_norm_rope_store` of x W^T + b.
+
+    Args:
+        x: [tokens, in], or what has still to be normalised to that.
+        weight: [(num_heads + 2 * num_kv_heads) * head_dim, in].
+        bias: [(num_heads + 2 * num_kv_heads) * head_dim].
+
+    The others, and what is returned, are those of `qk_norm_rope_store`.
+    """
+    norms = q_weight, k_weight, eps
+    where = cos_sin, positions, k_cache, v_cache, slot_mapping
+    kernel = _choose(x, weight, bias, Use.STORED, k_cache)
+    if kernel is Kernel.QKV_GEMM:
+        assert isinstance(weight, torch.Tensor), "it is chosen for no weight in fp8"
+        return qkv_gemm(_values(x), weight, *norms, *where)
+    return qk_norm_rope_store(_matmul(kernel, x, weight, bias), *norms, *where, kv_scales)
 
 
 def gated_matmul(
@@ -293,6 +214,7 @@ def _choose(
     weight: torch.Tensor | Fp8Weight,
     bias: torch.Tensor | None,
     use: Use,
+    k_cache: torch.Tensor | None = None,
 ) -> Kernel:
     normed = None if isinstance(x, torch.Tensor) else x
     values = x if isinstance(x, torch.Tensor) else x.x
@@ -303,6 +225,12 @@ def _choose(
         values.shape[0], weight.shape[1], weight.shape[0], values.dtype, use, bias is not None,
         normed is not None, normed is not None and normed.partials is not None, in_fp8, has_groups,
     )  # fmt: skip
+    if k_cache is not None:
+        num_kv_heads, head_dim = k_cache.shape[-2:]
+        product = product._replace(
+            head_dim=head_dim, num_kv_heads=num_kv_heads,
+            in_fp8_cache=k_cache.dtype != values.dtype,
+        )  # fmt: skip
     gpu = gpu_with(weight)
     assert gpu is not None, "kernels run on a GPU"
     return choose_kernel(product, gpu)

@@ -1,6 +1,6 @@
 """Matrix times a few dozen vectors: partial products over slices of K.
 
-With up to 64 rows, and mostly up to 128 (`kernels.linear` has the rule), a product is still the
+With up to 64 rows, and mostly up to 128 (`kernels.choice` has the rule), a product is still the
 reading of its weights, and a library's kernels are made for more. Here each program streams 64 rows
 of the weight by a slice of K through a deep pipeline, and has the first of them fetched into the
 second-level cache while the kernel before it still runs. The gate of the MLP is applied on the way

@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Normed, context: Context) -> Product:
         """What is to be added to the stream of `x`; see `Context` for what is read and written."""
-        qkv = self.qkv_proj(x).values()
+        qkv = self.qkv_proj(x)
         cache = context.kv_cache[self.layer_index]
         attended = context.backend.attend(qkv, self.spec(), cache, context)
         if context.output_indices is not None:

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from nanovllm.layers.deferred import Product
 from nanovllm.layers.paged_attention import decode_attention, norm_rope_store, prefill_attention
 from nanovllm.utils.context import AttentionSpec, Context, LayerCache
-from nanovllm.utils.kernels import cpu_kernels_for, has_kernels, kernels
+from nanovllm.utils.kernels import cpu_kernels_for, kernels
 
 try:
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
@@ -53,7 +54,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def attend(
-        self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
+        self, qkv: Product, spec: AttentionSpec, cache: LayerCache, context: Context
     ) -> torch.Tensor:
         """QK-norm (if any) and RoPE of new queries and keys, their keys and values to the cache,
         and attention of each new token to its sequence up to itself.
@@ -62,7 +63,7 @@ class AttentionBackend(ABC):
         share blocks.
 
         Args:
-            qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim].
+            qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim], still to be made.
             cache: keys and values of this layer, each [num_blocks, block_size, num_kv_heads,
                 head_dim].
 
@@ -147,10 +148,11 @@ class TorchBackend(AttentionBackend):
     can_capture = False  # it reads lengths on the host
 
     def attend(
-        self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
+        self, qkv: Product, spec: AttentionSpec, cache: LayerCache, context: Context
     ) -> torch.Tensor:
         store: Any = norm_rope_store
-        q = store(*_store_args(qkv, spec, cache, context), kv_scales=spec.kv_scales)
+        args = _store_args(spec, cache, context)
+        q = store(qkv.values(), *args, kv_scales=spec.kv_scales)
         lens, tables = context.context_lens, context.block_tables
         if context.is_prefill:
             starts = context.cu_seqlens_q
@@ -167,11 +169,12 @@ class NumbaBackend(TorchBackend):
     name = "numba"
 
     def attend(
-        self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
+        self, qkv: Product, spec: AttentionSpec, cache: LayerCache, context: Context
     ) -> torch.Tensor:
-        if (own := cpu_kernels_for(qkv.device, qkv.dtype)) is None:
+        k_cache, _ = cache
+        if (own := cpu_kernels_for(k_cache.device, k_cache.dtype)) is None:
             return super().attend(qkv, spec, cache, context)
-        args = _store_args(qkv, spec, cache, context)
+        args = qkv.values(), *_store_args(spec, cache, context)
         where = context.context_lens, context.block_tables
         if not context.is_prefill:
             out = own.decode(*args, *where, spec.scale)
@@ -203,13 +206,14 @@ class TritonBackend(AttentionBackend):
         self.num_ranges: int = kernels.num_decode_ranges(device, num_kv_heads)
 
     def attend(
-        self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
+        self, qkv: Product, spec: AttentionSpec, cache: LayerCache, context: Context
     ) -> torch.Tensor:
-        args = _store_args(qkv, spec, cache, context)
+        args = _store_args(spec, cache, context)
         if not context.is_prefill:
-            out = kernels.paged_decode(*args, context.metadata, spec.scale, spec.kv_scales)
+            plan = context.metadata
+            out = kernels.paged_decode(qkv.values(), *args, plan, spec.scale, spec.kv_scales)
         else:
-            q = kernels.qk_norm_rope_store(*args, spec.kv_scales)
+            q = qkv.stored(*args, spec.kv_scales)
             where = context.metadata, context.block_tables
             out = kernels.paged_prefill(q, *cache, *where, spec.scale, spec.kv_scales)
         return out.flatten(1)
@@ -274,10 +278,9 @@ class FlashBackend(AttentionBackend):
     name = "flash-attn"
 
     def attend(
-        self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
+        self, qkv: Product, spec: AttentionSpec, cache: LayerCache, context: Context
     ) -> torch.Tensor:
-        store: Any = kernels.qk_norm_rope_store if has_kernels(qkv) else norm_rope_store
-        q = store(*_store_args(qkv, spec, cache, context))
+        q = qkv.stored(*_store_args(spec, cache, context))
         if context.is_prefill:
             cu_seqlens_k = F.pad(context.context_lens.cumsum(0), (1, 0))
             out = flash_attn_varlen_func(
@@ -291,15 +294,13 @@ class FlashBackend(AttentionBackend):
                 q.unsqueeze(1), *cache, cache_seqlens=context.context_lens,
                 block_table=context.block_tables, softmax_scale=spec.scale, causal=True,
             )  # fmt: skip
-        return out.flatten(-2).view(len(qkv), -1)
+        return out.flatten(-2).view(len(q), -1)
 
 
-def _store_args(
-    qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: Context
-) -> tuple[Any, ...]:
-    """The arguments of `norm_rope_store`, and the first ones of the kernels."""
+def _store_args(spec: AttentionSpec, cache: LayerCache, context: Context) -> tuple[Any, ...]:
+    """What `norm_rope_store`, and the kernels, take after q/k/v."""
     return (
-        qkv, spec.q_weight, spec.k_weight, spec.eps, context.cos_sin, context.positions, *cache,
+        spec.q_weight, spec.k_weight, spec.eps, context.cos_sin, context.positions, *cache,
         context.slot_mapping,
     )  # fmt: skip
 

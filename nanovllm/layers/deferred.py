@@ -8,12 +8,12 @@ A decoder layer reads as its equation,
 and with one row still runs as six kernels on a GPU. For that a norm returns a `Normed`, a
 projection returns a `Product`, and nothing is computed until a product is added to the residual
 stream, gated, or asked for its values. Then one kernel makes it together with the norm before or
-the addition after, where there is such a kernel (`kernels.linear` chooses), and plain torch does
+the addition after, where there is such a kernel (`kernels.choice` names it), and plain torch does
 elsewhere.
 """
 
 from collections.abc import Iterator
-from typing import Protocol, Union
+from typing import Any, Protocol, Union
 
 import torch
 
@@ -48,6 +48,8 @@ class Multiplier(Protocol):
     def multiply(self, x: Input, out: torch.Tensor | None = None) -> torch.Tensor: ...
 
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor: ...
+
+    def multiply_store(self, x: Input, *where: Any) -> torch.Tensor: ...
 
     def multiply_add(
         self, x: Input, stream: torch.Tensor
@@ -221,6 +223,12 @@ class Product:
     def gated(self, activation: str) -> torch.Tensor:
         """activation(gate) * up, [tokens, out / 2], gate and up being its halves."""
         return self.multiplier.multiply_gated(self.x, activation)
+
+    def stored(self, *where: Any) -> torch.Tensor:
+        """Queries ready for attention, [tokens, num_heads, head_dim]; it being queries, keys and
+        values, of which the last two are stored. `where`: what `kernels.qk_norm_rope_store` takes
+        besides."""
+        return self.multiplier.multiply_store(self.x, *where)
 
 
 def values_of(x: Input) -> torch.Tensor:

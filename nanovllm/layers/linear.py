@@ -1,5 +1,7 @@
 """Linear layers: projections, made when they are used (see `layers.deferred`)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from nanovllm.layers.activation import activate_and_mul
 from nanovllm.layers.deferred import Input, Normed, PendingSum, Product, values_of
 from nanovllm.layers.packed_weight import OneDnnWeight, one_row_product
+from nanovllm.layers.paged_attention import norm_rope_store
 from nanovllm.quantization.fp8 import Fp8Weight, fp8_linear, stored_weight
 from nanovllm.utils.kernels import has_kernels, kernels
 from nanovllm.utils.loader import View
@@ -51,6 +54,12 @@ class Linear(nn.Module):
         if has_kernels(self.weight) and activation == "silu":
             return kernels.gated_matmul(x, self.factor, self.bias)
         return activate_and_mul(self.multiply(x), activation)
+
+    def multiply_store(self, x: Input, *where: Any) -> torch.Tensor:
+        """Queries ready for attention, with keys and values stored: see `Product.stored`."""
+        if has_kernels(self.weight):
+            return kernels.store_matmul(x, self.factor, self.bias, *where)
+        return norm_rope_store(self.multiply(x), *where)
 
     def multiply_add(self, x: Input, stream: torch.Tensor) -> torch.Tensor | PendingSum | None:
         """Add y to `stream` [tokens, out_features], in place.

@@ -1,6 +1,6 @@
 """A mixture of experts in place of an MLP (Shazeer et al. 2017, arXiv:1701.06538)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,9 @@ class SparseMoE(nn.Module):
 
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
         raise NotImplementedError("the output of experts has no halves")
+
+    def multiply_store(self, x: Input, *where: Any) -> torch.Tensor:
+        raise NotImplementedError("the output of experts has no keys and values")
 
     def multiply_add(self, x: Input, stream: torch.Tensor) -> torch.Tensor | PendingSum | None:
         """Add the output to `stream` [tokens, hidden], in place, or return what is still to be

@@ -1,7 +1,7 @@
 """Linear layers, experts and the embedding, of which a rank has a part; see `parallel.sharding`."""
 
 from collections.abc import Iterator
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
@@ -46,6 +46,11 @@ class ColumnParallelLinear(MergedLinear):
             return super().multiply_gated(x, activation)
         y = self.multiply(x)
         return kernels.silu_and_mul(y) if activation == "silu" else activate_and_mul(y, activation)
+
+    def multiply_store(self, x: Input, *where: Any) -> torch.Tensor:
+        if not _comes_in_pieces(x):
+            return super().multiply_store(x, *where)
+        return kernels.qk_norm_rope_store(self.multiply(x), *where)
 
     def checkpoint_views(self, path: str) -> dict[str, View]:
         views = super().checkpoint_views(path)
@@ -101,6 +106,9 @@ class RowParallelLinear(Linear):
 
     def multiply_gated(self, x: Input, activation: str) -> torch.Tensor:
         raise NotImplementedError("gate and up are columns: see ColumnParallelLinear")
+
+    def multiply_store(self, x: Input, *where: Any) -> torch.Tensor:
+        raise NotImplementedError("keys and values are columns: see ColumnParallelLinear")
 
     def multiply_add(self, x: Input, stream: torch.Tensor) -> PendingSum | None:
         """Add the sum over the ranks to `stream`, in place, or return what is still to be added."""

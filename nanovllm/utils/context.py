@@ -1,9 +1,12 @@
 """What the layers need to know of a step, handed down the model as an argument."""
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from nanovllm.layers.deferred import Product
 
 LayerCache = tuple[torch.Tensor, torch.Tensor]  # one layer's keys and values
 
@@ -33,7 +36,7 @@ class Backend(Protocol):
     """What computes attention: see `layers.attention_backends.AttentionBackend`."""
 
     def attend(
-        self, qkv: torch.Tensor, spec: AttentionSpec, cache: LayerCache, context: "Context"
+        self, qkv: "Product", spec: AttentionSpec, cache: LayerCache, context: "Context"
     ) -> torch.Tensor: ...
 
 

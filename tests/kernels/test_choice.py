@@ -10,15 +10,16 @@ import torch
 from helpers.cases import slow
 from helpers.compile_launches import run_compiler
 from helpers.kernel_inputs import interpreted
-from nanovllm.kernels.gated_gemm import MIN_ROWS
+from nanovllm.kernels import gated_gemm, qkv_gemm
+from nanovllm.kernels.choice import Kernel, ProductShape, Use, choose_kernel
 from nanovllm.kernels.launch import Gpu
-from nanovllm.kernels.linear import Kernel, ProductShape, Use, choose_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GEMV, SPLIT_K, LIBRARY = Kernel.GEMV, Kernel.SPLIT_K, Kernel.LIBRARY
-TILED_GEMM, FP8_GEMM = Kernel.TILED_GEMM, Kernel.FP8_GEMM
+TILED_GEMM, FP8_GEMM, QKV_GEMM = Kernel.TILED_GEMM, Kernel.FP8_GEMM, Kernel.QKV_GEMM
 GATED_GEMM = Kernel.GATED_GEMM
 LETTERS = {kernel: kernel.value[0] for kernel in Kernel} | {GATED_GEMM: "G"}
+MIN_ROWS = gated_gemm.MIN_ROWS
 KIB = 1024
 GPUS = {
     "A100": Gpu((8, 0), 163 * KIB, 164 * KIB, 108),
@@ -178,6 +179,46 @@ def test_gated_gemm_adds_no_bias_and_wants_whole_loads_and_stores():
     assert choose_kernel(normed, GPUS["H100"]) is GATED_GEMM  # the norm comes first
     for change in ({"has_bias": True}, {"in_features": 1020}, {"out_features": 6136}):
         assert choose_kernel(product._replace(**change), GPUS["H100"]) is LIBRARY
+
+
+QKV = ProductShape(16384, 1024, 4096, BF16, Use.STORED, has_norm=True, head_dim=128, num_kv_heads=8)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_prompts_are_stored_by_their_product_on_hopper(gpu: str):
+    few = QKV._replace(rows=qkv_gemm.MIN_ROWS - 1)
+    assert choose_kernel(few, GPUS[gpu]) is LIBRARY
+    for dtype in (BF16, FP16):
+        many = QKV._replace(rows=qkv_gemm.MIN_ROWS, dtype=dtype)
+        assert choose_kernel(many, GPUS[gpu]) is (QKV_GEMM if gpu in HOPPER_CLASS else LIBRARY)
+    assert choose_kernel(QKV._replace(dtype=FP32), GPUS[gpu]) is LIBRARY
+    assert choose_kernel(QKV._replace(use=Use.VALUES), GPUS[gpu]) is LIBRARY
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 128, 129, 256, 257, 1000])
+def test_what_stores_a_few_rows_is_chosen_as_for_values(rows: int):
+    product = QKV._replace(rows=rows)
+    values = choose_kernel(product._replace(use=Use.VALUES), GPUS["H100"])
+    assert choose_kernel(product, GPUS["H100"]) is values
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"has_bias": True}, LIBRARY), ({"in_fp8_cache": True}, LIBRARY),
+        ({"in_fp8": True}, LIBRARY), ({"in_features": 1020}, LIBRARY),
+        ({"in_features": 4096}, LIBRARY),
+        ({"head_dim": 96, "out_features": 3072}, LIBRARY),
+        ({"head_dim": 256, "out_features": 8192}, LIBRARY),
+        ({"head_dim": 64, "out_features": 2048}, QKV_GEMM),
+        ({"num_kv_heads": 1, "out_features": 2304}, QKV_GEMM),
+        # Half a tile of heads: one would have keys and values.
+        ({"head_dim": 64, "num_kv_heads": 1, "out_features": 1024}, LIBRARY),
+        ({"head_dim": 64, "num_kv_heads": 2, "out_features": 1088}, LIBRARY),
+    ],
+)  # fmt: skip
+def test_what_the_product_that_stores_does_not_serve(change: dict[str, Any], expected: Kernel):
+    assert choose_kernel(QKV._replace(**change), GPUS["H100"]) is expected
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 64])

@@ -18,12 +18,12 @@ from helpers.kernel_inputs import (
     relative_error,
 )
 from nanovllm.kernels import fp8_expert_gemv
+from nanovllm.kernels.choice import Kernel
 from nanovllm.kernels.expert_gemv import MAX_TOKENS
 from nanovllm.kernels.experts import apply_experts
 from nanovllm.kernels.fp8_expert_gemv import fp8_expert_down, fp8_expert_gate_up
 from nanovllm.kernels.fp8_rows import quantize_rows
 from nanovllm.kernels.grouped_gemm import grouped_down, grouped_gate_up, tiling, weighted_sum
-from nanovllm.kernels.linear import Kernel
 from nanovllm.kernels.moe_plan import plan_experts
 from nanovllm.layers.deferred import Stream
 from nanovllm.layers.moe import Experts, Routing, SparseMoE

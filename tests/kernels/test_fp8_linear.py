@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from helpers.fp8 import GROUP, fp8_weight, rounded
 from helpers.kernel_inputs import BF16, EPS, FP32, interpreted, normal, relative_error
 from nanovllm.kernels import linear as kernels_linear
-from nanovllm.kernels.linear import Kernel
+from nanovllm.kernels.choice import Kernel
 from nanovllm.layers.deferred import Stream
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.quantization.fp8 import Fp8Weight

@@ -19,19 +19,30 @@ from helpers.kernel_inputs import (
     normal,
     relative_error,
 )
+from nanovllm.kernels import qkv_gemm
 from nanovllm.layers import attention_backends
-from nanovllm.layers.attention_backends import make_backend, select_backend
+from nanovllm.layers.attention_backends import TritonBackend, make_backend, select_backend
+from nanovllm.layers.linear import Linear
 from nanovllm.utils.context import AttentionSpec, Context
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("stores_at_once", [True, False])
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_backends_agree_gpu(head_dim: int, dtype: torch.dtype, qk_norm: bool) -> None:
+def test_backends_agree_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    head_dim: int,
+    dtype: torch.dtype,
+    qk_norm: bool,
+    stores_at_once: bool,
+) -> None:
     pytest.importorskip("flash_attn")
+    if stores_at_once:  # of few tokens, too: the product stores keys and values
+        monkeypatch.setattr(qkv_gemm, "MIN_ROWS", 257)
     device = torch.device("cuda")
     sizes = (256, 16, 8, head_dim)
     for is_prefill, query_lens in ((True, [300, 1, 70, 5, 129]), (False, [1, 1, 1, 1, 1])):
@@ -75,13 +86,46 @@ def test_backends_agree_gpu(head_dim: int, dtype: torch.dtype, qk_norm: bool) ->
                 max_context_len=5005,
                 metadata=metadata,
             )
-            qkv = normal(tokens, 32 * head_dim, dtype=dtype, device="cuda", seed=3)
+            projection = Linear(256, 32 * head_dim).to(device, dtype).requires_grad_(False)
+            projection.weight.copy_(normal(32 * head_dim, 256, dtype=dtype, seed=3) / 16)
+            qkv = projection(normal(tokens, 256, dtype=dtype, device="cuda", seed=4))
             spec = AttentionSpec(
                 16, 8, head_dim, batch.before.scale, batch.q_weight, batch.k_weight, EPS
             )
             outs[name] = backend.attend(qkv, spec, tuple(caches), context)
         for name in ("flash-attn", "triton"):
             assert relative_error(outs[name], outs["torch"]) < 2 * TOLERANCE[dtype], name
+
+
+def test_triton_lets_the_product_of_prompts_store_keys_and_values(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The product knows whether one kernel can do both: see tests/kernels/test_qkv_gemm.py."""
+    q, values = torch.randn(3, 2, 8), torch.randn(3, 32)
+    asked = []
+    qkv = SimpleNamespace(stored=lambda *where: asked.append(where) or q, values=lambda: values)
+    kernels = SimpleNamespace(
+        paged_prefill=lambda q, *_: q, paged_decode=lambda qkv, *_: qkv[:, :16].view(3, 2, 8)
+    )
+    monkeypatch.setattr(attention_backends, "kernels", kernels)
+    spec = AttentionSpec(2, 1, 8, 0.5, torch.ones(8), torch.ones(8), EPS, torch.ones(2, 1))
+    cache = torch.zeros(1, 16, 1, 8), torch.zeros(1, 16, 1, 8)
+    ints = torch.arange(3).int()
+    context = Context(
+        None, [cache], torch.zeros(8, 8), True, ints, ints + 1, ints, ints[:, None], ints, 3, 3
+    )
+    backend = TritonBackend.__new__(TritonBackend)
+    assert torch.equal(backend.attend(qkv, spec, cache, context), q.flatten(1))
+    [where] = asked
+    expected = (
+        spec.q_weight, spec.k_weight, EPS, context.cos_sin, context.positions, *cache,
+        context.slot_mapping, spec.kv_scales,
+    )  # fmt: skip
+    assert len(where) == len(expected)
+    assert all(one is other for one, other in zip(where, expected))
+    context.is_prefill = False
+    assert torch.equal(backend.attend(qkv, spec, cache, context), values[:, :16])
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("backend", ["triton", "flash-attn"])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import linear as kernels_linear
-from nanovllm.kernels.linear import Kernel
+from nanovllm.kernels.choice import Kernel
 from nanovllm.layers import layernorm as layers_layernorm
 from nanovllm.layers import linear as layers_linear
 from nanovllm.layers.deferred import Stream
@@ -64,8 +64,9 @@ def test_a_product_of_some_tokens_leaves_a_stream_of_these():
     torch.testing.assert_close(out.x, x[tokens] + x[tokens] @ linear.weight.T)
 
 
-# Weights in fp8 are in tests/kernels/test_fp8_linear.py.
-PLAIN_KERNELS = [kernel for kernel in Kernel if kernel is not Kernel.FP8_GEMM]
+# Weights in fp8 are in tests/kernels/test_fp8_linear.py, what stores keys and values in
+# test_qkv_gemm.py.
+PLAIN_KERNELS = [one for one in Kernel if one not in (Kernel.FP8_GEMM, Kernel.QKV_GEMM)]
 NO_BIAS = (Kernel.TILED_GEMM, Kernel.GATED_GEMM)  # see tests/kernels/test_choice.py
 
 
@@ -114,7 +115,7 @@ def test_any_kernel_may_follow_any_other(monkeypatch: pytest.MonkeyPatch, bias: 
     for layer in layers:
         for parameter in layer.requires_grad_(False).parameters():
             parameter.normal_().mul_(parameter.shape[-1] ** -0.5)
-    backend = SimpleNamespace(attend=lambda qkv, *_: qkv[:, :64].tanh())
+    backend = SimpleNamespace(attend=lambda qkv, *_: qkv.values()[:, :64].tanh())
     x, kept = torch.randn(3, 32), torch.tensor([0, 2])
 
     def run() -> torch.Tensor:

@@ -1,13 +1,18 @@
 """Linear layers: the formula, packed weights on a CPU, and what is asked of the kernels."""
 
+from copy import deepcopy
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from nanovllm.layers import linear as layers_linear
 from nanovllm.layers.deferred import Stream
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear, MergedLinear
 from nanovllm.layers.packed_weight import OneDnnWeight, one_row_product
+from nanovllm.layers.paged_attention import norm_rope_store
 
 
 def filled(module: torch.nn.Module) -> torch.nn.Module:
@@ -82,6 +87,33 @@ def test_a_gated_product_is_activation_of_gate_times_up(activation: str, bias: b
         "gelu_pytorch_tanh": F.gelu(gate, approximate="tanh"),
     }[activation] * up
     torch.testing.assert_close(linear(x).gated(activation), expected)
+
+
+def store_args(tokens: int, num_kv_heads: int, head_dim: int) -> tuple:
+    """What `norm_rope_store` takes besides q/k/v, with an empty cache."""
+    cache = [torch.zeros(2, 4, num_kv_heads, head_dim) for _ in range(2)]
+    order = torch.randperm(8)[:tokens].int()
+    return (None, None, 0.0, torch.randn(8, head_dim), order, *cache, order)
+
+
+def test_a_stored_product_is_stored_as_its_values_are():
+    torch.manual_seed(0)
+    linear = filled(MergedLinear(32, {"q_proj": 32, "k_proj": 16, "v_proj": 16}, bias=True))
+    x, where = torch.randn(5, 32), store_args(5, 2, 8)
+    expected_where = tuple(deepcopy(where))
+    expected = norm_rope_store(linear(x).values(), *expected_where)
+    assert torch.equal(linear(x).stored(*where), expected)
+    for cache, expected_cache in zip(where[5:7], expected_where[5:7]):
+        assert torch.equal(cache, expected_cache)
+
+
+def test_kernels_get_all_that_a_stored_product_needs(monkeypatch: pytest.MonkeyPatch):
+    linear, x, calls = filled(Linear(32, 24, bias=True)), torch.randn(3, 32), []
+    kernels = SimpleNamespace(store_matmul=lambda *args: calls.append(args) or "queries")
+    monkeypatch.setattr(layers_linear, "has_kernels", lambda tensor: True)
+    monkeypatch.setattr(layers_linear, "kernels", kernels)
+    assert linear(x).stored("norms", "cache") == "queries"
+    assert calls == [(x, linear.weight, linear.bias, "norms", "cache")]
 
 
 def test_a_product_goes_to_the_memory_that_is_given():

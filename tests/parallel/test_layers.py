@@ -15,6 +15,8 @@ from nanovllm.layers.embed_head import Embedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear, MergedLinear
 from nanovllm.layers.moe import SparseMoE
+from nanovllm.layers.paged_attention import norm_rope_store
+from nanovllm.parallel import layers as parallel_layers
 from nanovllm.parallel.layers import (
     ColumnParallelLinear,
     ParallelExperts,
@@ -85,6 +87,25 @@ def test_gate_and_up_likewise(cuts: tuple[int, ...], activation: str):
     case = Case(*cuts)
     found = case.linear.multiply_gated(case.norm(case.stream), activation)
     torch.testing.assert_close(found, activate_and_mul(case.expected, activation))
+
+
+@pytest.mark.parametrize("cuts", [(), (2, 4)])
+@torch.inference_mode()
+def test_keys_and_values_are_stored_when_all_of_the_input_is_there(
+    monkeypatch: pytest.MonkeyPatch, cuts: tuple[int, ...]
+):
+    case = Case(*cuts)
+    caches = torch.zeros(2, 1, 8, 1, 2), torch.zeros(2, 1, 8, 1, 2)
+    order, cos_sin = torch.arange(7).int(), torch.randn(8, 2)
+    args = [(None, None, 0.0, cos_sin, order, *both, order) for both in caches]
+    if cuts:  # the kernel is a stand-in's
+        kernels = SimpleNamespace(qk_norm_rope_store=norm_rope_store)
+        monkeypatch.setattr(parallel_layers, "kernels", kernels)
+    found = case.linear.multiply_store(case.norm(case.stream), *args[0])
+    torch.testing.assert_close(found, norm_rope_store(case.expected, *args[1]))
+    torch.testing.assert_close(*caches)
+    assert caches[0].count_nonzero() == 28
+    assert case.pending.asked == ["norm"] * (len(cuts) + 1)
 
 
 @torch.inference_mode()
