@@ -1,4 +1,4 @@
-"""The inputs of a step as the device would find them, with a decode plan and without."""
+"""The inputs of a step as the device would find them, with attention's plan and without."""
 
 from collections import Counter, deque
 from dataclasses import replace
@@ -22,6 +22,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import InputBuffers, StepInputs, StepShape
 from nanovllm.kernels import shared_plan
 from nanovllm.kernels.decode_plan import DecodePlan, plan_decode
+from nanovllm.kernels.prefill_plan import PrefillPlan, max_prefill_words
 from nanovllm.layers.attention_backends import TritonBackend
 
 BLOCK, TILE = 16, 64
@@ -155,7 +156,7 @@ def test_block_tables_of_a_fixed_shape_are_as_wide_as_any(tiny: Path, lengths: l
             assert not any(table[len(seq.block_table) :])
 
 
-# The decode plan
+# The plans
 
 
 def triton_backend(num_ranges: int) -> TritonBackend:
@@ -226,6 +227,33 @@ def test_buffers_hold_the_largest_steps(tiny: Path):
         tiles = buffers.backend.decode_metadata(metadata, 5).tiles
         assert len(tiles) >= 5 * 10  # of 639 tokens
         assert (tiles[: 5 * 10, -1] >> 16).unique().tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("num_found", "lengths"), [(0, [16, 1, 9]), (2 * BLOCK, [70, 17, 200]), (0, [639] * 6)]
+)
+def test_the_plan_of_a_prefill_step_is_sent(tiny: Path, num_found: int, lengths: list[int]):
+    """Of prompts the first of which begins in the cache, and of as many tokens as there may be."""
+    with build(
+        tiny, max_num_seqs=6, max_model_len=640, num_kvcache_blocks=300,
+        max_num_batched_tokens=sum(lengths) - num_found,
+    ) as llm:  # fmt: skip
+        prompts = [random_tokens(length, seed=i) for i, length in enumerate(lengths)]
+        if num_found:
+            llm.generate(prompts[0][: num_found + 1], GREEDY, use_tqdm=False)
+        for prompt in prompts:
+            llm.add_request(prompt, GREEDY)
+        batch = llm.scheduler.schedule()
+        assert batch.starts == [num_found] + [0] * (len(lengths) - 1)
+        buffers = InputBuffers(llm.config, triton_backend(6))
+        for host in buffers.hosts:  # what a larger batch may have left
+            host.fill_(3)
+        shape = fill_and_send(buffers, batch, len(lengths))
+        sizes = shape.rows, shape.tokens, shape.max_seqlen_q, shape.max_context_len
+        sent = buffers.backend.prefill_metadata(buffers.view(shape).rest, *sizes)
+        plan = PrefillPlan.views(np.empty(max_prefill_words(*sizes[:2]), np.int32), *sizes)
+        plan.fill(np.array(batch.starts), np.array(batch.lengths))
+        assert sent.tiles.tolist() == plan.tiles.tolist() and sent[1:] == plan[1:]
 
 
 def sharing_batch(llm: LLM, n: int, length: int, others: int = 2) -> Batch:

@@ -3,16 +3,20 @@
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from helpers.checkpoints import edit_json
 from helpers.engines import GREEDY, build, greedy
 from nanovllm.engine import warm_up as warm_up_module
 from nanovllm.engine.cuda_graphs import graph_sizes
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.step_inputs import StepShape
+from nanovllm.engine.step_inputs import InputBuffers, StepShape
 from nanovllm.engine.warm_up import compile_ahead, warm_up
+from nanovllm.kernels.prefill_plan import SHORT_TILE, TILE, PrefillPlan
+from nanovllm.layers.attention_backends import TorchBackend, TritonBackend
 
 PROMPTS = [[5, 6, 7], [8, 9]]
 
@@ -74,3 +78,44 @@ def test_all_decode_shapes_are_compiled_for_with_two_layers(
         }
         assert {one.rows for one in shapes if not one.is_prefill} == set(sizes)
         assert {one.rows for one in shapes if one.is_prefill} == {1, 3, 17}
+
+
+class NotingBackend(TorchBackend):
+    """Torch's, with the metadata of the kernels, which it notes."""
+
+    max_prefill_words = TritonBackend.max_prefill_words
+    prepare_prefill = TritonBackend.prepare_prefill
+    prefill_metadata = TritonBackend.prefill_metadata
+
+    def __init__(self, block_size: int) -> None:
+        super().__init__(block_size)
+        self.noted: list[PrefillPlan] = []
+
+    def attend(self, *args: Any) -> torch.Tensor:
+        if args[-1].is_prefill:
+            plan = args[-1].metadata
+            self.noted.append(plan._replace(tiles=plan.tiles.clone()))
+        return super().attend(*args)
+
+
+def test_attention_of_short_prompts_and_of_long_ones_is_compiled(tiny_copy: Path):
+    """Which kernel it is, and its tiles, depend on the tokens, the longest row, and context."""
+    edit_json(tiny_copy / "config.json", max_position_embeddings=2000)
+    with build(
+        tiny_copy, max_num_seqs=4, max_num_batched_tokens=3072, num_kvcache_blocks=130
+    ) as llm:
+        runner = llm.model_runner
+        backend = runner.backend = NotingBackend(runner.config.kvcache_block_size)
+        runner.inputs = InputBuffers(runner.config, backend)
+        runner.compiler = SimpleNamespace(ahead=nullcontext)
+        with torch.inference_mode():
+            compile_ahead(runner, use_graphs=True)
+        runner.compiler = None
+        found = {
+            (plan.tile, int(plan.tiles[:, 1].sum()), plan.max_seqlen_q, plan.max_context_len)
+            for plan in backend.noted
+        }
+        assert found == {
+            (TILE, 3072, 1999, 2000), (SHORT_TILE, 3, 1, 2000), (TILE, 192, 64, 64),
+            (TILE, 3072, 1024, 1024),
+        }  # fmt: skip
