@@ -51,11 +51,14 @@ def compile_ahead(runner: "ModelRunner", use_graphs: bool) -> list[StepShape]:
         if rows < sizes[0]
     ]
     # Longer ones, whose attention is another kernel or has tiles of other sizes.
-    prefill += [
-        largest._replace(rows=3, tokens=3 * length, max_seqlen_q=length, max_context_len=length)
-        for length in (64, 1024)
-        if length <= largest.max_seqlen_q and 3 * length <= largest.tokens and sizes[0] >= 3
-    ]
+    for length in (64, 1024):
+        rows = min(3, sizes[0], largest.tokens // length)
+        if rows and length <= largest.max_seqlen_q:
+            prefill.append(
+                largest._replace(
+                    rows=rows, tokens=rows * length, max_seqlen_q=length, max_context_len=length
+                )
+            )
     in_order = [
         decode[0], largest, decode[-1], *decode[1:-1], with_truncation[0], *with_sharing[:1],
         *prefill,

@@ -22,12 +22,13 @@ from nanovllm.kernels.launch import (
     wait,
 )
 from nanovllm.kernels.paged_cache import LOG2_E, dot_type, tile_tokens
-from nanovllm.kernels.prefill_plan import SHORT_TILE, TILE, WORDS, PrefillPlan
+from nanovllm.kernels.prefill_plan import SHORT_TILE, WORDS, PrefillPlan
 
 # Gluon, the language of `prefill_hopper`, is a new part of Triton that still changes: versions that
 # the kernel was compiled with.
 _HAS_GLUON = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 _MIN_TOKENS, _MIN_SEQLEN = 2048, 256  # of a step and of its longest row
+_COPIED_TOKENS = 64  # at once, from one block
 
 
 def paged_prefill(
@@ -52,7 +53,7 @@ def paged_prefill(
     Returns:
         Like `q`.
     """
-    if suits_hopper(q.shape, q.dtype, k_cache, plan, gpu_with(q)):
+    if kv_scales is None and suits_hopper(q.shape, q.dtype, k_cache, plan, gpu_with(q)):
         from nanovllm.kernels.prefill_hopper import prefill_on_hopper
 
         return prefill_on_hopper(q, k_cache, v_cache, plan, block_tables, scale)
@@ -87,7 +88,7 @@ def suits_hopper(
         return False
     (tokens, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q_shape, k_cache.shape
     fits = dtype.itemsize == 2 and k_cache.dtype == dtype and head_dim == 128
-    in_pairs = num_heads // num_kv_heads % 2 == 0 and block_size % TILE == 0
+    in_pairs = num_heads // num_kv_heads % 2 == 0 and block_size % _COPIED_TOKENS == 0
     is_long = tokens >= _MIN_TOKENS and plan.max_seqlen_q >= _MIN_SEQLEN
     return fits and in_pairs and is_long
 
