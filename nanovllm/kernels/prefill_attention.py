@@ -29,6 +29,7 @@ from nanovllm.kernels.prefill_plan import SHORT_TILE, WORDS, PrefillPlan
 _HAS_GLUON = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 _MIN_TOKENS, _MIN_SEQLEN = 2048, 256  # of a step and of its longest row
 _COPIED_TOKENS = 64  # at once, from one block
+_HEAD_DIMS = 64, 128
 
 
 def paged_prefill(
@@ -87,7 +88,7 @@ def suits_hopper(
     if gpu is None or gpu.capability[0] != 9 or not _HAS_GLUON:
         return False
     (tokens, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q_shape, k_cache.shape
-    fits = dtype.itemsize == 2 and k_cache.dtype == dtype and head_dim == 128
+    fits = dtype.itemsize == 2 and k_cache.dtype == dtype and head_dim in _HEAD_DIMS
     in_pairs = num_heads // num_kv_heads % 2 == 0 and block_size % _COPIED_TOKENS == 0
     is_long = tokens >= _MIN_TOKENS and plan.max_seqlen_q >= _MIN_SEQLEN
     return fits and in_pairs and is_long

@@ -222,7 +222,7 @@ class SharedMemory:
         return SharedMemory(self.memory.view(matrices, 1, rows, columns))
 
     def load(self, layout: None = None) -> torch.Tensor:
-        matrix = self.memory.transpose(0, 1).flatten(1)
+        matrix = self.memory.transpose(0, 1).flatten(1).clone()
         return matrix.T if self.is_transposed else matrix
 
     def store(self, value: torch.Tensor) -> None:

@@ -38,7 +38,7 @@ SIZES = [
     ((64, 4, 2, 128), BF16),
     ((128, 8, 2, 128), FP16),
     ((256, 4, 1, 128), BF16),
-    ((192, 4, 2, 128), BF16),
+    ((192, 4, 2, 64), BF16),
 ]
 
 
@@ -153,12 +153,15 @@ def empty(*shape, dtype=torch.int32):
     return stand_in(torch.empty(shape, dtype=dtype, device="meta"))
 
 with simulated(H100) as found:
-    for dtype, context_len in ((torch.bfloat16, 32768), (torch.float16, 1024)):
+    for dtype, context_len, head_dim in (
+        (torch.bfloat16, 32768, 128), (torch.float16, 1024, 128), (torch.bfloat16, 32768, 64),
+    ):
         # Lengths that are odd, 1, and multiples of 16: all are the same kernel.
         for tokens, blocks, tiles, width in (
             (3001, 99, 47, 31), (4096, 70000, 64, 16), (2048, 9, 32, 1)
         ):
-            q, cache = empty(tokens, 16, 128, dtype=dtype), empty(blocks, 64, 8, 128, dtype=dtype)
+            q = empty(tokens, 16, head_dim, dtype=dtype)
+            cache = empty(blocks, 64, 8, head_dim, dtype=dtype)
             plan = PrefillPlan(empty(tiles, 5), 64, 1000, context_len)
             paged_prefill(q, cache, cache, plan, empty(4, width), 0.088)
 for launch in found:
@@ -172,7 +175,7 @@ print(len(found), len({id(launch.compiled) for launch in found}))
 def test_it_compiles_once_for_each_width_and_fits(tmp_path: Path) -> None:
     *launches, counts = run_compiler(FACTS, tmp_path).splitlines()
     assert set(launches) == {"_prefill_on_hopper_kernel (132,) True 0"}
-    assert counts == "6 2"
+    assert counts == "9 3"
 
 
 # The choice
@@ -196,7 +199,7 @@ def test_it_is_chosen_for_long_prompts_on_hopper(monkeypatch: pytest.MonkeyPatch
         assert not suits(gpu=HOPPER._replace(capability=capability))
     assert not suits(dtype=FP32)
     assert not suits(cache=torch.float8_e4m3fn)
-    assert not suits(head_dim=64)
+    assert suits(head_dim=64) and not suits(head_dim=96)
     assert not suits(heads=8) and not suits(heads=24)  # 1 and 3 share keys: no pairs
     assert not suits(block_size=16) and not suits(block_size=96)
     assert not suits(tokens=2047)
@@ -214,6 +217,7 @@ GPU_SIZES = [
     ((64, 32, 8, 128), FP16),
     ((128, 32, 8, 128), BF16),
     ((256, 8, 1, 128), BF16),
+    ((64, 32, 8, 64), BF16),
 ]
 
 
