@@ -50,18 +50,9 @@ def compile_ahead(runner: "ModelRunner", use_graphs: bool) -> list[StepShape]:
         for rows in (3, 17, 33, 65, 129)
         if rows < sizes[0]
     ]
-    # Longer ones, whose attention is another kernel or has tiles of other sizes.
-    for length in (64, 1024):
-        rows = min(3, sizes[0], largest.tokens // length)
-        if rows and length <= largest.max_seqlen_q:
-            prefill.append(
-                largest._replace(
-                    rows=rows, tokens=rows * length, max_seqlen_q=length, max_context_len=length
-                )
-            )
     in_order = [
         decode[0], largest, decode[-1], *decode[1:-1], with_truncation[0], *with_sharing[:1],
-        *prefill,
+        *prefill, *_smaller_prefill_shapes(runner),
     ]  # fmt: skip
     decoder = runner.model.model
     layers = decoder.layers
@@ -76,15 +67,22 @@ def compile_ahead(runner: "ModelRunner", use_graphs: bool) -> list[StepShape]:
 
 
 def warm_up(runner: "ModelRunner", use_graphs: bool) -> int:
-    """Run the largest steps of each kind once, on a cache of one block; returns the bytes that a
-    step needs at the most.
+    """Run the largest steps of each kind once, and what else has to run, on a cache of one block;
+    returns the bytes that a step needs at the most.
 
     Nothing is written: all rows are padding as far as the KV cache is concerned.
     """
     prefill, decode = _largest_prefill_shape(runner), runner.largest_decode_shape()
+    shapes = [decode, prefill, decode]
+    if runner.compiler is None:  # nothing is compiled ahead
+        shapes += _smaller_prefill_shapes(runner)
+    # With a token more, gate and up are no longer in memory.
+    few = kernels.GATED_MIN_ROWS - 1 if kernels is not None else 0
+    if few < prefill.tokens < 3 * few:
+        shapes.append(_prefill_shape(runner, few))
     torch.cuda.reset_peak_memory_stats(runner.device)
     graph_bytes = 0  # of the first, a decode step
-    for shape in (decode, prefill, decode):
+    for shape in shapes:
         logits = _run_padding(runner, shape)
         graph_bytes = graph_bytes or _activation_bytes(runner.device)
     sampler = runner.sampler
@@ -99,9 +97,25 @@ def warm_up(runner: "ModelRunner", use_graphs: bool) -> int:
 
 
 def _largest_prefill_shape(runner: "ModelRunner") -> StepShape:
+    return _prefill_shape(runner, runner.config.max_num_batched_tokens)
+
+
+def _smaller_prefill_shapes(runner: "ModelRunner") -> list[StepShape]:
+    """Of prompts that other kernels serve than the largest step, or with tiles of other sizes."""
+    largest, shapes = _largest_prefill_shape(runner), []
+    for length in (63, 321, 1023):  # odd: see `compile_ahead`
+        rows = min(3, runner.config.max_num_seqs, largest.tokens // length)
+        if rows and length <= largest.max_seqlen_q:
+            shape = largest._replace(max_seqlen_q=length, max_context_len=length)
+            shapes.append(shape._replace(rows=rows, tokens=rows * length))
+    return shapes
+
+
+def _prefill_shape(runner: "ModelRunner", max_tokens: int) -> StepShape:
+    """Of as many tokens as there may be, in few rows."""
     config = runner.config
-    length = min(config.max_num_batched_tokens, config.max_model_len - 1)
-    tokens = min(config.max_num_batched_tokens, config.max_num_seqs * length)
+    length = min(max_tokens, config.max_model_len - 1)
+    tokens = min(max_tokens, config.max_num_seqs * length)
     rows, width, context = -(-tokens // length), runner.inputs.max_width, config.max_model_len
     return StepShape(True, rows, tokens, width, length, context)
 

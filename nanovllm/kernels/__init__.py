@@ -34,6 +34,7 @@ from nanovllm.kernels.edit_logits import edit_logits
 from nanovllm.kernels.embedding import embed
 from nanovllm.kernels.experts import apply_experts
 from nanovllm.kernels.fp8_rows import quantize_rows
+from nanovllm.kernels.gated_gemm import MIN_ROWS as GATED_MIN_ROWS
 from nanovllm.kernels.gumbel import gumbel_sample, gumbel_winners
 from nanovllm.kernels.layernorm import rms_norm, rms_norm_in_fp8
 from nanovllm.kernels.linear import add_matmul, gated_matmul, matmul, store_matmul, summands
@@ -46,11 +47,12 @@ from nanovllm.kernels.route import route
 from nanovllm.kernels.truncate import truncation_thresholds
 
 __all__ = [
-    "FUSED_ROWS", "MAX_HEAD_DIM", "MOST_TOP", "PUSH_BLOCK", "PUSH_SLOTS", "Compiler", "DecodePlan",
-    "PlanWords", "PrefillPlan", "add_matmul", "all_reduce", "all_reduce_add", "apply_experts",
-    "best_of_ranks", "decode_tile", "edit_logits", "embed", "gated_matmul", "gumbel_sample",
-    "gumbel_winners", "matmul", "max_plan_words", "max_prefill_words", "num_decode_ranges",
-    "num_spans", "paged_decode", "paged_prefill", "plan_decode", "qk_norm_rope_store",
-    "quantize_rows", "rms_norm", "rms_norm_in_fp8", "route", "silu_and_mul",
-    "store_matmul", "summands", "token_logprobs", "truncation_thresholds", "wait_for",
+    "FUSED_ROWS", "GATED_MIN_ROWS", "MAX_HEAD_DIM", "MOST_TOP", "PUSH_BLOCK", "PUSH_SLOTS",
+    "Compiler", "DecodePlan", "PlanWords", "PrefillPlan", "add_matmul", "all_reduce",
+    "all_reduce_add", "apply_experts", "best_of_ranks", "decode_tile", "edit_logits", "embed",
+    "gated_matmul", "gumbel_sample", "gumbel_winners", "matmul", "max_plan_words",
+    "max_prefill_words", "num_decode_ranges", "num_spans", "paged_decode", "paged_prefill",
+    "plan_decode", "qk_norm_rope_store", "quantize_rows", "rms_norm", "rms_norm_in_fp8", "route",
+    "silu_and_mul", "store_matmul", "summands", "token_logprobs", "truncation_thresholds",
+    "wait_for",
 ]  # fmt: skip

@@ -7,9 +7,9 @@ that. So the kernel goes by the number of rows:
   residual add after;
 - up to 128, with large weights up to 64: `kernels.split_k`;
 - 129 to 256, with small weights: `kernels.tiled_gemm`;
-- of q/k/v, from 1024 on, in small models: `kernels.qkv_gemm`, which also does what comes before
-  attention;
-- of gate and up, from 2048 on: `kernels.gated_gemm`, with the gate inside;
+- on Hopper, without biases, from 1024 on q/k/v of small models: `kernels.qkv_gemm`, which also does
+  what comes before attention;
+- the same from 2048 on, gate and up: `kernels.gated_gemm`, with the gate inside;
 - else cuBLAS.
 
 With a weight in fp8 (see `quantization.fp8`) it goes by rows in the same way: to
@@ -111,6 +111,8 @@ def choose_kernel(product: ProductShape, gpu: Gpu) -> Kernel:
     is_few = tiled_gemm.MIN_ROWS <= rows <= tiled_gemm.MAX_ROWS
     if is_few and k * n <= _MAX_TILED:
         return Kernel.TILED_GEMM
+    if not gpu.is_hopper:  # nothing else is measured
+        return Kernel.LIBRARY
     if product.use is Use.STORED and rows >= qkv_gemm.MIN_ROWS and _suits_qkv_gemm(product):
         return Kernel.QKV_GEMM
     # Rows of n / 2 are stored by 16 bytes, too.

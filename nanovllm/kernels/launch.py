@@ -37,6 +37,10 @@ class Gpu(NamedTuple):
         return self.capability >= (9, 0)
 
     @property
+    def is_hopper(self) -> bool:
+        return self.capability[0] == 9
+
+    @property
     def is_hopper_class(self) -> bool:
         """Whether it has PDL and the shared memory of Hopper, for which some tiles are made: 228
         KiB a multiprocessor. Consumer cards have 100."""

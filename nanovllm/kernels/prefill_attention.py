@@ -4,7 +4,7 @@ FlashAttention-style online softmax (Dao 2023, arXiv:2307.08691) in base 2, with
 read tile by tile through the block table; a tile never crosses a KV block. Queries are the last
 tokens of their sequence (the rest was cached or computed before), causal.
 
-Grid: (query head, tile of up to 64 queries), see `prefill_plan`. Tiles of keys that every query
+Grid: (query head of a tile of up to 64 queries), see `prefill_plan`. Tiles of keys that every query
 sees come first and need no mask. Bound by arithmetic: 4 * head_dim operations a query, key and
 head. Long prompts have a kernel of their own on Hopper, `prefill_hopper`.
 """
@@ -63,7 +63,7 @@ def paged_prefill(
     block_size, num_kv_heads = k_cache.shape[1:3]
     wide = q.element_size() == 2
     stages = 3 if head_dim <= 128 else 2
-    _prefill_kernel[(num_heads, len(plan.tiles))](
+    _prefill_kernel[(num_heads * len(plan.tiles),)](
         q, k_cache, v_cache, out, plan.tiles, block_tables,
         scale * LOG2_E, kv_scales, block_tables.stride(0), block_size,
         num_heads, num_kv_heads, head_dim, WORDS, DTYPE=dot_type(q.dtype, k_cache),
@@ -85,7 +85,7 @@ def suits_hopper(
 ) -> bool:
     """Whether `prefill_hopper` computes this, and sooner. Its launch takes the host 0.08 ms, and a
     tile's beginning takes long."""
-    if gpu is None or gpu.capability[0] != 9 or not _HAS_GLUON:
+    if gpu is None or not gpu.is_hopper or not _HAS_GLUON:
         return False
     (tokens, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q_shape, k_cache.shape
     fits = dtype.itemsize == 2 and k_cache.dtype == dtype and head_dim in _HEAD_DIMS
@@ -103,8 +103,8 @@ def _prefill_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
-    head = tl.program_id(0)
-    tiles_ptr += tl.program_id(1) * WORDS
+    head = tl.program_id(0) % num_heads
+    tiles_ptr += tl.program_id(0) // num_heads * WORDS
     first_query, num_queries = tl.load(tiles_ptr), tl.load(tiles_ptr + 1)
     first_position, seq = tl.load(tiles_ptr + 2), tl.load(tiles_ptr + 3)
     context_len = tl.load(tiles_ptr + 4)

@@ -6,8 +6,8 @@ while a tile's products with the values run beside the softmax of the tile that 
 group's beside the other's. Groups have a head each, of two that share keys, so each tile of keys is
 loaded once for both. Tiles of keys go from the diagonal back.
 
-Grid: a program for each multiprocessor. Each takes tiles of queries (see `prefill_plan`) in turns,
-forth and back over the programs: who had the longest of a turn has the shortest of the next.
+Grid: a program for each multiprocessor. Tiles of queries (see `prefill_plan`), longest first, are
+dealt out forth and back: the program with the longest tile of a turn has the shortest of the next.
 Bound by arithmetic: 4 * head_dim operations a query, key and head.
 """
 

@@ -53,7 +53,7 @@ def test_the_largest_steps_run_and_change_nothing(
             num_bytes = warm_up(runner, use_graphs=True)
         assert num_bytes == 5000 + 1000 + runner.sampler.edits.num_bytes
         assert [(one.is_prefill, one.rows, one.tokens) for one in shapes] == [
-            (False, 8, 8), (True, 1, 64), (False, 8, 8)
+            (False, 8, 8), (True, 1, 64), (False, 8, 8), (True, 1, 63)
         ]  # fmt: skip
         assert not runner.inputs.device.any()
         assert all(torch.equal(*pair) for pair in zip(before, caches))
@@ -116,6 +116,26 @@ def test_attention_of_short_prompts_and_of_long_ones_is_compiled(tiny_copy: Path
             for plan in backend.noted
         }
         assert found == {
-            (TILE, 3072, 1999, 2000), (SHORT_TILE, 3, 1, 2000), (TILE, 192, 64, 64),
-            (TILE, 3072, 1024, 1024),
+            (TILE, 3072, 1999, 2000), (SHORT_TILE, 3, 1, 2000), (TILE, 189, 63, 63),
+            (TILE, 963, 321, 321), (TILE, 3069, 1023, 1023),
         }  # fmt: skip
+
+
+@pytest.mark.parametrize(("max_tokens", "expected"), [(40, []), (41, [40]), (119, [40]), (120, [])])
+def test_a_step_just_too_short_for_the_gate_in_the_product_is_measured(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, shapes: list[StepShape],
+    max_tokens: int, expected: list[int],
+):  # fmt: skip
+    """It holds gate and up in memory, and may need more than one of a few tokens more."""
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(warm_up_module, "_activation_bytes", lambda device: 1)
+    monkeypatch.setattr(warm_up_module, "kernels", SimpleNamespace(GATED_MIN_ROWS=41))
+    monkeypatch.setattr(warm_up_module, "_smaller_prefill_shapes", lambda runner: [])
+    with build(tiny, max_num_seqs=8, max_num_batched_tokens=max_tokens) as llm:
+        shapes.clear()
+        with torch.inference_mode():
+            warm_up(llm.model_runner, use_graphs=False)
+    first, *others = [one.tokens for one in shapes if one.is_prefill]
+    assert first == max_tokens
+    assert others == expected

@@ -76,11 +76,11 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 VOCAB_SIZE, MAX_MODEL_LEN, NUM_BLOCKS, BLOCK_SIZE = 151936, 4096, 1000, 256
-PREFILL = (4, 100)  # sequences, tokens of each
+PREFILLS = {0: (4, 100), -1: (4, 600)}  # sequences, tokens of each
 
 
 class Step(NamedTuple):
-    """A step to compile: rows of decode, or the PREFILL if that is 0."""
+    """A step to compile: rows of decode, or one of the PREFILLS."""
 
     card: Card
     model: str
@@ -108,6 +108,7 @@ SECOND_SAMPLE = [
     Step(RTX_4090, "Qwen3-0.6B", 0, weights="blocks"),
     Step(RTX_4090, "Qwen3-0.6B", 0, torch.float32, weights="fp8"),
     *(Step(H100, "Qwen3-30B-A3B", rows, weights="blocks") for rows in (0, 1)),
+    *(Step(H100, model, -1) for model in ("Qwen3-0.6B", "Qwen2.5-0.5B")),
 ]
 
 
@@ -127,7 +128,8 @@ def launches_of(step: Step) -> list[CompiledLaunch]:
                     use_fp8(model.model.layers, Fp8Blocks() if step.weights == "blocks" else None)
         finally:
             torch.set_default_dtype(before)
-        is_prefill, (rows, length) = step.rows == 0, PREFILL if step.rows == 0 else (step.rows, 1)
+        is_prefill = step.rows in PREFILLS
+        rows, length = PREFILLS.get(step.rows, (step.rows, 1))
         heads, head_dim = config.num_key_value_heads, config.head_dim
         backend = TritonBackend(BLOCK_SIZE, heads, head_dim, step.card.device)
         shape = StepShape(
@@ -179,7 +181,7 @@ def _edit_tables(rows: int, device: torch.device) -> EditTables:
 def all_steps() -> Iterator[Step]:
     for card in CARDS:
         for model in MODELS:
-            for rows in (0, 1, 2, 4, 8, 32, 64, 128):
+            for rows in (*PREFILLS, 1, 2, 4, 8, 32, 64, 128):
                 for dtype in (torch.bfloat16, torch.float32):
                     yield Step(card, model, rows, dtype)
                 if card.capability >= (8, 9):
@@ -202,7 +204,7 @@ def compile_steps(steps: Iterable[Step]) -> None:
         launched = launches_of(step)
         largest = max(launched, key=lambda launch: launch.shared)
         too_large = [launch.name for launch in launched if not launch.fits]
-        name = f"{step.card.name}, {step.model}, {step.rows or 'prefill'}, {step.dtype}"
+        name = f"{step.card.name}, {step.model}, {PREFILLS.get(step.rows, step.rows)}, {step.dtype}"
         name += f", {step.weights}" * bool(step.weights)
         print(f"{name}: {len(launched)} launches, at most {largest.shared} bytes", flush=True)
         assert not too_large, f"{name}: {too_large} take more than {step.card.shared_per_program}"

@@ -67,6 +67,7 @@ for card in (H100, B200):
 """
 
 
+@interpreted
 def test_it_compiles_once_for_all_prompts_and_without_spills(tmp_path: Path) -> None:
     """Gate and up are one operand of 256 columns."""
     assert run_compiler(COMPILED, tmp_path) == "H100 132 48 True 0\nB200 148 48 True 0\n"
