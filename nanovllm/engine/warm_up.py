@@ -74,7 +74,8 @@ def warm_up(runner: "ModelRunner", use_graphs: bool) -> int:
     """
     prefill, decode = _largest_prefill_shape(runner), runner.largest_decode_shape()
     shapes = [decode, prefill, decode]
-    if runner.compiler is None:  # nothing is compiled ahead
+    # Where nothing is compiled ahead. Several ranks would wait for each other, here as in a request.
+    if runner.compiler is None and runner.config.tensor_parallel_size == 1:
         shapes += _smaller_prefill_shapes(runner)
     # With a token more, gate and up are no longer in memory.
     few = kernels.GATED_MIN_ROWS - 1 if kernels is not None else 0
