@@ -74,7 +74,7 @@ def warm_up(runner: "ModelRunner", use_graphs: bool) -> int:
     """
     prefill, decode = _largest_prefill_shape(runner), runner.largest_decode_shape()
     shapes = [decode, prefill, decode]
-    # Where nothing is compiled ahead. Several ranks would wait for each other, here as in a request.
+    # Where nothing is compiled ahead. Ranks would wait for each other here as in a request.
     if runner.compiler is None and runner.config.tensor_parallel_size == 1:
         shapes += _smaller_prefill_shapes(runner)
     # With a token more, gate and up are no longer in memory.
