@@ -87,9 +87,10 @@ def warm_up(runner: "ModelRunner", use_graphs: bool) -> int:
         logits = _run_padding(runner, shape)
         graph_bytes = graph_bytes or _activation_bytes(runner.device)
     sampler = runner.sampler
-    first_token = sampler.tokens[:1].expand(LOGPROB_ROWS)
+    # Not the sampled ones: the cache may hold NaN, with which nothing is sampled.
+    some_tokens = sampler.tokens.new_zeros(LOGPROB_ROWS)
     k = 1 + (kernels.MOST_TOP if has_kernels(logits) else 0)  # the torch formula takes most
-    sampler.logprobs_of(logits[:1].expand(LOGPROB_ROWS, -1), first_token, k)
+    sampler.logprobs_of(logits[:1].expand(LOGPROB_ROWS, -1), some_tokens, k)
     del logits
     torch.cuda.synchronize(runner.device)
     # The graphs' own pool holds a decode step's memory once more.
