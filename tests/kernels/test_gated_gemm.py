@@ -67,6 +67,7 @@ for card in (H100, B200):
 """
 
 
+@pytest.mark.slow
 @interpreted
 def test_it_compiles_once_for_all_prompts_and_without_spills(tmp_path: Path) -> None:
     """Gate and up are one operand of 256 columns."""

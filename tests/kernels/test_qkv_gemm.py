@@ -196,6 +196,7 @@ for sizes in ((16384, 1024, 16, 8, 128), (MIN_ROWS, 2048, 32, 8, 64, False)):
 """
 
 
+@pytest.mark.slow
 @interpreted
 def test_two_programs_share_a_multiprocessor(tmp_path: Path) -> None:
     """One finishes its tile beside the products of the other, and keeps it in registers."""
