@@ -2,6 +2,7 @@
 
 import math
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,10 +32,14 @@ class LogitEdits:
     withheld: frozenset[int]
 
     @classmethod
-    def of(cls, params: SamplingParams, withheld: frozenset[int]) -> "LogitEdits | None":
+    def of(cls, params: SamplingParams, eos_token_ids: Collection[int]) -> "LogitEdits | None":
         """Those of a request; None if it wants nothing changed."""
         changes_all = params.penalizes or bool(params.logit_bias or params.allowed_token_ids)
-        return cls(params, changes_all, withheld) if changes_all or params.min_tokens else None
+        if not changes_all and not params.min_tokens:
+            return None
+        # EOS too, even if it is ignored, as in vLLM.
+        withheld = frozenset(eos_token_ids).union(params.stop_token_ids or ())
+        return cls(params, changes_all, withheld)
 
     def apply_to(self, num_generated: int) -> bool:
         """Whether the token after so many generated ones is sampled from changed logits."""

@@ -99,10 +99,10 @@ class Sequence:
         self.max_len = max_len
         self.constraint = constraint
         self.eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
-        self.ending_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
-        # Not sampled before min_tokens: EOS neither, even if it is ignored, as in vLLM.
-        withheld = self.ending_token_ids.union(eos_token_ids)
-        edits = LogitEdits.of(params, withheld)
+        self.ending_token_ids = self.eos_token_ids
+        if params.stop_token_ids:
+            self.ending_token_ids = self.eos_token_ids.union(params.stop_token_ids)
+        edits = LogitEdits.of(params, eos_token_ids)
         self.sampling = RowSampling(
             seed, params.effective_temperature, min(params.top_k, 2**31 - 1), params.top_p,
             params.min_p, params.truncates, edits, params.logprobs,
