@@ -43,8 +43,8 @@ def prefill_on_hopper(
     block_tables: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """What `paged_prefill` returns. Two heads after each other share keys, and blocks have a
-    multiple of 64 tokens."""
+    """What `paged_prefill` returns. Heads 2 i and 2 i + 1 share keys, and blocks have a multiple of
+    64 tokens."""
     out = torch.empty_like(q)
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
