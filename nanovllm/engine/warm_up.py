@@ -51,8 +51,8 @@ def compile_ahead(runner: "ModelRunner", use_graphs: bool) -> list[StepShape]:
         if rows < sizes[0]
     ]
     in_order = [
-        decode[0], largest, decode[-1], *decode[1:-1], with_truncation[0], *with_sharing[:1],
-        *prefill, *_smaller_prefill_shapes(runner),
+        decode[0], largest, decode[-1], *_smaller_prefill_shapes(runner), *decode[1:-1],
+        with_truncation[0], *with_sharing[:1], *prefill,
     ]  # fmt: skip
     decoder = runner.model.model
     layers = decoder.layers
