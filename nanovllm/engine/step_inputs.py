@@ -129,7 +129,7 @@ class InputBuffers:
             StepInputs.words(shape) for shape in (prefill, self.decode_shape(rows))
         )
         prefill_size += backend.max_prefill_words(rows, tokens)
-        decode_size += backend.max_metadata_words(rows, self.max_model_len)
+        decode_size += backend.max_decode_words(rows, self.max_model_len)
         size = max(prefill_size, decode_size)
         on_gpu = config.torch_device.type == "cuda"
         self.device = torch.zeros(size, dtype=torch.int32, device=config.torch_device)
@@ -215,7 +215,7 @@ class InputBuffers:
         found = np.array([seq.num_found_tokens for seq in seqs], np.int32)
         slots[positions < np.repeat(found, lengths)] = -1
         host.slot_mapping[:] = slots
-        num_words = self.backend.prepare_prefill(host.rest, starts, lengths, shape.max_context_len)
+        num_words = self.backend.prepare_prefill(host.rest, starts, lengths)
         used = len(self._arrays[self.buffer_index]) - len(host.rest) + num_words
         return shape._replace(truncates=truncates, edits=edits), used
 

@@ -77,7 +77,8 @@ def warm_up(runner: "ModelRunner", use_graphs: bool) -> int:
     # Where nothing is compiled ahead. Ranks would wait for each other here as in a request.
     if runner.compiler is None and runner.config.tensor_parallel_size == 1:
         shapes += _smaller_prefill_shapes(runner)
-    # With a token more, gate and up are no longer in memory.
+    # A step just too short for `gated_gemm` has gate and up in memory, and may need more than one
+    # that is little longer.
     few = kernels.GATED_MIN_ROWS - 1 if kernels is not None else 0
     if few < prefill.tokens < 3 * few:
         shapes.append(_prefill_shape(runner, few))
@@ -103,7 +104,7 @@ def _largest_prefill_shape(runner: "ModelRunner") -> StepShape:
 
 
 def _smaller_prefill_shapes(runner: "ModelRunner") -> list[StepShape]:
-    """Of prompts that other kernels serve than the largest step, or with tiles of other sizes."""
+    """Steps of shorter prompts, which other kernels serve, or the same with other tiles."""
     largest, shapes = _largest_prefill_shape(runner), []
     for length in (63, 321, 1023):  # odd: see `compile_ahead`
         rows = min(3, runner.config.max_num_seqs, largest.tokens // length)
@@ -114,7 +115,7 @@ def _smaller_prefill_shapes(runner: "ModelRunner") -> list[StepShape]:
 
 
 def _prefill_shape(runner: "ModelRunner", max_tokens: int) -> StepShape:
-    """Of as many tokens as there may be, in few rows."""
+    """A prefill step of `max_tokens`, or as many as the engine takes, in as few rows as can be."""
     config = runner.config
     length = min(max_tokens, config.max_model_len - 1)
     tokens = min(max_tokens, config.max_num_seqs * length)
@@ -132,7 +133,7 @@ def _run_padding(runner: "ModelRunner", shape: StepShape) -> torch.Tensor:
     if shape.is_prefill:
         lengths = starts.diff().numpy()
         words = np.zeros(runner.backend.max_prefill_words(shape.rows, shape.tokens), np.int32)
-        used = runner.backend.prepare_prefill(words, 0 * lengths, lengths, shape.max_context_len)
+        used = runner.backend.prepare_prefill(words, 0 * lengths, lengths)
         inputs.rest[:used].copy_(torch.from_numpy(words[:used]))
     logits = runner.run_shape(shape)
     runner.inputs.device.zero_()

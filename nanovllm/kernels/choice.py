@@ -111,7 +111,7 @@ def choose_kernel(product: ProductShape, gpu: Gpu) -> Kernel:
     is_few = tiled_gemm.MIN_ROWS <= rows <= tiled_gemm.MAX_ROWS
     if is_few and k * n <= _MAX_TILED:
         return Kernel.TILED_GEMM
-    if not gpu.is_hopper:  # nothing else is measured
+    if not gpu.is_hopper:  # the next two are measured nowhere else
         return Kernel.LIBRARY
     if product.use is Use.STORED and rows >= qkv_gemm.MIN_ROWS and _suits_qkv_gemm(product):
         return Kernel.QKV_GEMM

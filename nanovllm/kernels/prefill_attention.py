@@ -4,9 +4,9 @@ FlashAttention-style online softmax (Dao 2023, arXiv:2307.08691) in base 2, with
 read tile by tile through the block table; a tile never crosses a KV block. Queries are the last
 tokens of their sequence (the rest was cached or computed before), causal.
 
-Grid: (query head of a tile of up to 64 queries), see `prefill_plan`. Tiles of keys that every query
-sees come first and need no mask. Bound by arithmetic: 4 * head_dim operations a query, key and
-head. Long prompts have a kernel of their own on Hopper, `prefill_hopper`.
+Grid: (tile of up to 64 queries, query head) as one number, see `prefill_plan`. Tiles of keys that
+every query sees come first and need no mask. Bound by arithmetic: 4 * head_dim operations a query,
+key and head. Long prompts have a kernel of their own on Hopper, `prefill_hopper`.
 """
 
 import torch
@@ -24,8 +24,7 @@ from nanovllm.kernels.launch import (
 from nanovllm.kernels.paged_cache import LOG2_E, dot_type, tile_tokens
 from nanovllm.kernels.prefill_plan import SHORT_TILE, WORDS, PrefillPlan
 
-# Gluon, the language of `prefill_hopper`, is a new part of Triton that still changes: versions that
-# the kernel was compiled with.
+# Versions of Triton that `prefill_hopper` was compiled with: Gluon, its language, still changes.
 _HAS_GLUON = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 _MIN_TOKENS, _MIN_SEQLEN = 2048, 256  # of a step and of its longest row
 _COPIED_TOKENS = 64  # at once, from one block

@@ -66,8 +66,8 @@ def prefill_on_hopper(
 
 @gluon.jit
 def _tile_of(turn, tiles_ptr, num_tiles, PAIRS: gl.constexpr, WORDS: gl.constexpr):
-    """What a program does in a turn: two heads, and a tile of queries as `PrefillPlan` has it. No
-    queries: nothing."""
+    """A program's turn: which two heads, and a tile's entry of `PrefillPlan.tiles`. Where there is
+    nothing to do, it has no queries."""
     programs, program = gl.num_programs(0), gl.program_id(0)
     at = turn * programs + (program if turn % 2 == 0 else programs - 1 - program)
     tile_ptr = tiles_ptr + gl.minimum(at // PAIRS, num_tiles - 1) * WORDS
@@ -145,7 +145,8 @@ def _parts_of(bufs, desc, parts: gl.constexpr):
 def _copy(
     desc, slot, slot_2, column, full, parts, stage, D: gl.constexpr, BN: gl.constexpr
 ):  # fmt: skip
-    """Keys or values of 64 tokens from a slot on, and if there is room as many from another."""
+    """Have a tile of keys or values copied: 64 tokens from `slot` on, and for a tile of 128 another
+    64 from `slot_2` on."""
     mbarrier.expect(full, BN * D * 2)
     PARTS: gl.constexpr = BN // 64
     for panel in gl.static_range(D // 64):
@@ -158,7 +159,7 @@ def _copy(
 
 @gluon.jit
 def _release(bar):
-    """This group has read what the barrier is of."""
+    """Say that this group has read the memory that the barrier guards."""
     _barrier()
     mbarrier.arrive(bar, count=1)
 
@@ -319,5 +320,5 @@ def _prefill_on_hopper_kernel(
             (_attend, (inputs, bufs, bars, out_ptr, turns, scale_log2, 1, PAIRS, WORDS)),
             (_load, (inputs, descs, bufs, bars, turns, PAIRS, PER_KV, BLOCK_SIZE, WORDS)),
         ],
-        [4, 1], [240, 24],
+        [4, 1], [240, 24],  # of the last two: warps, and registers of a thread
     )  # fmt: skip

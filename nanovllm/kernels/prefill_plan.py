@@ -1,8 +1,8 @@
 """The work list of prefill attention: tiles of queries, those that see most keys first.
 
-A step's rows bring any number of queries each. So many at a time make a tile, and those of all rows
-are listed on the host, once a step: in a grid of rows times the tiles of the longest most would
-have nothing to do. Tiles of many keys come first, so that those which run last are short.
+A step's rows bring any number of queries each. Up to 64 of a row make a tile, and the tiles of all
+rows are listed on the host, once a step. A grid of all rows times the tiles of the longest would be
+mostly empty. Tiles that see many keys come first, so that those which run last are short.
 """
 
 from typing import Any, NamedTuple

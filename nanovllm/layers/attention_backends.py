@@ -71,7 +71,7 @@ class AttentionBackend(ABC):
             [tokens, num_heads * head_dim].
         """
 
-    def max_metadata_words(self, rows: int, max_context_len: int) -> int:
+    def max_decode_words(self, rows: int, max_context_len: int) -> int:
         """The most int32 words that `prepare_decode` fills in for so many rows."""
         return 0
 
@@ -87,7 +87,7 @@ class AttentionBackend(ABC):
         """Write the metadata of a decode step into a host buffer.
 
         Args:
-            buffer: int32, of at least `max_metadata_words`.
+            buffer: int32, of at least `max_decode_words`.
             context_lens: [rows], the newest token included.
             block_tables: [rows, width].
             padded_rows: the rows that will run; those past `rows` attend to nothing.
@@ -112,20 +112,13 @@ class AttentionBackend(ABC):
         """The most int32 words that `prepare_prefill` fills in for so many rows and tokens."""
         return 0
 
-    def prepare_prefill(
-        self,
-        buffer: np.ndarray,
-        starts: np.ndarray,
-        lengths: np.ndarray,
-        max_context_len: int,
-    ) -> int:
+    def prepare_prefill(self, buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> int:
         """Write the metadata of a prefill step into a host buffer; returns the words used.
 
         Args:
             buffer: int32, of at least `max_prefill_words`.
             starts: [rows], where in its sequence each row's new tokens begin.
             lengths: [rows], how many there are.
-            max_context_len: the greatest sum of both.
         """
         return 0
 
@@ -218,7 +211,7 @@ class TritonBackend(AttentionBackend):
             out = kernels.paged_prefill(q, *cache, *where, spec.scale, spec.kv_scales)
         return out.flatten(1)
 
-    def max_metadata_words(self, rows: int, max_context_len: int) -> int:
+    def max_decode_words(self, rows: int, max_context_len: int) -> int:
         return max(  # tiles differ
             kernels.max_plan_words(
                 rows, max_context_len, self._tile(some), self.block_size, self.num_ranges
@@ -259,11 +252,9 @@ class TritonBackend(AttentionBackend):
         words: int = kernels.max_prefill_words(rows, tokens)
         return words
 
-    def prepare_prefill(
-        self, buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, max_context_len: int
-    ) -> int:
-        sizes = len(lengths), int(lengths.sum()), int(lengths.max()), max_context_len
-        plan = kernels.PrefillPlan.views(buffer, *sizes)
+    def prepare_prefill(self, buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> int:
+        sizes = len(lengths), lengths.sum(), lengths.max(), (starts + lengths).max()
+        plan = kernels.PrefillPlan.views(buffer, *map(int, sizes))
         plan.fill(starts, lengths)
         size: int = plan.tiles.size
         return size

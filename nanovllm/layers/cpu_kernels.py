@@ -36,9 +36,8 @@ except ValueError as error:  # NUMBA_THREADING_LAYER names one that is not insta
     raise ImportError(f"numba has no threads: {error}") from error
 finally:  # numba may set torch's number, too, as both may have one OpenMP
     torch.set_num_threads(_num_torch_threads)
-_one_at_a_time = (
-    threading.Lock()
-)  # some of numba's thread pools end the process if two threads use them
+# Some of numba's thread pools end the process if two threads use them.
+_one_at_a_time = threading.Lock()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

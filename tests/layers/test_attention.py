@@ -61,11 +61,11 @@ def test_backends_agree_gpu(
                 for i in range(count)
             ]
             slots = [tables[row, p // 256].item() * 256 + p % 256 for row, p in rows]
-            words = max(backend.max_metadata_words(5, 5005), backend.max_prefill_words(5, tokens))
+            words = max(backend.max_decode_words(5, 5005), backend.max_prefill_words(5, tokens))
             host = torch.zeros(words, dtype=torch.int32)
             if is_prefill:
                 lengths = np.array(query_lens, np.int32)
-                backend.prepare_prefill(host.numpy(), lens.cpu().numpy() - lengths, lengths, 5005)
+                backend.prepare_prefill(host.numpy(), lens.cpu().numpy() - lengths, lengths)
                 step = 5, tokens, max(query_lens), 5005
                 metadata = backend.prefill_metadata(host.to(device), *step)
             else:
