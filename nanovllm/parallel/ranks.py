@@ -95,10 +95,13 @@ class Ranks:
 
     def check(self) -> None:
         """Raises:
-        RuntimeError: if a rank has failed.
+        RuntimeError: if a rank has failed, or has ended and nobody knows why yet.
         """
+        is_looking = self._is_looking  # read first: the failure is there when it ends
         if self.failure is not None:
             raise RuntimeError(self.failure)
+        if is_looking:
+            raise RuntimeError("another rank has ended")
 
     def watched(self, function: Callable[[], _T]) -> _T:
         """Call a function that may wait for another rank, and give up if one has failed: for what

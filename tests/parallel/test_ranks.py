@@ -95,6 +95,37 @@ def test_a_rank_that_ends_slowly_is_the_reason_all_the_same(
     assert_ended(ranks, processes)
 
 
+def test_what_a_step_yields_without_a_rank_is_not_taken(
+    ranks: LLM, monkeypatch: pytest.MonkeyPatch
+):
+    """Kernels that wait for a rank end without an error when they are let go. Here so on a CPU."""
+    (process,), how_it_ended, wait = pids(ranks), Ranks._how_it_ended, group.Group._wait
+    send = ranks.model_runner.ranks.send
+
+    def without_error(self: group.Group, work: object) -> None:
+        try:
+            wait(self, work)
+        except RuntimeError:
+            while self._aborting is None:
+                time.sleep(0.01)
+
+    def slowly(self: Ranks, rank: int) -> str:
+        time.sleep(1)
+        return how_it_ended(self, rank)
+
+    def send_in_vain(step: object, inputs: memoryview) -> None:
+        os.kill(process, signal.SIGSTOP)
+        send(step, inputs)
+        os.kill(process, signal.SIGKILL)
+
+    monkeypatch.setattr(group.Group, "_wait", without_error)
+    monkeypatch.setattr(Ranks, "_how_it_ended", slowly)
+    ranks.model_runner.ranks.send = send_in_vain
+    with pytest.raises(RuntimeError, match="rank 1 of 2 was killed by signal 9"):
+        ranks.generate(PROMPTS, SamplingParams(max_tokens=1), use_tqdm=False)
+    assert_ended(ranks, [process])
+
+
 def test_who_looks_for_a_reason_and_finds_none_is_not_waited_for_for_ever(
     ranks: LLM, monkeypatch: pytest.MonkeyPatch
 ):
