@@ -34,7 +34,7 @@ class Config:
     Attributes:
         model: a local directory with a Hugging Face checkpoint, or a hub id to fetch.
         max_num_batched_tokens: the most tokens of one prefill step; longer prompts run in chunks.
-        max_num_seqs: the most sequences that run at once.
+        max_num_seqs: the most sequences that a step runs.
         max_model_len: the most tokens of a sequence, prompt and output together; None: as many as
             the model can. Capped by the model here, and by the engine if its KV cache is smaller.
         gpu_memory_utilization: the share of the GPU's memory that this engine may take.

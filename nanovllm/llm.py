@@ -1,6 +1,7 @@
 """The public face of the engine: whole lists of prompts, chats, streams."""
 
 import reprlib
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -227,7 +228,7 @@ class LLM(LLMEngine):
     def _generate(
         self, prompts: list[Prompt], params: list[SamplingParams], use_tqdm: bool
     ) -> list[RequestOutput]:
-        requests = self.input_processor.process(prompts, params)
+        requests = deque(self.input_processor.process(prompts, params))
         ids = [request.request_id for request in requests]
         call, before = Call(ids), replace(self.stats)
         try:
@@ -254,7 +255,7 @@ class LLM(LLMEngine):
 
     def _pieces(self, requests: list[Request]) -> Generator[StreamOutput, None, None]:
         call = Call((request.request_id for request in requests), every_step=True)
-        with self._running(call, requests):
+        with self._running(call, deque(requests)):
             with self._callers.alone():
                 live = [
                     self.output_processor.stream(index, request.sequences[0])
@@ -275,23 +276,22 @@ class LLM(LLMEngine):
                 raise RuntimeError(f"prompt {piece['index']}: {piece['stop_reason']}")
 
     @contextmanager
-    def _running(self, call: Call, requests: list[Request]) -> Iterator[None]:
-        """Queue the requests of a call; in the end those that have not ended are aborted."""
+    def _running(self, call: Call, requests: deque[Request]) -> Iterator[None]:
+        """Queue the requests of a call; in the end those that have not ended are aborted. They are
+        taken out of `requests`: freed as they end, while the device runs, not all at the end."""
         try:
             with self._callers.alone():
                 self._check_idle("stream" if call.every_step else "generate")
                 self._callers.add(call)
-                for request in requests:
-                    self._queue(request)
+                while requests:
+                    self._queue(requests.popleft())
             yield
         finally:
             with no_interrupt():  # a second Ctrl-C would leave requests that are nobody's
                 try:
                     if call.pending:
                         with self._callers.alone():
-                            for request in requests:
-                                self._abort(request)
-                            self._collect_leftovers()
+                            self._abort(call.pending)
                 finally:
                     self._callers.leave(call)
 

@@ -118,8 +118,10 @@ class RequestOutput(CompletionOutput):
     @property
     def error(self) -> str | None:
         """Why one of the completions ended in an error, and the others were aborted."""
-        reasons = (one["stop_reason"] for one in self["outputs"] if one["finish_reason"] == "error")
-        return next(reasons, None)
+        for one in self["outputs"]:
+            if one["finish_reason"] == "error":
+                return one["stop_reason"]
+        return None
 
 
 class StreamOutput(Record):

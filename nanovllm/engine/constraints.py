@@ -64,6 +64,15 @@ class AllOf:
         return any(part.is_complete for part in self.parts)
 
 
+def first_places(params: Sequence[SamplingParams]) -> dict[int, int]:
+    """By the `id` of parameters, the first prompt that has them. Mostly one object serves all, and
+    what follows from it is found once."""
+    places = dict[int, int]()
+    for place, one in enumerate(params):
+        places.setdefault(id(one), place)
+    return places
+
+
 MakeConstraint: TypeAlias = Callable[[], TokenConstraint | None]  # one for each completion
 
 
@@ -91,24 +100,25 @@ class ConstraintMaker:
             ImportError: if the library for structured outputs is missing.
             ValueError: for what cannot work, by its place in the list.
         """
-        structures = [p.structured_outputs for p in params]
+        places = first_places(params)
         tables = []
-        for index, param in enumerate(params):
+        for index in places.values():
             try:
-                self._check(param)
-                tables.append(self._words(tuple(param.bad_words or ())))
+                self._check(params[index])
+                tables.append(self._words(tuple(params[index].bad_words or ())))
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from error
+        structures = [params[index].structured_outputs for index in places.values()]
         # All at once, since compiling runs in parallel.
         wanted = [structure for structure in structures if structure is not None]
         compiled = self._grammars.compile_all(wanted) if wanted else {}
-        makers: list[MakeConstraint] = []
-        for index, (structure, words) in enumerate(zip(structures, tables)):
+        makers = dict[int, MakeConstraint]()
+        for (name, index), structure, words in zip(places.items(), structures, tables):
             grammar = None if structure is None else compiled[structure]
             if isinstance(grammar, ValueError):
                 raise ValueError(f"prompt {index}: {grammar}") from grammar
-            makers.append(functools.partial(_make, grammar, words))
-        return makers
+            makers[name] = functools.partial(_make, grammar, words)
+        return [makers[id(one)] for one in params]
 
     @functools.cached_property
     def _grammars(self) -> Grammars:

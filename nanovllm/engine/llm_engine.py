@@ -182,11 +182,7 @@ class LLMEngine:
         """Drop one request, wherever it is; no output comes of it. Unknown ids are ignored."""
         with self._callers.alone():
             self._check_open()
-            requests = self._request_of_seq.values()
-            request = next((one for one in requests if one.request_id == request_id), None)
-            if request is not None:
-                self._abort(request)
-            self._collect_leftovers()
+            self._abort({request_id})
 
     def abort_all(self) -> None:
         """Drop every request; all KV blocks are free afterwards."""
@@ -306,16 +302,18 @@ class LLMEngine:
         self.scheduler.abort_all()
         self.model_runner.reset()
 
-    def _abort(self, request: Request) -> None:
-        """Drop a request, if it is queued and has not ended."""
-        self._callers.drop(request.request_id)
-        unfinished = [seq for seq in request.sequences if seq.seq_id in self._request_of_seq]
-        self._num_aborted += bool(unfinished)
-        for seq in unfinished:
-            del self._request_of_seq[seq.seq_id]
-            self.scheduler.abort(seq)
-        for seq in request.sequences:
-            self.output_processor.drop(seq)
+    def _abort(self, request_ids: set[int]) -> None:
+        """Drop requests, those of them that are queued and have not ended."""
+        queued = self._request_of_seq.values()
+        dropped = {id(one): one for one in queued if one.request_id in request_ids}
+        for request in dropped.values():
+            self._callers.drop(request.request_id)
+            for seq in request.sequences:
+                if self._request_of_seq.pop(seq.seq_id, None) is not None:
+                    self.scheduler.abort(seq)
+                self.output_processor.drop(seq)
+        self._num_aborted += len(dropped)
+        self._collect_leftovers()
 
     def _queue(self, request: Request) -> None:
         self.output_processor.add(request)

@@ -86,7 +86,7 @@ class EditSlots:
     """Which request has which slot.
 
     Args:
-        number: of slots; as many as sequences run at the most.
+        number: of slots; as many as a step has rows at the most.
     """
 
     def __init__(self, number: int) -> None:
@@ -118,7 +118,7 @@ class EditSlots:
             # Its tokens are all known when its prompt has been run, or was run again.
             is_new = batch.is_prefill or slot is None
             if slot is None:
-                slot = self._give(seq)
+                slot = self._give(seq, batch)
             withholds = edits.params.is_below_min_tokens(num_generated)
             if is_new or withholds is not self._withholds[slot]:
                 num_counted = num_tokens - (not batch.is_prefill)
@@ -130,10 +130,13 @@ class EditSlots:
             slots[row] = slot
         return slots, contents
 
-    def _give(self, seq: "Sequence") -> int:
-        if not self._free:  # whoever has ended, or will run again from the start, needs none
-            for owner in [one for one in self._owners.values() if not one.is_running]:
-                self._take_back(owner)
+    def _give(self, seq: "Sequence", batch: "Batch") -> int:
+        if not self._free:  # whoever has no row any more, or will begin again, needs none
+            in_batch = {one.seq_id for one in batch.seqs}
+            for owner in list(self._owners.values()):
+                has_row = owner.is_running and not owner.is_ending
+                if not has_row and owner.seq_id not in in_batch:
+                    self._take_back(owner)
         slot = self._free.pop()
         self._slot_of[seq.seq_id], self._owners[slot] = slot, seq
         return slot

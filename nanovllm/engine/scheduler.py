@@ -78,7 +78,8 @@ class Scheduler:
 
     Args:
         block_manager: the pool of KV blocks.
-        max_num_seqs: the most sequences that run at once.
+        max_num_seqs: the most sequences that run at once; one whose last token is on the way does
+            not count.
         max_num_batched_tokens: the most tokens of a prefill step; longer prompts run in chunks.
     """
 
@@ -180,10 +181,13 @@ class Scheduler:
 
     def _schedule_prefill(self) -> Batch:
         batch, budget = Batch(is_prefill=True), self.max_num_batched_tokens
+        seats = self.max_num_seqs - len(self.running)
+        if self.waiting and seats <= 0:  # who is ending has none
+            seats += sum(seq.is_ending for seq in self.running)
         # Only the newest can be a prompt cut short by an earlier step's budget: it goes on first.
         if self.running and self._is_cut_prompt(self.running[-1]):
             budget -= self._add_row(batch, self.running[-1], budget)
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+        while self.waiting and budget > 0 and seats > 0:
             seq = self.waiting[0]
             # Each running sequence may soon want a block: without it, the newcomer would be
             # preempted.
@@ -197,6 +201,7 @@ class Scheduler:
                 self.num_cached_tokens += seq.num_cached_tokens
             self.waiting.popleft()
             self.running.append(seq)
+            seats -= 1
             seq.status = SequenceStatus.RUNNING
             budget -= self._add_row(batch, seq, budget)
         return batch

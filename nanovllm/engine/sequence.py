@@ -21,10 +21,9 @@ class SequenceStatus(Enum):
 
 
 class RowSampling(NamedTuple):
-    """What a step has to do for a sequence's row: resolved once, when the request is queued.
+    """What a step has to do for the row of a sequence with some parameters.
 
     Attributes:
-        seed: 64 bits, as a signed integer.
         temperature: what logits are divided by; 0 is greedy.
         top_k, top_p, min_p: 0, 1 and 0 are off.
         truncates: whether one of these three is on.
@@ -32,7 +31,6 @@ class RowSampling(NamedTuple):
         logprobs: report the token's log probability and so many of the most likely ones; None: no.
     """
 
-    seed: int
     temperature: float
     top_k: int
     top_p: float
@@ -40,6 +38,14 @@ class RowSampling(NamedTuple):
     truncates: bool
     edits: LogitEdits | None
     logprobs: int | None
+
+    @classmethod
+    def of(cls, params: SamplingParams, eos_token_ids: Collection[int]) -> "RowSampling":
+        """By a request's parameters, and the model's end-of-sequence tokens."""
+        return cls(
+            params.effective_temperature, min(params.top_k, 2**31 - 1), params.top_p, params.min_p,
+            params.truncates, LogitEdits.of(params, eos_token_ids), params.logprobs,
+        )  # fmt: skip
 
 
 class Sequence:
@@ -56,11 +62,12 @@ class Sequence:
         seed: of its random choices, 64 bits as a signed integer.
         eos_token_ids: the model's end-of-sequence tokens.
         constraint: which tokens may come next, besides what the parameters allow; None: any.
+        sampling: what a step has to do for its row, if that is known for these parameters.
 
     Attributes:
         token_ids: prompt and generated tokens known so far. An `array("I")`, since bytes are copied
             and hashed faster than Python's integers.
-        sampling: what a step has to do for its row.
+        seed, sampling: as given, or what follows from the parameters.
         has_wishes: whether it has edits or a constraint, or wants log probabilities.
         ending_token_ids: the tokens that end it: those of `eos_token_ids` silently, the others as
             its `stop_reason`.
@@ -88,6 +95,7 @@ class Sequence:
         seed: int,
         eos_token_ids: Collection[int] = (),
         constraint: TokenConstraint | None = None,
+        sampling: RowSampling | None = None,
     ) -> None:
         params = sampling_params
         self.seq_id = seq_id
@@ -102,12 +110,9 @@ class Sequence:
         self.ending_token_ids = self.eos_token_ids
         if params.stop_token_ids:
             self.ending_token_ids = self.eos_token_ids.union(params.stop_token_ids)
-        edits = LogitEdits.of(params, eos_token_ids)
-        self.sampling = RowSampling(
-            seed, params.effective_temperature, min(params.top_k, 2**31 - 1), params.top_p,
-            params.min_p, params.truncates, edits, params.logprobs,
-        )  # fmt: skip
-        self.has_wishes = (edits, params.logprobs, constraint) != (None, None, None)
+        self.seed = seed
+        self.sampling = own = sampling or RowSampling.of(params, eos_token_ids)
+        self.has_wishes = (own.edits, own.logprobs, constraint) != (None, None, None)
         self.num_pending_tokens = 0
         self.num_computed_tokens = 0
         self.num_found_tokens = 0
@@ -135,6 +140,12 @@ class Sequence:
     def needs_prompt_logprobs(self) -> bool:
         """Whether its whole prompt has to be run, whatever the prefix cache holds of it."""
         return 0 < len(self.prompt_logprobs) < self.num_prompt_tokens
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its last token is on the way: the one that reaches `max_len`. No step has a row
+        for it any more."""
+        return self.num_computed_tokens + 1 >= self.max_len
 
     @property
     def is_running(self) -> bool:

@@ -19,7 +19,7 @@ def row_of(seq: Sequence, start: int, block_size: int) -> tuple[float, ...]:
     one = seq.sampling
     border = seq.num_prompt_tokens // block_size * block_size if seq.has_siblings else 0
     return (
-        start, border, one.seed, one.temperature, one.truncates, one.top_k, one.top_p, one.min_p
+        start, border, seq.seed, one.temperature, one.truncates, one.top_k, one.top_p, one.min_p
     )  # fmt: skip
 
 

@@ -34,6 +34,18 @@ def test_a_request_keeps_its_slot_and_writes_it_once():
         assert slots.of_batch(batch(seq)) == (found, [])
 
 
+def test_a_row_that_is_the_last_of_its_request_keeps_its_slot_in_its_step():
+    """While the slots of those whose last row was in the step before go to others."""
+    slots = EditSlots(2)
+    before = [sequence(i, frequency_penalty=1) for i in range(2)]
+    slots.of_batch(batch(*before, is_prefill=True))
+    now = [sequence(i, frequency_penalty=1) for i in range(2, 4)]
+    for seq in (*before, now[0]):
+        seq.num_computed_tokens = seq.max_len - 1
+    found, contents = slots.of_batch(batch(*now, is_prefill=True))
+    assert sorted(found.values()) == [0, 1] and len(contents) == 2
+
+
 def test_rows_that_change_nothing_have_none():
     slots = EditSlots(2)
     rows = batch(sequence(0), sequence(1, logprobs=1), sequence(2, logit_bias={5: 1.0}))

@@ -130,6 +130,23 @@ def test_no_more_than_max_num_seqs_run_at_once(depth: int):
     driver.drain(depth)
 
 
+def test_whose_last_token_is_on_the_way_keeps_nobody_waiting():
+    driver = Driver(num_blocks=30, block_size=2, max_num_seqs=2, budget=64)
+    for i, max_tokens in enumerate([2, 3, 1, 2]):
+        driver.add([i] * 3, max_tokens, True, i)
+    plans = []
+    while driver.schedule() is not None:
+        batch, _ = driver.in_flight[-1]
+        plans.append((batch.is_prefill, [seq.seq_id for seq in batch.seqs]))
+    # Nothing was collected so far.
+    assert plans == [
+        (True, [0, 1]), (False, [0, 1]), (True, [2]), (False, [1]), (True, [3]), (False, [3])
+    ]  # fmt: skip
+    while driver.in_flight:
+        driver.collect()
+    driver.check_end()
+
+
 @DEPTHS
 def test_newest_is_preempted_and_comes_back_first(depth: int):
     driver = Driver(num_blocks=5, block_size=2, max_num_seqs=3, budget=64)

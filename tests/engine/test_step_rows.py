@@ -20,7 +20,7 @@ def update(rows: DecodeRows, *pairs: tuple[Sequence, int]) -> None:
     """To a step of sequences that run the tokens of some numbers."""
     seqs, starts = [seq for seq, _ in pairs], [start for _, start in pairs]
     rows.update(Batch(False, seqs, starts, [1] * len(seqs), [True] * len(seqs)))
-    assert rows.rows["seed"].tolist() == [seq.sampling.seed for seq in seqs]
+    assert rows.rows["seed"].tolist() == [seq.seed for seq in seqs]
     assert rows.rows["start"].tolist() == starts
     for seq, table in zip(seqs, rows.tables.tolist(), strict=True):
         assert table[: len(seq.block_table)] == seq.block_table

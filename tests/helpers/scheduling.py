@@ -23,7 +23,7 @@ def expected_output(seq: Sequence, prompt: list[int]) -> tuple[list[int], str]:
     """What a request must come to, run alone: its new tokens and its finish reason."""
     token_ids = list(prompt)
     while len(token_ids) < seq.max_len:
-        token_ids.append(next_token(seq.sampling.seed, token_ids))
+        token_ids.append(next_token(seq.seed, token_ids))
         if token_ids[-1] == EOS and not seq.sampling_params.ignore_eos:
             return token_ids[len(prompt) :], "stop"
     return token_ids[len(prompt) :], "length"
@@ -60,7 +60,7 @@ class FakeDevice:
                 held = self.slots.get(self.slot(seq, position))
                 assert held == tuple(known[: position + 1]), "a row reads what is not its own"
             assert batch.yields_token[row] == (end == len(known))
-            token_id = next_token(seq.sampling.seed, known[:end])
+            token_id = next_token(seq.seed, known[:end])
             tokens.append(token_id)
             if batch.yields_token[row]:
                 known.append(token_id)
@@ -149,7 +149,8 @@ class Driver:
         scheduler = self.scheduler
         assert 1 <= len(batch.seqs) <= scheduler.max_num_seqs
         assert len({seq.seq_id for seq in batch.seqs}) == len(batch.seqs)
-        assert len(scheduler.running) <= scheduler.max_num_seqs
+        has_rows = [seq for seq in scheduler.running if not seq.is_ending]
+        assert len({*has_rows, *batch.seqs}) <= scheduler.max_num_seqs
         assert min(batch.lengths) >= 1
         if not batch.is_prefill:
             assert set(batch.lengths) == {1} and all(batch.yields_token)
