@@ -298,9 +298,9 @@ class LLM(LLMEngine):
     def _check_idle(self, method: str) -> None:
         """Refuse steps that would swallow the outputs of a loop by hand. To be called alone."""
         self._check_open()
-        if self.scheduler.num_unfinished and not self._callers.are_waiting:
+        if self._num_unfinished and not self._callers.are_waiting:
             raise RuntimeError(
-                f"{self.scheduler.num_unfinished} requests from add_request are unfinished: step() "
+                f"{self._num_unfinished} requests from add_request are unfinished: step() "
                 f"until is_finished() before {method}()"
             )
 
