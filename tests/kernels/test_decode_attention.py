@@ -19,6 +19,7 @@ from helpers.kernel_inputs import (
     paged_batch,
     relative_error,
 )
+from nanovllm.kernels import combine as combine_module
 from nanovllm.kernels import decode_attention as decode_attention_module
 from nanovllm.kernels.decode_attention import paged_decode
 from nanovllm.kernels.decode_plan import (
@@ -117,7 +118,8 @@ def test_paged_decode_without_qk_norm(function, context_lens, sizes: Sizes) -> N
 @interpreted
 def test_both_kernels_leave_shared_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
-    monkeypatch.setattr(decode_attention_module, "prefer_shared_memory", launched.append)
+    for module in (decode_attention_module, combine_module):
+        monkeypatch.setattr(module, "prefer_shared_memory", launched.append)
     decode(paged_decode, decode_batch([5], (16, 2, 1, 32), FP32))
     assert launched == [None, None]  # the interpreter's launch
 
