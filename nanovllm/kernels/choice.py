@@ -5,7 +5,6 @@ that. So the kernel goes by the number of rows:
 
 - 1, and with small weights 2: `kernels.gemv`, which also does the norm before, and the gate or the
   residual add after;
-- on Hopper 2 to 8, with small weights: `kernels.few_rows`, which does the same;
 - up to 128, with large weights up to 64: `kernels.split_k`;
 - 129 to 256, with small weights: `kernels.tiled_gemm`;
 - on Hopper, without biases, from 1024 on q/k/v of small models: `kernels.qkv_gemm`, which also does
@@ -23,14 +22,13 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.kernels import few_rows, fp8_gemv, gated_gemm, gemv, qkv_gemm, split_k, tiled_gemm
+from nanovllm.kernels import fp8_gemv, gated_gemm, gemv, qkv_gemm, split_k, tiled_gemm
 from nanovllm.kernels.launch import Gpu
 
 # In-features of GEMVs, with a norm and without: of more, registers spill.
 _MAX_NORMED, _MAX_PLAIN = 4096, 27648
 _MAX_FP8 = 27648
-# In-features and elements with which GEMV takes two rows; and so many elements FEW_ROWS takes.
-_SHORT_ROW, _SMALL = 2048, 2**23
+_SHORT_ROW, _SMALL = 2048, 2**23  # in-features and elements with which GEMV takes two rows
 _LARGE = 2**25  # elements of a weight with which cuBLAS is faster past 64 rows
 _MAX_ROWS_OF_LARGE = 64
 _MAX_TILED = 2**23  # elements of a weight that tiled_gemm takes
@@ -40,7 +38,6 @@ class Kernel(Enum):
     """What can make a product."""
 
     GEMV = "gemv"
-    FEW_ROWS = "few_rows"
     SPLIT_K = "split_k"
     TILED_GEMM = "tiled_gemm"
     GATED_GEMM = "gated_gemm"
@@ -100,8 +97,6 @@ def choose_kernel(product: ProductShape, gpu: Gpu) -> Kernel:
     pays = product.has_norm or product.use is Use.ADDED
     fits = k <= (_MAX_NORMED if product.has_norm else _MAX_PLAIN) and not product.has_partials
     is_small = k <= _SHORT_ROW or k * n <= _SMALL
-    if pays and fits and 2 <= rows <= few_rows.MAX_ROWS and _suits_few_rows(product, gpu):
-        return Kernel.FEW_ROWS
     if pays and fits and (rows == 1 or (rows == gemv.MAX_ROWS and is_small)):
         return Kernel.GEMV
     is_large = k * n > _LARGE and product.use is not Use.ADDED
@@ -124,14 +119,6 @@ def choose_kernel(product: ProductShape, gpu: Gpu) -> Kernel:
     if product.use is Use.GATED and rows >= gated_gemm.MIN_ROWS and n % 16 == 0:
         return Kernel.GATED_GEMM
     return Kernel.LIBRARY
-
-
-def _suits_few_rows(product: ProductShape, gpu: Gpu) -> bool:
-    """Whether it is of a size and on a GPU for which that is measured. Not in float16: what the
-    norm's weights make of the stream may be more than it holds."""
-    k, n = product.in_features, product.out_features
-    fits = k <= few_rows.MAX_IN_FEATURES and k % 8 == 0 and k * n <= _SMALL
-    return fits and gpu.is_hopper and product.dtype == torch.bfloat16
 
 
 def _suits_qkv_gemm(product: ProductShape) -> bool:

@@ -1,14 +1,11 @@
 """Matrix products, each by the kernel that `kernels.choice` names: plain, gated, added to the
 residual stream, or stored as keys and values."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels.activation import silu_and_mul
 from nanovllm.kernels.choice import Kernel, ProductShape, Use, choose_kernel
-from nanovllm.kernels.few_rows import few_rows
 from nanovllm.kernels.fp8_gemv import fp8_gemv
 from nanovllm.kernels.fp8_linear import Gated, NormedInput, fp8_partial_sums, fp8_product
 from nanovllm.kernels.gated_gemm import gated_gemm
@@ -47,9 +44,8 @@ def _matmul(
 ) -> torch.Tensor:
     if isinstance(weight, Fp8Weight):
         return _in_fp8(kernel, x, weight, bias, out=out)
-    fused = _fused(kernel)
-    if fused is not None and not isinstance(x, torch.Tensor):  # it is chosen for no other x
-        return fused(x.x, weight, bias, x.weight, x.eps, out=out)
+    if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):  # it is chosen for no other x
+        return gemv(x.x, weight, bias, x.weight, x.eps, out=out)
     x = _values(x)
     if kernel is Kernel.SPLIT_K:
         return split_k(x, weight, bias, out=out)
@@ -113,9 +109,8 @@ def gated_matmul(
         if kernel in (Kernel.GEMV, Kernel.SPLIT_K):
             return _in_fp8(kernel, x, weight, bias, gated=True)
         return Gated(_in_fp8(kernel, x, weight, bias))
-    fused = _fused(kernel)
-    if fused is not None and not isinstance(x, torch.Tensor):
-        return fused(x.x, weight, bias, x.weight, x.eps, gated=True)
+    if kernel is Kernel.GEMV and not isinstance(x, torch.Tensor):
+        return gemv(x.x, weight, bias, x.weight, x.eps, gated=True)
     x = _values(x)
     if kernel is Kernel.SPLIT_K:
         return split_k(x, weight, bias, gated=True)
@@ -149,9 +144,8 @@ def add_matmul(
     x = x.values() if isinstance(x, Gated) else x
     if kernel in (Kernel.SPLIT_K, Kernel.TILED_GEMM):
         return _partial_sums(kernel, x, weight, bias)
-    fused = _fused(kernel)
-    if fused is not None:
-        fused(x, weight, bias, add_to=stream)
+    if kernel is Kernel.GEMV:
+        gemv(x, weight, bias, add_to=stream)
     else:
         stream.addmm_(x, weight.t())  # the add is the product's epilogue
         if bias is not None:
@@ -170,15 +164,7 @@ def summands(
         return fp8_partial_sums(x, weight, bias) if is_split else _in_fp8(kernel, x, weight, bias)
     if kernel in (Kernel.SPLIT_K, Kernel.TILED_GEMM):
         return _partial_sums(kernel, x, weight, bias)
-    return (_fused(kernel) or F.linear)(x, weight, bias)
-
-
-def _fused(kernel: Kernel) -> Callable[..., torch.Tensor] | None:
-    """A kernel that takes along the norm before, and the gate or the residual add after; None for
-    another."""
-    if kernel is Kernel.GEMV:
-        return gemv
-    return few_rows if kernel is Kernel.FEW_ROWS else None
+    return gemv(x, weight, bias) if kernel is Kernel.GEMV else F.linear(x, weight, bias)
 
 
 def _in_fp8(

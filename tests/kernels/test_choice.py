@@ -17,8 +17,8 @@ from nanovllm.kernels.launch import Gpu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GEMV, SPLIT_K, LIBRARY = Kernel.GEMV, Kernel.SPLIT_K, Kernel.LIBRARY
 TILED_GEMM, FP8_GEMM, QKV_GEMM = Kernel.TILED_GEMM, Kernel.FP8_GEMM, Kernel.QKV_GEMM
-GATED_GEMM, FEW_ROWS = Kernel.GATED_GEMM, Kernel.FEW_ROWS
-LETTERS = {kernel: kernel.value[0] for kernel in Kernel} | {GATED_GEMM: "G", FEW_ROWS: "F"}
+GATED_GEMM = Kernel.GATED_GEMM
+LETTERS = {kernel: kernel.value[0] for kernel in Kernel} | {GATED_GEMM: "G"}
 MIN_ROWS = gated_gemm.MIN_ROWS
 KIB = 1024
 GPUS = {
@@ -66,34 +66,18 @@ MODELS = {
 NAMES = ("qkv", "output", "gate_up", "down", "head")
 
 # On Hopper in bf16: rows, then the kernels of the five products in the order of NAMES, by their
-# LETTERS (g: GEMV, F: few rows, s: split K, t: tiled GEMM, l: library).
+# LETTERS (g: GEMV, s: split K, t: tiled GEMM, l: library).
 ON_HOPPER = [
     (
         "Qwen3-0.6B",
-        {
-            1: "ggggg",
-            2: "FFFFg",
-            3: "FFFFs",
-            8: "FFFFs",
-            9: "sssss",
-            64: "sssss",
-            65: "ssssl",
-            129: "ttttl",
-            256: "ttttl",
-        },
+        {1: "ggggg", 2: "ggggg", 3: "sssss", 64: "sssss", 65: "ssssl", 129: "ttttl", 256: "ttttl"},
     ),
     ("Qwen3-4B", {1: "ggggg", 2: "sssss", 3: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
     ("Qwen3-8B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
     ("Qwen3-32B", {1: "sgsgs", 2: "sssss", 64: "sssss", 65: "lslsl", 129: "lllll"}),
-    (
-        "Qwen2.5-0.5B",
-        {1: "ggggg", 2: "FFggg", 8: "FFsss", 9: "sssss", 64: "sssss", 65: "ssssl", 129: "ttltl"},
-    ),
+    ("Qwen2.5-0.5B", {1: "ggggg", 2: "ggggg", 64: "sssss", 65: "ssssl", 129: "ttltl"}),
     ("Qwen2.5-7B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 129: "lllll"}),
-    (
-        "Llama-3.2-1B",
-        {1: "ggggg", 2: "FFgsg", 3: "FFsss", 9: "sssss", 64: "sssss", 65: "ssssl", 129: "ttlll"},
-    ),
+    ("Llama-3.2-1B", {1: "ggggg", 2: "gggsg", 3: "sssss", 64: "sssss", 65: "ssssl", 129: "ttlll"}),
     ("Llama-3.1-8B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
     ("Mistral-7B", {1: "ggggg", 2: "sssss", 64: "sssss", 65: "sslsl", 128: "sslsl"}),
 ]
@@ -128,19 +112,12 @@ def chosen(model: str, gpu: str, rows: int, **options: Any) -> str:
     return "".join(kernels)
 
 
-def without_few_rows(kernels: str, rows: int) -> str:
-    """What serves in its place, where it is not measured."""
-    return kernels.replace("F", "g" if rows == 2 else "s")
-
-
 @pytest.mark.parametrize(("model", "table"), ON_HOPPER)
 @pytest.mark.parametrize("gpu", HOPPER_CLASS)
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_products_of_published_models_on_hopper(
     model: str, table: dict[int, str], gpu: str, dtype: torch.dtype
 ):
-    if dtype is FP16 or not GPUS[gpu].is_hopper:
-        table = {rows: without_few_rows(kernels, rows) for rows, kernels in table.items()}
     assert {rows: chosen(model, gpu, rows, dtype=dtype) for rows in table} == table
     for rows in (257, MIN_ROWS - 1):
         assert chosen(model, gpu, rows, dtype=dtype) == "lllll"
@@ -155,8 +132,7 @@ def test_other_gpus_have_gemv_and_the_library(model: str, gpu: str):
     """Split K is made for Hopper's shared memory."""
     on_hopper = dict(ON_HOPPER)[model]
     for rows in (1, 2):
-        expected = without_few_rows(on_hopper[rows], rows).replace("s", "l")
-        assert chosen(model, gpu, rows) == expected
+        assert chosen(model, gpu, rows) == on_hopper[rows].replace("s", "l")
     for rows in (3, 64, 128, 129, MIN_ROWS):
         assert chosen(model, gpu, rows) == "lllll"
 
@@ -166,8 +142,7 @@ def test_other_gpus_have_gemv_and_the_library(model: str, gpu: str):
 def test_float32_has_gemv_and_the_library(model: str, gpu: str):
     on_hopper = dict(ON_HOPPER)[model]
     for rows in (1, 2):
-        expected = without_few_rows(on_hopper[rows], rows).replace("s", "l")
-        assert chosen(model, gpu, rows, dtype=FP32) == expected
+        assert chosen(model, gpu, rows, dtype=FP32) == on_hopper[rows].replace("s", "l")
     for rows in (3, 64, MIN_ROWS):
         assert chosen(model, gpu, rows, dtype=FP32) == "lllll"
 
@@ -179,9 +154,7 @@ def test_a_norm_with_partial_sums_before_it_is_not_for_gemv(gpu: str):
     for use in (Use.VALUES, Use.GATED):
         product = ProductShape(1, 1024, 4096, BF16, use, has_norm=True)
         assert choose_kernel(product, GPUS[gpu]) is GEMV
-        for rows in (1, 2, 8):
-            several = product._replace(rows=rows, has_partials=True)
-            assert choose_kernel(several, GPUS[gpu]) is few
+        assert choose_kernel(product._replace(has_partials=True), GPUS[gpu]) is few
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -190,21 +163,6 @@ def test_gemv_serves_what_it_takes_a_norm_or_an_addition_from(gpu: str):
     for use in (Use.VALUES, Use.GATED):
         assert choose_kernel(ProductShape(1, 1024, 4096, BF16, use), GPUS[gpu]) is few
     assert choose_kernel(ProductShape(1, 1024, 4096, BF16, Use.ADDED), GPUS[gpu]) is GEMV
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"rows": 9}, {"in_features": 3080, "out_features": 1024}, {"in_features": 1020},
-        {"out_features": 8200}, {"dtype": FP16}, {"has_norm": False},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_few_rows_of_small_weights_have_a_kernel_on_hopper(change: dict[str, Any]):
-    product = ProductShape(8, 1024, 8192, BF16, Use.GATED, has_bias=True, has_norm=True)
-    assert choose_kernel(product, GPUS["H100"]) is FEW_ROWS
-    assert choose_kernel(product._replace(**change), GPUS["H100"]) is SPLIT_K
-    assert choose_kernel(product, GPUS["B200"]) is SPLIT_K
 
 
 @pytest.mark.parametrize("use", list(Use))

@@ -5,13 +5,63 @@ import ctypes
 import pytest
 import torch
 
-from helpers.fused_products import check_fused_products
-from helpers.kernel_inputs import BF16, FP16, FP32, interpreted, normal, on_cpu_in_fp16
+from helpers.kernel_inputs import (
+    BF16,
+    EPS,
+    FP16,
+    FP32,
+    TOLERANCE,
+    interpreted,
+    normal,
+    on_cpu_in_fp16,
+    relative_error,
+    rms_norm_float64,
+)
 from nanovllm.kernels import gemv as gemv_module
 from nanovllm.kernels.gemv import MAX_ROWS, gemv
 from nanovllm.kernels.launch import prefer_shared_memory
 
 pytestmark = pytest.mark.usefixtures("poison")
+
+
+def check_gemv(rows: int, shape: tuple[int, int], dtype, device: str = "cpu") -> None:
+    """Every form of the kernel at one size: plain, with bias, norm, gate and residual."""
+    n, k = shape
+    x = normal(rows, k, dtype=dtype, device=device)
+    weight = normal(2 * n, k, dtype=dtype, device=device, seed=1) / k**0.5
+    bias, up_bias = normal(2 * n, dtype=dtype, device=device, seed=2).chunk(2)
+    norm_weight = normal(k, dtype=dtype, device=device, seed=3) / 2 + 1
+    residual = normal(rows, n, dtype=dtype, device=device, seed=4)
+    normed = rms_norm_float64(x, norm_weight, EPS)
+    product, up = (x.double() @ part.double().T for part in weight.chunk(2))
+    normed_product, normed_up = (normed @ part.double().T for part in weight.chunk(2))
+    norm = {"norm_weight": norm_weight, "eps": EPS}
+
+    def check(expected: torch.Tensor, y: torch.Tensor) -> None:
+        assert y.dtype == dtype
+        assert y.shape == (rows, n)
+        assert relative_error(y, expected) < TOLERANCE[dtype]
+
+    check(product, gemv(x, weight[:n]))
+    check(product + bias, gemv(x, weight[:n], bias))
+    check(normed_product, gemv(x, weight[:n], **norm))
+    check(normed_product + bias, gemv(x, weight[:n], bias, **norm))
+    check(product.sigmoid() * product * up, gemv(x, weight, gated=True))
+    gate = normed_product.sigmoid() * normed_product
+    check(gate * normed_up, gemv(x, weight, gated=True, **norm))
+    gate = (normed_product + bias).sigmoid() * (normed_product + bias)
+    biases = torch.cat((bias, up_bias))
+    check(gate * (normed_up + up_bias), gemv(x, weight, biases, gated=True, **norm))
+    out = torch.empty_like(residual)
+    assert gemv(x, weight[:n], bias, out=out) is out
+    check(product + bias, out)
+    total = residual.double() + product
+    y = residual.clone()
+    assert gemv(x, weight[:n], add_to=y) is y
+    check(total, y)
+    y = residual.clone()
+    gemv(x, weight[:n], bias, add_to=y)
+    check(total + bias, y)
 
 
 @interpreted
@@ -21,7 +71,7 @@ pytestmark = pytest.mark.usefixtures("poison")
     "shape", [(1, 1), (37, 300), (5, 1024), (9, 2048), (5, 2560), (3, 4096), (9, 5000)], ids=str
 )
 def test_gemv(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    check_fused_products(gemv, rows, shape, dtype)
+    check_gemv(rows, shape, dtype)
 
 
 @pytest.mark.gpu
@@ -39,7 +89,7 @@ def test_gemv(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     ],
 )
 def test_gemv_gpu(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    check_fused_products(gemv, rows, shape, dtype, "cuda")
+    check_gemv(rows, shape, dtype, "cuda")
 
 
 @interpreted

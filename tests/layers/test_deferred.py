@@ -67,7 +67,6 @@ def test_a_product_of_some_tokens_leaves_a_stream_of_these():
 # Weights in fp8 are in tests/kernels/test_fp8_linear.py, what stores keys and values in
 # test_qkv_gemm.py.
 PLAIN_KERNELS = [one for one in Kernel if one not in (Kernel.FP8_GEMM, Kernel.QKV_GEMM)]
-FUSED = (Kernel.GEMV, Kernel.FEW_ROWS)
 NO_BIAS = (Kernel.TILED_GEMM, Kernel.GATED_GEMM)  # see tests/kernels/test_choice.py
 
 
@@ -80,7 +79,7 @@ class StandInKernels:
     def _y(self, x: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if isinstance(x, torch.Tensor):
             return F.linear(x, weight, bias)
-        if self.chosen[weight.shape] in FUSED and x.partials is None:
+        if self.chosen[weight.shape] is Kernel.GEMV and x.partials is None:
             return F.linear(rms_norm(x.x, x.weight, x.eps), weight, bias)
         return F.linear(x.values(), weight, bias)
 
@@ -158,15 +157,9 @@ class Recorder:
         self.calls: list[tuple[str, dict[str, Any]]] = []
 
     def gemv(self, x, weight, bias=None, norm_weight=None, eps=0.0, **options):
-        return self._fused("gemv", x, weight, bias, norm_weight, options)
-
-    def few_rows(self, x, weight, bias=None, norm_weight=None, eps=0.0, **options):
-        return self._fused("few_rows", x, weight, bias, norm_weight, options)
-
-    def _fused(self, name, x, weight, bias, norm_weight, options):
         facts = {"bias": bias is not None, "norm": norm_weight is not None}
         facts |= {name: value is not None and value is not False for name, value in options.items()}
-        self.calls.append((name, facts))
+        self.calls.append(("gemv", facts))
         return torch.zeros(x.shape[0], weight.shape[0])
 
     def tiled_gemm(self, x, weight, splits=None, gated=False, out=None):
@@ -193,8 +186,10 @@ def test_the_kernel_that_is_chosen_gets_all_that_is_asked(
     if kernel in NO_BIAS and bias:
         pytest.skip("it is not chosen")
     recorder = Recorder()
-    for name in ("gemv", "few_rows", "split_k", "tiled_gemm", "gated_gemm"):
-        monkeypatch.setattr(kernels_linear, name, getattr(recorder, name))
+    monkeypatch.setattr(kernels_linear, "gemv", recorder.gemv)
+    monkeypatch.setattr(kernels_linear, "split_k", recorder.split_k)
+    monkeypatch.setattr(kernels_linear, "tiled_gemm", recorder.tiled_gemm)
+    monkeypatch.setattr(kernels_linear, "gated_gemm", recorder.gated_gemm)
     monkeypatch.setattr(kernels_linear, "_choose", lambda *_: kernel)
     monkeypatch.setattr(
         kernels_linear, "silu_and_mul", lambda y: F.silu(y[:, :4]) * y[:, 4:]
@@ -222,13 +217,12 @@ def test_the_kernel_that_is_chosen_gets_all_that_is_asked(
             torch.testing.assert_close(gated, F.silu(expected[:, :4]) * expected[:, 4:])
             assert not recorder.calls
         return
-    if kernel in FUSED:
-        name = kernel.value
+    if kernel is Kernel.GEMV:
         expected_calls = [
-            (name, {"bias": bias, "norm": True, "out": False}),
-            (name, {"bias": bias, "norm": True, "out": True}),
-            (name, {"bias": bias, "norm": True, "gated": True}),
-            (name, {"bias": bias, "norm": False, "add_to": True}),
+            ("gemv", {"bias": bias, "norm": True, "out": False}),
+            ("gemv", {"bias": bias, "norm": True, "out": True}),
+            ("gemv", {"bias": bias, "norm": True, "gated": True}),
+            ("gemv", {"bias": bias, "norm": False, "add_to": True}),
         ]
         assert partials is None
     else:
@@ -250,7 +244,7 @@ def test_a_ranks_summand_has_the_bias_and_no_stream(
     if kernel in NO_BIAS and bias:
         pytest.skip("it is not chosen")
     recorder = Recorder()
-    for name in ("gemv", "few_rows", "split_k", "tiled_gemm"):
+    for name in ("gemv", "split_k", "tiled_gemm"):
         monkeypatch.setattr(kernels_linear, name, getattr(recorder, name))
     monkeypatch.setattr(kernels_linear, "_choose", lambda *_: kernel)
     linear = Linear(8, 8, bias).requires_grad_(False)
@@ -260,7 +254,7 @@ def test_a_ranks_summand_has_the_bias_and_no_stream(
     found = kernels_linear.summands(x, linear.weight, linear.bias)
     if kernel in (Kernel.LIBRARY, Kernel.GATED_GEMM):
         torch.testing.assert_close(found, F.linear(x, linear.weight, linear.bias))
-    elif kernel in FUSED:
-        assert recorder.calls == [(kernel.value, {"bias": bias, "norm": False})]
+    elif kernel is Kernel.GEMV:
+        assert recorder.calls == [("gemv", {"bias": bias, "norm": False})]
     else:
         assert recorder.calls == [(kernel.value, {"bias": bias, "splits": True, "gated": False})]
