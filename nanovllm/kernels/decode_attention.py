@@ -5,8 +5,8 @@ chunks at fixed places, which depend on its own length (at most 32 chunks of any
 batch has up to 4, 64, 128 or more rows: within these classes a row's result does not depend on who
 shares its batch, between them it does in the last bits. The query heads that share a kv head go
 together, padded to the 16 rows of a matrix instruction. Each chunk leaves a partial result, and the
-kernel of `kernels.combine` merges them; a chunk that is all of its row is finished at once, but in
-the smallest batches.
+combine kernel, grid (sequence, query head), merges them; a chunk that is all of its row is finished
+at once, but in the smallest batches.
 
 With up to `FUSED_ROWS` sequences, where a kernel more would cost as much as it does, the kernel
 also does what comes before: QK-norm and RoPE of the new queries and keys, and the KV store. The
@@ -16,7 +16,7 @@ Grid: (kv head, range). `plan_decode` deals the chunks out to ranges of about eq
 programs for each multiprocessor, and lists the tiles of each: the load is even however ragged the
 batch, no program is launched for a context that might have been longer, and loads flow on from one
 sequence to the next. Chunks that several rows share are not among them: `kernels.shared_attention`
-leaves their partial results where `kernels.combine` finds them.
+leaves their partial results where the combine kernel finds them.
 
 Bytes moved: each key and value once, 2 * context * kv heads * head_dim elements; partial results
 add 1.5% (chunks of 128, two query heads a kv head; in proportion to the latter). Bound by memory;
@@ -27,7 +27,6 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.combine import combine
 from nanovllm.kernels.decode_plan import (
     CHUNK_SHIFT,
     FIRST,
@@ -126,7 +125,11 @@ def paged_decode(
         num_stages=stages if wide else 1, **pdl(qkv),
     )  # fmt: skip
     prefer_shared_memory(kernel)
-    combine(partial, stats, chunk_counts, out, fused)
+    kernel = _combine_kernel[(rows, num_heads)](
+        partial, stats[0], stats[1], out, chunk_counts, head_dim,
+        MAX_CHUNKS=MAX_CHUNKS, BLOCK_C=8, BLOCK_D=block_d, FUSED=fused, num_warps=1, **pdl(qkv),
+    )  # fmt: skip
+    prefer_shared_memory(kernel)
     return out
 
 
@@ -278,3 +281,39 @@ def _new_values(sums, values_ptr, v_scale, head_dim: tl.constexpr, BLOCK_D: tl.c
         values = tl.load(values_ptr + dims, mask=dims < head_dim, other=0.0).to(tl.float32)
         added += (sums[part] + as_stored(values, v_scale, tl.float8e4nv).to(tl.float32),)
     return added
+
+
+@triton.jit
+def _combine_kernel(
+    partial_ptr, m_ptr, l_ptr, out_ptr, chunk_counts_ptr, head_dim,
+    MAX_CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, FUSED: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    launch_dependents(PDL)
+    row = tl.program_id(0)
+    head = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    dims = tl.arange(0, BLOCK_D)
+    num_chunks = tl.load(chunk_counts_ptr + row)
+    wait(PDL)
+    if not FUSED and num_chunks == 1:
+        return  # attention has written the result itself
+    m = tl.full([], float("-inf"), tl.float32)
+    l = tl.zeros([], tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, num_chunks, BLOCK_C):
+        chunk = start + tl.arange(0, BLOCK_C)
+        mask = chunk < num_chunks
+        place = head * MAX_CHUNKS + chunk
+        m_chunk = tl.load(m_ptr + place, mask=mask, other=float("-inf"))
+        l_chunk = tl.load(l_ptr + place, mask=mask, other=0.0)
+        cell_mask = mask[:, None] & (dims < head_dim)[None, :]
+        cells = place[:, None] * head_dim + dims[None, :]
+        partial = tl.load(partial_ptr + cells, mask=cell_mask, other=0.0)
+        m_new = tl.maximum(m, tl.max(m_chunk, axis=0))
+        weight = tl.exp2(m_chunk - m_new)
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(l_chunk * weight, axis=0)
+        acc = acc * alpha + tl.sum(partial * weight[:, None], axis=0)
+        m = m_new
+    out = (acc / tl.maximum(l, 1e-30)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + head * head_dim + dims, out, mask=dims < head_dim)
