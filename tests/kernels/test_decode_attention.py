@@ -94,6 +94,7 @@ DECODES = [
     ([513, 1, 2, 0, 0, 0], (64, 8, 8, 32)),
     ([4200, 1, 9, 2, 3], (64, 2, 1, 32)),  # 17 chunks, and single ones
     ([513, 1, 64, 1200] + [20] * MANY_ROWS + [0], (64, 2, 1, 32)),
+    ([1100, 1, 2100, 64] + [3] * 2 * MANY_ROWS + [0], (64, 6, 2, 32)),
 ]
 
 
@@ -183,6 +184,6 @@ def test_decode_of_random_ragged_batches_gpu(seed: int) -> None:
         int(random.choice([16, 64, 256])), 8, int(random.choice([1, 2, 4, 8])),
         int(random.choice([64, 128])),
     )  # fmt: skip
-    rows = int(random.choice([1, FUSED_ROWS, 12, MANY_ROWS + 20]))
+    rows = int(random.choice([1, FUSED_ROWS, 12, MANY_ROWS + 20, 2 * MANY_ROWS + 20]))
     context_lens = np.exp(random.uniform(0, np.log(32768), rows)).astype(int).tolist()
     check_decode(paged_decode, context_lens, sizes, BF16, "cuda")
