@@ -291,6 +291,8 @@ class LLM(LLMEngine):
                 try:
                     if call.pending:
                         with self._callers.alone():
+                            if self._callers.are_waiting:  # else it was refused
+                                self._callers.deliver(self._outputs())
                             self._abort(call.pending)
                 finally:
                     self._callers.leave(call)

@@ -180,7 +180,7 @@ class LLMEngine:
                 raise
 
     def is_finished(self) -> bool:
-        """Whether no request is queued or running."""
+        """Whether no request is queued or running, and no output still to come."""
         self._check_open()
         return not self._num_unfinished
 

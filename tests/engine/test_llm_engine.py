@@ -108,6 +108,21 @@ def test_a_request_whose_output_is_still_to_come_can_be_aborted(llm: LLM):
     assert llm.metrics()["requests_aborted"] == 2
 
 
+@pytest.mark.usefixtures("two_are_many")
+def test_streams_that_end_before_their_outputs_are_made_count_as_finished(llm: LLM):
+    """While another stream goes on."""
+    long = llm.stream(PROMPTS[2], GREEDY)
+    next(long)
+    short = SamplingParams(temperature=0, max_tokens=2)
+    assert sum(len(piece["token_ids"]) for piece in llm.stream(PROMPTS[:2], short)) == 4
+    found = llm.metrics()
+    counts = [found[f"requests_{name}"] for name in ("finished", "aborted", "running")]
+    assert counts == [2, 0, 1]
+    assert found["generated_tokens"] == 4
+    long.close()
+    assert_empty(llm)
+
+
 def test_scheduler_is_the_only_owner_of_the_requests(llm: LLM):
     """Nobody holds a request that has ended."""
     llm.add_request(random_tokens(5), GREEDY)
