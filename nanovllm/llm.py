@@ -291,8 +291,6 @@ class LLM(LLMEngine):
                 try:
                     if call.pending:
                         with self._callers.alone():
-                            if self._callers.are_waiting:  # else it was refused
-                                self._callers.deliver(self._outputs())
                             self._abort(call.pending)
                 finally:
                     self._callers.leave(call)
@@ -300,9 +298,9 @@ class LLM(LLMEngine):
     def _check_idle(self, method: str) -> None:
         """Refuse steps that would swallow the outputs of a loop by hand. To be called alone."""
         self._check_open()
-        if self._num_unfinished and not self._callers.are_waiting:
+        if self.scheduler.num_unfinished and not self._callers.are_waiting:
             raise RuntimeError(
-                f"{self._num_unfinished} requests from add_request are unfinished: step() "
+                f"{self.scheduler.num_unfinished} requests from add_request are unfinished: step() "
                 f"until is_finished() before {method}()"
             )
 

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 LONG_STEP = 8192  # tokens that take a GPU longer than a capture takes the host
-MANY_ENDED = 64  # sequences whose outputs take the host longer than a small step takes a GPU
 _CLOSED = "this LLM is closed: build a new one"
 
 
@@ -98,7 +97,6 @@ class LLMEngine:
         self._callers = Callers()
         self._request_of_seq: dict[int, Request] = {}  # by seq_id, of unfinished sequences
         self._in_flight: deque[tuple[Batch, PendingStep]] = deque()
-        self._ended: list[Sequence] = []  # whose outputs are still to be made
         self._mask_filler = MaskFiller()
         self._waiting: tuple[PendingStep, LateRows] | None = None  # for masks
         self._last_collect = 0.0
@@ -149,9 +147,8 @@ class LLMEngine:
         """Run one step; returns the requests that ended with it.
 
         With `async_scheduling` the tokens read are those of the step before, so that the device
-        already works on the next one while the host looks at them. If very many requests end at
-        once, and others do not, their outputs come a step later. If a step fails, every request is
-        aborted, and the engine is ready for new ones; with several ranks it is closed.
+        already works on the next one while the host looks at them. If a step fails, every request
+        is aborted, and the engine is ready for new ones; with several ranks it is closed.
         """
         with self._callers.lock, self._callers.step_guard():
             self._check_open()
@@ -161,28 +158,25 @@ class LLMEngine:
                     self._last_collect = time.perf_counter()
                 batch = self.scheduler.schedule()
                 if batch is not None:
-                    self._launch(batch)
+                    self._launch(batch, outputs)
                     self._capture_ahead()
-                outputs += self._outputs()  # of the step before: the device has work meanwhile
                 # The step just launched may stay in flight; with nothing to launch, none does.
                 max_in_flight = 1 if batch is not None and self.config.async_scheduling else 0
                 if len(self._in_flight) > max_in_flight:
-                    self._collect()
+                    outputs += self._collect()
                 self._collect_leftovers()
-                if len(self._ended) < MANY_ENDED or not self.scheduler.num_unfinished:
-                    outputs += self._outputs()
                 self._callers.deliver(outputs)
                 return outputs
             except BaseException as error:
-                self._callers.deliver(outputs)
+                self._callers.deliver(outputs)  # they are complete
                 what = f"{type(error).__name__}: {error}"
                 self._drop_all(f"a step of another caller has failed: {what}", error)
                 raise
 
     def is_finished(self) -> bool:
-        """Whether no request is queued or running, and no output still to come."""
+        """Whether no request is queued or running."""
         self._check_open()
-        return not self._num_unfinished
+        return not self.scheduler.num_unfinished
 
     def abort(self, request_id: int) -> None:
         """Drop one request, wherever it is; no output comes of it. Unknown ids are ignored."""
@@ -287,28 +281,20 @@ class LLMEngine:
             self.scheduler.block_manager.reset()
             self.model_runner.change_weights(fill)
 
-    @property
-    def _num_unfinished(self) -> int:
-        """Sequences that have not ended, or whose outputs are still to be made."""
-        return self.scheduler.num_unfinished + len(self._ended)
-
     def _check_no_requests(self, what: str) -> None:
         self._check_open()
-        if self._num_unfinished:
+        if self.scheduler.num_unfinished:
             raise RuntimeError(
-                f"{self._num_unfinished} requests are unfinished: let them end, or abort "
+                f"{self.scheduler.num_unfinished} requests are unfinished: let them end, or abort "
                 f"them, before {what}"
             )
 
     def _drop_all(self, reason: str = "", cause: BaseException | None = None) -> None:
         """Drop every request, whatever state a failed step has left; see `Callers.drop_all`."""
-        with suppress(Exception):
-            self._callers.deliver(self._outputs())  # they are complete
         self._callers.drop_all(reason, cause)
         self._num_aborted += len({id(request) for request in self._request_of_seq.values()})
         self._request_of_seq.clear()
         self._in_flight.clear()
-        self._ended.clear()
         self._waiting = None
         with suppress(Exception):  # a failure is no news any more
             self._mask_filler.finish()
@@ -327,7 +313,6 @@ class LLMEngine:
                     self.scheduler.abort(seq)
                 self.output_processor.drop(seq)
         self._num_aborted += len(dropped)
-        self._ended = [seq for seq in self._ended if seq.seq_id in self._request_of_seq]
         self._collect_leftovers()
 
     def _queue(self, request: Request) -> None:
@@ -342,14 +327,15 @@ class LLMEngine:
         while self._in_flight and not self.scheduler.num_unfinished:
             self._collect()
 
-    def _launch(self, batch: Batch) -> None:
+    def _launch(self, batch: Batch, outputs: list[RequestOutput]) -> None:
         """Start a step. Masks depend on the tokens before: these are taken in while the device
-        runs it, and a thread fills the masks while the next step is planned."""
+        runs it, and a thread fills the masks while the next step is planned. Requests that end with
+        these tokens are added to `outputs`."""
         step = self.model_runner.launch(batch, self._sample_waiting)
         self._in_flight.append((batch, step))
         if batch.constraints:
             while len(self._in_flight) > 1:
-                self._collect()
+                outputs += self._collect()
             rows = batch.late_rows()
             if rows:
                 masks = self.model_runner.masks(len(rows))
@@ -376,7 +362,7 @@ class LLMEngine:
             self._mask_filler.finish()
             self.model_runner.sample_late(step, late)
 
-    def _collect(self) -> None:
+    def _collect(self) -> list[RequestOutput]:
         """Wait for the oldest step in flight, and take its tokens in."""
         batch, step = self._in_flight.popleft()
         if self._waiting is not None and step is self._waiting[0]:
@@ -393,24 +379,18 @@ class LLMEngine:
             for row in rows:
                 if row in constraints:
                     constraints[row].accept(token_ids[row])
-        finished, now = SequenceStatus.FINISHED, time.time()
+        outputs = []
+        finished = SequenceStatus.FINISHED
         for seq in [seq for seq in batch.seqs if seq.status is finished]:
-            # Not if it was dropped, nor for a row that was under way when it ended.
-            if seq.seq_id in self._request_of_seq and not seq.finished_time:
-                seq.finished_time = now
-                self._ended.append(seq)
-
-    def _outputs(self) -> list[RequestOutput]:
-        """Of the requests that have ended since the last call."""
-        ended, self._ended = self._ended, []
-        return [output for seq in ended for output in self._end(seq)]
+            if seq.seq_id in self._request_of_seq:  # and was not dropped
+                outputs += self._end(seq)
+        return outputs
 
     def _end(self, seq: Sequence) -> list[RequestOutput]:
         """Of a sequence that has ended, its request's output if it was the last. One that ended in
         an error ends the others."""
-        request = self._request_of_seq.pop(seq.seq_id, None)
-        if request is None:  # another one's error has ended it
-            return []
+        seq.finished_time = time.time()
+        request = self._request_of_seq.pop(seq.seq_id)
         if seq.finish_reason == "error":
             for other in request.sequences:
                 if self._request_of_seq.pop(other.seq_id, None) is not None:

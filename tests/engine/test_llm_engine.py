@@ -1,6 +1,5 @@
 """The engine from the first request to the last: the step loop, aborting, closing."""
 
-import time
 import warnings
 import weakref
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 from helpers.checkpoints import Reference, random_tokens
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, assert_empty, build, greedy
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import llm_engine
 
 TWENTY = SamplingParams(temperature=0, max_tokens=20)
 
@@ -52,75 +50,6 @@ def test_a_request_is_given_back_as_soon_as_it_ends(tiny: Path, async_scheduling
         assert steps == 1 + async_scheduling
         assert not llm.is_finished()
         llm.abort_all()
-
-
-@pytest.fixture
-def two_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm_engine, "MANY_ENDED", 2)
-
-
-def two_ended(llm: LLM) -> list[int]:
-    """Ids of requests: two that have ended, and whose outputs are still to come, and one more."""
-    short = SamplingParams(temperature=0, max_tokens=2)
-    ids = [llm.add_request(prompt, short) for prompt in PROMPTS[:2]]
-    ids.append(llm.add_request(PROMPTS[2], GREEDY))
-    while not llm._ended:
-        assert llm.step() == []
-    return ids
-
-
-@BOTH_ORDERS
-@pytest.mark.usefixtures("two_are_many")
-def test_outputs_of_many_come_a_step_later(
-    tiny: Path, tiny_reference: Reference, async_scheduling: bool
-):
-    with build(tiny, async_scheduling=async_scheduling) as llm:
-        *short, long = two_ended(llm)
-        outputs = llm.step()
-        assert [output["request_id"] for output in outputs] == short
-        for output, prompt in zip(outputs, PROMPTS):
-            assert output["token_ids"] == tiny_reference.tokens(prompt, 2)
-            assert output["metrics"]["finished_time"] < time.time()
-        while not llm.is_finished():
-            outputs += llm.step()
-        assert [output["request_id"] for output in outputs] == [*short, long]
-        assert_empty(llm)
-
-
-@pytest.mark.usefixtures("two_are_many")
-def test_outputs_still_to_come_are_not_lost_when_the_others_are_aborted(llm: LLM):
-    *short, long = two_ended(llm)
-    llm.abort(long)
-    assert not llm.is_finished()
-    with pytest.raises(RuntimeError, match="2 requests from add_request are unfinished"):
-        llm.generate(PROMPTS, GREEDY)
-    assert [output["request_id"] for output in llm.step()] == short
-    assert_empty(llm)
-
-
-@pytest.mark.usefixtures("two_are_many")
-def test_a_request_whose_output_is_still_to_come_can_be_aborted(llm: LLM):
-    first, second, long = two_ended(llm)
-    llm.abort(first)
-    assert [output["request_id"] for output in llm.step()] == [second]
-    llm.abort(long)
-    assert_empty(llm)
-    assert llm.metrics()["requests_aborted"] == 2
-
-
-@pytest.mark.usefixtures("two_are_many")
-def test_streams_that_end_before_their_outputs_are_made_count_as_finished(llm: LLM):
-    """While another stream goes on."""
-    long = llm.stream(PROMPTS[2], GREEDY)
-    next(long)
-    short = SamplingParams(temperature=0, max_tokens=2)
-    assert sum(len(piece["token_ids"]) for piece in llm.stream(PROMPTS[:2], short)) == 4
-    found = llm.metrics()
-    counts = [found[f"requests_{name}"] for name in ("finished", "aborted", "running")]
-    assert counts == [2, 0, 1]
-    assert found["generated_tokens"] == 4
-    long.close()
-    assert_empty(llm)
 
 
 def test_scheduler_is_the_only_owner_of_the_requests(llm: LLM):

@@ -9,7 +9,7 @@ from helpers.allowed import Allowed
 from helpers.checkpoints import Reference
 from helpers.engines import BOTH_ORDERS, GREEDY, PROMPTS, Fault, assert_empty, build
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import input_processor, llm_engine
+from nanovllm.engine import input_processor
 from nanovllm.engine.sequence import Sequence
 
 
@@ -70,28 +70,6 @@ def test_an_error_comes_with_the_outputs_that_are_there(
     assert long is None
     for prompt, param, output in zip(PROMPTS[1:], params[1:], others, strict=True):
         assert output["token_ids"] == tiny_reference.tokens(prompt, param.max_tokens)
-
-
-def test_outputs_still_to_be_made_come_with_the_error(
-    tiny: Path, tiny_reference: Reference, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(llm_engine, "MANY_ENDED", 2)
-    params = [SamplingParams(temperature=0, max_tokens=n) for n in (9, 2, 2)]
-    with build(tiny, async_scheduling=True) as llm:
-        launch = llm.model_runner.launch
-
-        def fail_once_two_have_ended(*args):
-            if llm._ended:
-                raise RuntimeError("device on fire")
-            return launch(*args)
-
-        llm.model_runner.launch = fail_once_two_have_ended
-        with pytest.raises(RuntimeError, match="on fire") as caught:
-            llm.generate(PROMPTS[:3], params, use_tqdm=False)
-    long, *others = caught.value.finished_outputs
-    assert long is None
-    for prompt, output in zip(PROMPTS[1:3], others, strict=True):
-        assert output["token_ids"] == tiny_reference.tokens(prompt, 2)
 
 
 def test_outputs_of_the_step_that_fails_come_with_the_error(

@@ -147,6 +147,18 @@ def test_whose_last_token_is_on_the_way_keeps_nobody_waiting():
     driver.check_end()
 
 
+def test_places_that_are_free_and_that_get_free_are_taken_together():
+    driver = Driver(num_blocks=30, block_size=2, max_num_seqs=4, budget=64)
+    for i in range(3):
+        driver.add([i] * 3, 2, True, i)
+    driver.schedule()
+    driver.schedule()
+    for i in range(5):
+        driver.add([i] * 3, 2, True, i)
+    assert len(driver.schedule().seqs) == 4
+    driver.drain(depth=2)
+
+
 @DEPTHS
 def test_newest_is_preempted_and_comes_back_first(depth: int):
     driver = Driver(num_blocks=5, block_size=2, max_num_seqs=3, budget=64)
