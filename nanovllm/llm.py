@@ -278,7 +278,8 @@ class LLM(LLMEngine):
     @contextmanager
     def _running(self, call: Call, requests: deque[Request]) -> Iterator[None]:
         """Queue the requests of a call; in the end those that have not ended are aborted. They are
-        taken out of `requests`: freed as they end, while the device runs, not all at the end."""
+        taken out of `requests`: what nobody else holds is freed as it ends, while the device runs.
+        """
         try:
             with self._callers.alone():
                 self._check_idle("stream" if call.every_step else "generate")

@@ -281,8 +281,8 @@ def _as_list(value: Any) -> Any:
 def _unwrapped(prompt: Prompt, index: int) -> str | TokenIds:
     """What a dict stands for: its token ids if it has any, else its text. Entries of None do not
     count."""
-    if isinstance(prompt, (list, str)):  # mostly; whether it is a mapping takes longer to find out
-        return prompt
+    if type(prompt) in (list, str):  # mostly; whether it is a mapping takes longer to find out
+        return prompt  # type: ignore[return-value]
     if not isinstance(prompt, collections.abc.Mapping):
         return _as_list(prompt)
     given = {key: value for key, value in prompt.items() if value is not None}

@@ -187,6 +187,11 @@ def test_one_bad_token_among_good_zeros_and_ones_is_found(
         llm.generate(prompts, GREEDY, use_tqdm=False)
 
 
+def test_text_of_numpy_comes_back_as_a_string(llm: LLM):
+    (output,) = llm.generate([np.str_("t1 t2")], GREEDY, use_tqdm=False)
+    assert type(output["prompt"]) is str
+
+
 def test_numpy_integers_are_tokens(llm: LLM, tiny_reference: Reference):
     (output,) = llm.generate([np.int64(token) for token in GOOD], GREEDY, use_tqdm=False)
     assert output["token_ids"] == tiny_reference.tokens(GOOD, 8)
