@@ -65,8 +65,8 @@ class AllOf:
 
 
 def first_places(params: Sequence[SamplingParams]) -> dict[int, int]:
-    """By the `id` of parameters, the first prompt that has them. Mostly one object serves all, and
-    what follows from it is found once."""
+    """For each distinct object among the parameters, by its `id`, the first prompt that has it.
+    Most often one object serves all prompts, and what follows from it is found only once."""
     places = dict[int, int]()
     for place, one in enumerate(params):
         places.setdefault(id(one), place)

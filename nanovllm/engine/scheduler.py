@@ -182,7 +182,7 @@ class Scheduler:
     def _schedule_prefill(self) -> Batch:
         batch, budget = Batch(is_prefill=True), self.max_num_batched_tokens
         seats = self.max_num_seqs - len(self.running)
-        if self.waiting:  # who is ending has none
+        if self.waiting:  # a sequence that is ending needs none
             seats += sum(seq.is_ending for seq in self.running)
         # Only the newest can be a prompt cut short by an earlier step's budget: it goes on first.
         if self.running and self._is_cut_prompt(self.running[-1]):

@@ -120,7 +120,7 @@ class LeadingRunner(RankRunner):
         self.ranks.waits(True)
         try:
             tokens = super().collect(step)
-            self.ranks.check()  # a GPU that was let go has computed with what happened to be there
+            self.ranks.check()  # else they may be garbage: a GPU stops waiting for a rank that ends
             return tokens
         except Exception as error:
             raise self._fail_with(error) from error

@@ -97,7 +97,7 @@ class Ranks:
         """Raises:
         RuntimeError: if a rank has failed, or has ended and nobody knows why yet.
         """
-        is_looking = self._is_looking  # read first: the failure is there when it ends
+        is_looking = self._is_looking  # read first: `failure` is set before this turns False
         if self.failure is not None:
             raise RuntimeError(self.failure)
         if is_looking:

@@ -77,17 +77,23 @@ def test_a_rank_that_is_killed_at_a_random_moment(tiny: Path, seed: int):
         assert_ended(llm, processes)
 
 
+def end_slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let it take so long until it is known how a rank has ended."""
+    how_it_ended = Ranks._how_it_ended
+
+    def slowly(self: Ranks, rank: int) -> str:
+        time.sleep(seconds)
+        return how_it_ended(self, rank)
+
+    monkeypatch.setattr(Ranks, "_how_it_ended", slowly)
+
+
 def test_a_rank_that_ends_slowly_is_the_reason_all_the_same(
     ranks: LLM, monkeypatch: pytest.MonkeyPatch
 ):
     """Rank 0 gets an error of its own as soon as the connection is gone."""
-    processes, how_it_ended = pids(ranks), Ranks._how_it_ended
-
-    def slowly(self: Ranks, rank: int) -> str:
-        time.sleep(3)
-        return how_it_ended(self, rank)
-
-    monkeypatch.setattr(Ranks, "_how_it_ended", slowly)
+    processes = pids(ranks)
+    end_slowly(monkeypatch, seconds=3)
     after(0.1, partial(os.kill, processes[0], signal.SIGKILL))
     with pytest.raises(RuntimeError, match="rank 1 of 2 was killed by signal 9"):
         for _ in range(100):
@@ -99,8 +105,7 @@ def test_what_a_step_yields_without_a_rank_is_not_taken(
     ranks: LLM, monkeypatch: pytest.MonkeyPatch
 ):
     """Kernels that wait for a rank end without an error when they are let go. Here so on a CPU."""
-    (process,), how_it_ended, wait = pids(ranks), Ranks._how_it_ended, group.Group._wait
-    send = ranks.model_runner.ranks.send
+    (process,), wait, send = pids(ranks), group.Group._wait, ranks.model_runner.ranks.send
 
     def without_error(self: group.Group, work: object) -> None:
         try:
@@ -109,17 +114,13 @@ def test_what_a_step_yields_without_a_rank_is_not_taken(
             while self._aborting is None:
                 time.sleep(0.01)
 
-    def slowly(self: Ranks, rank: int) -> str:
-        time.sleep(1)
-        return how_it_ended(self, rank)
-
     def send_in_vain(step: object, inputs: memoryview) -> None:
         os.kill(process, signal.SIGSTOP)
         send(step, inputs)
         os.kill(process, signal.SIGKILL)
 
     monkeypatch.setattr(group.Group, "_wait", without_error)
-    monkeypatch.setattr(Ranks, "_how_it_ended", slowly)
+    end_slowly(monkeypatch, seconds=1)
     ranks.model_runner.ranks.send = send_in_vain
     with pytest.raises(RuntimeError, match="rank 1 of 2 was killed by signal 9"):
         ranks.generate(PROMPTS, SamplingParams(max_tokens=1), use_tqdm=False)
